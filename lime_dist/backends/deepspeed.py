@@ -1,0 +1,148 @@
+"""DeepSpeed: ZeRO's optimiser over the stage module. Nothing else imports it.
+
+Below ZeRO 2 the stage is differentiated without the engine, as pipeline stages need, and the engine only
+reduces, clips and steps. From ZeRO 2 on (one stage only) passes go through the engine, whose hooks reduce
+gradients as they come.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from lime_dist.backends.megatron import DeepSpeedMpu, Groups
+from lime_dist.config import Config
+from lime_dist.lime.model import LimeStage
+from lime_dist.lime.weights import specified_parameters
+from lime_dist.optim import build_optimizer, set_lr
+from lime_dist.pipeline.executor import joint_backward
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# Else the first start on a CPU compiles a shared-memory all-reduce, which needs a compiler and half a minute.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The user's `deepspeed:` keys with ours on top. The step is the only accumulation that DeepSpeed sees."""
+    zero = {"stage": config.zero_stage, **config.deepspeed.get("zero_optimization", {})}
+    if config.zero_stage < 2:
+        zero["overlap_comm"] = False  # gradients are handed over once a step
+        zero["contiguous_gradients"] = False
+    return {
+        **config.deepspeed,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": config.data.global_batch_size // config.layout.dp,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Without ZeRO the engine does not tell the norm, so it is taken, and clipped by, here.
+        "gradient_clipping": config.optim.max_grad_norm if config.zero_stage else 0.0,
+        "bf16": {"enabled": config.run.dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+class ZeroOptimizer:
+    """Gradients to weights: reduction over the replicas, clipping over the whole model, AdamW.
+
+    A step is: passes through `call` and `backward`, then `finish_gradients`, then `step`.
+    Collective: `finish_gradients`, `gradient` and `step`, over all ranks.
+    """
+
+    def __init__(self, stage: LimeStage, config: Config, groups: Groups):
+        self._stage, self._config, self._groups = stage, config, groups
+        self._through_engine = config.zero_stage >= 2
+        self._placeholder = _router_placeholder(stage, config)
+        _mark_for_norm(stage, groups.coordinate.tp_rank)
+        self.engine, *_ = deepspeed.initialize(
+            model=stage,
+            optimizer=build_optimizer(stage, config, placeholder=self._placeholder),
+            config=deepspeed_config(config),
+            mpu=DeepSpeedMpu(groups),
+            dist_init_required=False,
+        )
+        self._fp32_sums: dict[nn.Parameter, Tensor] = {}
+        if config.run.dtype == "bf16" and not self._through_engine:
+            for parameter in stage.parameters():
+                parameter.register_post_accumulate_grad_hook(self._add_in_fp32)
+
+    @property
+    def call(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What runs the stage's forward."""
+        return self.engine if self._through_engine else self._stage
+
+    def backward(self, roots: list[Tensor], gradients: list[Tensor | None]) -> None:
+        if self._through_engine:
+            self.engine.backward(roots[0])
+        else:
+            joint_backward(roots, gradients)
+
+    def _add_in_fp32(self, parameter: nn.Parameter) -> None:
+        """Microbatches are summed in fp32: in bf16 a sum of many loses the small ones."""
+        if parameter in self._fp32_sums:
+            self._fp32_sums[parameter].add_(parameter.grad)
+        else:
+            self._fp32_sums[parameter] = parameter.grad.float()
+        parameter.grad = None
+
+    def finish_gradients(self) -> None:
+        """Complete this replica's gradients after its last microbatch: the tied embedding is summed over both ends."""
+        for parameter, gradient in self._fp32_sums.items():
+            parameter.grad = gradient.to(parameter.dtype)
+        self._fp32_sums.clear()
+        if self._placeholder is not None:
+            self._placeholder.grad = torch.zeros_like(self._placeholder)
+        if self._config.model.tie_embeddings and self._config.parallel.pp > 1 and self._groups.embedding is not None:
+            weight = (self._stage.embed_tokens if self._stage.is_first_stage else self._stage.lm_head).weight
+            dist.all_reduce(weight.grad, group=self._groups.embedding)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient of `parameter` averaged over the replicas, fp32; between `finish_gradients` and `step`."""
+        if self._through_engine:
+            return safe_get_full_grad(parameter)
+        gradient = parameter.grad.float().clone()
+        dist.all_reduce(gradient, group=self._groups.dp)
+        return gradient / self._groups.layout.dp
+
+    def step(self, lr_factor: float) -> float:
+        """Update the weights; returns the gradient's norm over the whole model, before clipping."""
+        set_lr(self.engine.optimizer, lr_factor)
+        if self._config.zero_stage == 0:
+            return self._step_replicated()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def _step_replicated(self) -> float:
+        parameters = [parameter for parameter in self._stage.parameters() if parameter.grad is not None]
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad.div_(self._groups.layout.dp), group=self._groups.dp)
+        counted = [parameter.grad for parameter in parameters if getattr(parameter, "model_parallel", False)]
+        norm = torch.nn.utils.get_total_norm(counted).to(torch.float32).square()
+        dist.all_reduce(norm, group=self._groups.model)
+        norm = norm.sqrt()
+        if self._config.optim.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.optim.max_grad_norm, norm)
+        self.engine.step()
+        return float(norm)
+
+
+def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None:
+    """DeepSpeed's norm is a collective per parameter group, so a stage without routers joins with an empty hand."""
+    routers = [layer for layer in stage.stage_layers if config.pattern.has_router(layer)]
+    if routers or not any(map(config.pattern.has_router, range(config.model.num_layers))):
+        return None
+    stage.register_parameter("no_router", nn.Parameter(torch.zeros(1, dtype=stage.dtype, device=stage.device)))
+    return stage.no_router
+
+
+def _mark_for_norm(stage: LimeStage, tp_rank: int) -> None:
+    """Have DeepSpeed count each value once in the norm: what it takes for model-parallel is counted on every rank."""
+    for spec, parameter in specified_parameters(stage):
+        parameter.model_parallel = not spec.tied_copy and (spec.sharded or tp_rank == 0)

@@ -1,0 +1,227 @@
+"""Training samples from token files: packed, shuffled, blended by weight.
+
+Sample `index` depends on the files, the seed, the split and `index` alone: not on the number of steps, the
+layout or the process. It owns the order of samples; which rank reads which index is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lime_dist.data.indexed import check_files, open_indexed
+from lime_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+# Blend weights are rounded to multiples of one part in this many, which is also the period of the blend.
+BLEND_PERIOD = 100_000
+_EPOCHS_KEPT = 2
+
+
+class TokenSamples:
+    """One split of a weighted blend of token files.
+
+    A source is a prefix of token files and its weight, relative to the other weights. `split` is the range
+    of every source's documents that is used, in file order and as fractions: (0.0, 0.98) and (0.98, 1.0) share none.
+    `vocab_size`, where given, is the model's: files and samples with larger ids are refused. `key` is
+    the configuration key that errors name.
+
+    Raises: DataError for files that are not whole, do not fit the vocabulary or hold less than one sample.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[str, float]],
+        *,
+        seq_length: int,
+        seed: int,
+        split: tuple[float, float] = (0.0, 1.0),
+        vocab_size: int | None = None,
+        key: str = "data.train",
+    ) -> None:
+        if not 0 <= split[0] < split[1] <= 1:
+            raise DataError(f"{key}: the split {split} is not a range within 0 and 1; give two ascending fractions")
+        self._blend = Blend(sources, key=key)
+        self._vocab_size = vocab_size
+        self._sources = [
+            PackedSource(
+                prefix,
+                seq_length=seq_length,
+                split=split,
+                entropy=(seed, position),
+                vocab_size=vocab_size,
+                key=key,
+            )
+            for position, (prefix, _) in enumerate(sources)
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sources within the split."""
+        return sum(source.num_tokens for source in self._sources)
+
+    @property
+    def tokens_per_epoch(self) -> tuple[int, ...]:
+        """For each source, the tokens that one epoch reads: those of the split less a tail shorter than a sample."""
+        return tuple(source.samples_per_epoch * source.seq_length for source in self._sources)
+
+    @property
+    def samples_per_epoch(self) -> tuple[int, ...]:
+        """For each source, its number of samples before it starts again in another order."""
+        return tuple(source.samples_per_epoch for source in self._sources)
+
+    def sample(self, index: int) -> np.ndarray:
+        """int64 [seq_length + 1]: `seq_length` inputs, and the targets one token on.
+
+        Raises: DataError on a token id that the model lacks.
+        """
+        source_position, source_index = self._blend.locate(index)
+        return self._sources[source_position].sample(source_index)
+
+    def batch(self, start: int, count: int) -> torch.Tensor:
+        """Samples `start` to `start + count`: int64 [count, seq_length + 1]."""
+        return torch.from_numpy(np.stack([self.sample(index) for index in range(start, start + count)]))
+
+
+class Blend:
+    """Assigns a sample index to a source by weight, with the position within the source, for indices without end.
+
+    The samples of each source are spread evenly over a period of `BLEND_PERIOD`, which then repeats: finding
+    sample n needs no walk over the n samples before it, and no table that grows with the run.
+    """
+
+    def __init__(self, sources: Sequence[tuple[str, float]], *, key: str = "data.train") -> None:
+        if not sources:
+            raise DataError(f"{key}: no source is given; name at least one token file")
+        for prefix, weight in sources:
+            if not (weight > 0 and math.isfinite(weight)):
+                raise DataError(f"{key}: the weight of {prefix} is {weight}; give a number above 0")
+        self._counts = _apportion(np.array([weight for _, weight in sources]))
+        for (prefix, weight), count in zip(sources, self._counts, strict=True):
+            if count == 0:
+                raise DataError(f"{key}: the weight {weight} of {prefix} is below 1/{BLEND_PERIOD} of all; raise it")
+        source = np.repeat(np.arange(len(sources)), self._counts)
+        rank = np.concatenate([np.arange(count) for count in self._counts])
+        order = np.argsort((rank + 0.5) / self._counts[source], kind="stable")
+        self._source_at, self._rank_at = source[order], rank[order]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(position of the source, sample index within that source) of the blend's sample `index`."""
+        period, place = divmod(index, BLEND_PERIOD)
+        source = int(self._source_at[place])
+        return source, period * int(self._counts[source]) + int(self._rank_at[place])
+
+
+def _apportion(weights: np.ndarray) -> np.ndarray:
+    """Whole numbers in proportion to `weights` with the sum `BLEND_PERIOD` (largest remainders)."""
+    shares = weights / weights.sum() * BLEND_PERIOD
+    counts = np.floor(shares).astype(np.int64)
+    missing = BLEND_PERIOD - counts.sum()
+    counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The order of `documents` in its stream, where each `ends`, and the order of `samples`."""
+
+    documents: np.ndarray
+    ends: np.ndarray
+    samples: np.ndarray
+
+
+class PackedSource:
+    """One token file: in each epoch its documents are joined in a new order, cut into samples, and these shuffled.
+
+    Sample k of the stream is tokens k * seq_length to (k + 1) * seq_length, the last one included: neighbours share
+    a token, and every token is an input once an epoch, up to the tail. The orders come from the raw bits of
+    PCG64(SeedSequence([*entropy, epoch])), which all NumPy versions agree on (not so `Generator.permutation`).
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        seq_length: int,
+        split: tuple[float, float],
+        entropy: tuple[int, ...],
+        vocab_size: int | None,
+        key: str,
+    ) -> None:
+        files = check_files(prefix, key=key)
+        if vocab_size is not None and files.vocab_size is not None and files.vocab_size > vocab_size:
+            raise DataError(
+                f"{key}: {prefix} has a vocabulary of {files.vocab_size}, the model {vocab_size}; "
+                "raise the model's or tokenize with a smaller one"
+            )
+        self.seq_length = seq_length
+        self._prefix, self._key, self._entropy, self._vocab_size = prefix, key, entropy, vocab_size
+        self._tokens = open_indexed(prefix)
+        first, last = (round(fraction * files.num_documents) for fraction in split)
+        self._first_sequences, self._lengths = _documents(self._tokens, first, last)
+        self.num_tokens = int(self._lengths.sum())
+        self.samples_per_epoch = (self.num_tokens - 1) // seq_length
+        if self.samples_per_epoch < 1:
+            raise DataError(
+                f"{key}: {prefix} has {self.num_tokens} tokens in {last - first} documents of the split {split}, "
+                f"one sample needs {seq_length + 1}; lower data.seq_length or add text"
+            )
+        self._epochs: dict[int, _Epoch] = {}
+
+    def sample(self, index: int) -> np.ndarray:
+        """int64 [seq_length + 1], sample `index` of this source. Raises: DataError on an id outside the vocabulary."""
+        epoch_index, place = divmod(index, self.samples_per_epoch)
+        epoch = self._epoch(epoch_index)
+        tokens = self._read(epoch, int(epoch.samples[place]) * self.seq_length, self.seq_length + 1)
+        if self._vocab_size is not None and tokens.max() >= self._vocab_size:
+            raise DataError(
+                f"{self._key}: {self._prefix} has the token id {tokens.max()}, the model a vocabulary of "
+                f"{self._vocab_size}; tokenize again with the model's tokenizer"
+            )
+        return tokens
+
+    def _read(self, epoch: _Epoch, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of the epoch's stream, which may cross documents."""
+        tokens = np.empty(count, dtype=np.int64)
+        place = int(np.searchsorted(epoch.ends, start, side="right"))
+        filled = 0
+        while filled < count:
+            document = epoch.documents[place]
+            length = int(self._lengths[document])
+            offset = start + filled - (int(epoch.ends[place]) - length)
+            taken = min(length - offset, count - filled)
+            first_sequence = int(self._first_sequences[document])
+            # A document's sequences lie one after the other, so reading on past the first is reading the next.
+            tokens[filled : filled + taken] = self._tokens.get(first_sequence, offset, taken)
+            filled += taken
+            place += 1
+        return tokens
+
+    def _epoch(self, epoch_index: int) -> _Epoch:
+        if epoch_index not in self._epochs:
+            if len(self._epochs) == _EPOCHS_KEPT:
+                del self._epochs[next(iter(self._epochs))]
+            bits = np.random.PCG64(np.random.SeedSequence([*self._entropy, epoch_index]))
+            documents = _shuffled(len(self._lengths), bits)
+            samples = _shuffled(self.samples_per_epoch, bits)
+            self._epochs[epoch_index] = _Epoch(documents, np.cumsum(self._lengths[documents]), samples)
+        return self._epochs[epoch_index]
+
+
+def _documents(tokens: IndexedDataset, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first sequence, number of tokens) of each document in [first, last) that has tokens."""
+    bounds = tokens.document_indices[first : last + 1]
+    sequence_ends = np.cumsum(tokens.sequence_lengths, dtype=np.int64)
+    lengths = np.diff(np.where(bounds > 0, sequence_ends[bounds - 1], 0))
+    return bounds[:-1][lengths > 0], lengths[lengths > 0]
+
+
+def _shuffled(count: int, bits: np.random.PCG64) -> np.ndarray:
+    return np.argsort(bits.random_raw(count), kind="stable")

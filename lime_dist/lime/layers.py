@@ -1,0 +1,174 @@
+"""The decoder layer: RMSNorm, RoPE, grouped-query attention over routed keys and values, SwiGLU.
+
+LLaMA's layer, save that the keys and values of a layer with a router are read from the depth memory
+(arXiv 2502.09245v2, section 3). Written against `Parts`; knows no process group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lime_dist.config import ModelConfig
+from lime_dist.lime.memory import DepthMemory
+from lime_dist.lime.parts import Parts
+
+
+class KeyValueCache:
+    """Routed, rotated keys and values of the tokens so far, one pair a layer: the size of LLaMA's cache."""
+
+    def __init__(self) -> None:
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return next(iter(self.kv.values()))[0].shape[2] if self.kv else 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [batch, heads, new tokens, head_dim]; returns all so far."""
+        if layer in self.kv:
+            keys = torch.cat((self.kv[layer][0], keys), dim=2)
+            values = torch.cat((self.kv[layer][1], values), dim=2)
+        self.kv[layer] = (keys, values)
+        return keys, values
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One microbatch on its way through the layers of a stage."""
+
+    batch_size: int
+    seq_length: int  # new tokens of each sequence
+    cos: Tensor  # [seq_length, head_dim]
+    sin: Tensor
+    memory: DepthMemory
+    cache: KeyValueCache | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch_size * self.seq_length
+
+    def to_sequences(self, heads: Tensor) -> Tensor:
+        """[heads, rows, head_dim], rows padded past the tokens -> [batch, heads, seq, head_dim]."""
+        heads = heads[:, : self.num_tokens]
+        return heads.unflatten(1, (self.batch_size, self.seq_length)).transpose(0, 1)
+
+
+def rope_tables(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, head_dim] of positions start.., in rotate-half form (RoFormer; LLaMA's convention), fp32."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(start, start + length, dtype=torch.float32, device=device), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to [..., seq, head_dim]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float, parts: Parts):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=parts.dtype, device=parts.device))
+        self.eps, self._parts = eps, parts
+
+    def forward(self, residual: Tensor) -> Tensor:
+        return F.rms_norm(residual, self.weight.shape, self._parts.for_residual(self.weight), self.eps)
+
+
+class Router(nn.Module):
+    """R of one layer: [H_kv (reader head), sources (own layer last), H_kv (source head)]; static, signed, unnormalised."""
+
+    def __init__(self, num_kv_heads: int, sources: tuple[int, ...], parts: Parts):
+        super().__init__()
+        shape = (num_kv_heads, len(sources), num_kv_heads)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=parts.dtype, device=parts.device))
+        self.sources, self._parts = sources, parts
+
+    def forward(self, memory: DepthMemory, token: Tensor) -> Tensor:
+        """The routed entry, flat: [H_kv, 2 * tokens * head_dim]."""
+        return memory.read(self._parts.for_tokens(self.weight), self.sources, token)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose keys and values come through the layer's router."""
+
+    def __init__(self, model: ModelConfig, layer: int, sources: tuple[int, ...], in_memory: bool, parts: Parts):
+        super().__init__()
+        self.layer, self.head_dim, self._parts = layer, model.head_dim, parts
+        self.query_heads, self.kv_heads = model.num_heads // parts.tp_size, model.kv_heads // parts.tp_size
+        self.in_memory = in_memory
+        self.qkv_proj = parts.column_linear(
+            model.hidden_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim
+        )
+        self.lime_router = Router(model.kv_heads, sources, parts) if len(sources) > 1 else None
+        self.o_proj = parts.row_linear(model.num_heads * model.head_dim, model.hidden_size)
+
+    def forward(self, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """Residual [rows, hidden] and the depth memory's token -> the same."""
+        heads = self.qkv_proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+        queries, kv = heads[: self.query_heads], heads[self.query_heads :].unflatten(0, (2, self.kv_heads))
+        kv, token = self._through_depth(kv.transpose(0, 1), token, run)
+        cos, sin = run.cos, run.sin
+        queries = rotate(run.to_sequences(queries), cos, sin)
+        keys, values = rotate(run.to_sequences(kv[:, 0]), cos, sin), run.to_sequences(kv[:, 1])
+        if run.cache is not None:
+            keys, values = run.cache.extend(self.layer, keys, values)
+        mixed = _attend(queries, keys, values)
+        mixed = mixed.permute(0, 2, 1, 3).reshape(run.num_tokens, -1)
+        padding = heads.shape[1] - run.num_tokens  # rows that fill up the tensor group's last share
+        return self.o_proj(F.pad(mixed, (0, 0, 0, padding)) if padding else mixed), token
+
+    def _through_depth(self, kv: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """Leave this layer's raw keys and values [H_kv, 2, tokens, head_dim] as its entry and read the mix of all."""
+        if not self.in_memory:
+            return kv, token
+        entry = self._parts.heads_to_tokens(kv)
+        token = run.memory.write(self.layer, entry, token)
+        if self.lime_router is None:
+            return kv, token
+        routed = self.lime_router(run.memory, token)
+        return self._parts.tokens_to_heads(routed.view(entry.shape)), token
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the last `queries` of the sequence over all keys; [batch, heads, tokens, head_dim]."""
+    grouped = queries.shape[1] != keys.shape[1]
+    new, seen = queries.shape[2], keys.shape[2]
+    if new == seen:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+    mask = torch.ones(new, seen, dtype=torch.bool, device=queries.device).tril(seen - new)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, model: ModelConfig, parts: Parts):
+        super().__init__()
+        self.gate_up_proj = parts.column_linear(model.hidden_size, 2 * model.intermediate_size)
+        self.down_proj = parts.row_linear(model.intermediate_size, model.hidden_size)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, model: ModelConfig, layer: int, sources: tuple[int, ...], in_memory: bool, parts: Parts):
+        super().__init__()
+        self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
+        self.self_attn = Attention(model, layer, sources, in_memory, parts)
+        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
+        self.mlp = MLP(model, parts)
+
+    def forward(self, residual: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        mixed, token = self.self_attn(self.input_layernorm(residual), token, run)
+        residual = residual + mixed
+        return residual + self.mlp(self.post_attention_layernorm(residual)), token

@@ -1,0 +1,144 @@
+"""One stage of the model; the whole model is the stage that holds every layer.
+
+`LimeStage` over `PlainParts` and all layers is the single-process model that everything distributed is
+compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lime_dist.config import ModelConfig
+from lime_dist.depth.pattern import Pattern
+from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, rope_tables
+from lime_dist.lime.memory import DepthMemory
+from lime_dist.lime.parameters import ParameterSpec, plan_parameters
+from lime_dist.lime.parts import Parts, PlainParts
+
+
+class LimeStage(nn.Module):
+    """Layers `layers` of the model, with the embedding before the first and the head after the last.
+
+    received: layers whose entries come from the stage before, ascending.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        pattern: Pattern,
+        layers: range,
+        parts: Parts,
+        *,
+        received: tuple[int, ...] = (),
+        recompute: bool = False,
+    ):
+        super().__init__()
+        self.config, self.pattern, self.stage_layers, self.received = model, pattern, layers, received
+        self._parts, self._recompute = parts, recompute
+        self.dtype, self.device = parts.dtype, parts.device
+        self.is_first_stage, self.is_last_stage = layers.start == 0, layers.stop == model.num_layers
+        self.memory_layers = (*received, *(layer for layer in layers if _is_entry(pattern, layer)))
+        self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first_stage else None
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): DecoderLayer(model, layer, pattern.sources[layer], layer in self.memory_layers, parts)
+                for layer in layers
+            }
+        )
+        if self.is_last_stage:
+            self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
+            tied = self.embed_tokens.weight if model.tie_embeddings and self.is_first_stage else None
+            self.lm_head = parts.head(model.hidden_size, model.vocab_size, tied)
+
+    def parameter_specs(self) -> tuple[ParameterSpec, ...]:
+        """What each parameter of this stage is in terms of logical tensors."""
+        return plan_parameters(
+            self.config,
+            self.pattern,
+            self.stage_layers,
+            tp=self._parts.tp_size,
+            tp_rank=self._parts.tp_rank,
+            vocab_rows=self._parts.vocab_rows(self.config.vocab_size),
+        )
+
+    def rows(self, num_tokens: int) -> int:
+        """Rows of the microbatch, padded so that every tensor rank has as many."""
+        tp = self._parts.tp_size
+        return (num_tokens + tp - 1) // tp * tp
+
+    def new_memory(self, num_tokens: int) -> DepthMemory:
+        """An empty depth memory for one microbatch of `num_tokens` tokens."""
+        row_size = 2 * self.rows(num_tokens) // self._parts.tp_size * self.config.head_dim
+        return DepthMemory(
+            self.memory_layers, self.config.kv_heads, row_size, dtype=self.dtype, device=self.device
+        )
+
+    def forward(
+        self,
+        inputs: Tensor,
+        batch_size: int,
+        seq_length: int,
+        memory: DepthMemory,
+        targets: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry one microbatch through the stage's layers.
+
+        inputs: token ids [batch, seq] on the first stage, the residual stream elsewhere.
+        memory: from `new_memory`, the slots of `received` filled.
+        Returns the residual stream, or on the last stage with `targets` [batch, seq] the loss, and the
+        memory's last token: both to be differentiated in one joint backward. Collective: tp group.
+        """
+        start = cache.length if cache is not None else 0
+        cos, sin = rope_tables(start, seq_length, self.config.head_dim, self.config.rope_theta, self.device)
+        run = Pass(batch_size, seq_length, cos.to(self.dtype), sin.to(self.dtype), memory, cache)
+        residual = self.embed_tokens(self._padded(inputs.flatten())) if self.is_first_stage else inputs
+        token = memory.start()
+        for layer in self.layers.values():
+            if self._recompute and torch.is_grad_enabled():
+                residual, token = checkpoint(layer, residual, token, run, use_reentrant=False, preserve_rng_state=False)
+            else:
+                residual, token = layer(residual, token, run)
+        if targets is not None and self.is_last_stage:
+            return self._loss(residual, targets), token
+        return residual, token
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """[tokens, padded vocabulary / tp], rows past the tokens included. Last stage only."""
+        return self.lm_head(self.norm(residual))
+
+    def _loss(self, residual: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy over the microbatch's tokens."""
+        losses = self._parts.cross_entropy(self.logits(residual), self._padded(targets.flatten()))
+        return losses[: targets.numel()].mean()
+
+    def _padded(self, ids: Tensor) -> Tensor:
+        missing = self.rows(ids.numel()) - ids.numel()
+        return nn.functional.pad(ids, (0, missing)) if missing else ids
+
+
+def _is_entry(pattern: Pattern, layer: int) -> bool:
+    """Whether some router reads the entry of `layer`: its own, or a later layer's."""
+    return pattern.has_router(layer) or pattern.last_reader(layer) > layer
+
+
+def plain_model(
+    model: ModelConfig, pattern: Pattern, parts: PlainParts | None = None, *, recompute: bool = False
+) -> LimeStage:
+    """The whole model on one device."""
+    return LimeStage(model, pattern, range(model.num_layers), parts or PlainParts(), recompute=recompute)
+
+
+def model_logits(model: LimeStage, tokens: Tensor) -> Tensor:
+    """Logits [batch, seq, vocab] of token ids [batch, seq] through the whole model on one device."""
+    residual, _ = model(tokens, *tokens.shape, model.new_memory(tokens.numel()))
+    return model.logits(residual).unflatten(0, tuple(tokens.shape))
+
+
+def model_loss(model: LimeStage, tokens: Tensor) -> Tensor:
+    """Mean next-token cross entropy of [batch, seq + 1] through the whole model on one device."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss, _ = model(inputs, *inputs.shape, model.new_memory(inputs.numel()), targets)
+    return loss

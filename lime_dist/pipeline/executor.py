@@ -1,0 +1,147 @@
+"""Runs one stage's list of actions: receives, computes, sends. Reads the plan and changes nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lime_dist.lime.memory import DepthMemory
+from lime_dist.lime.model import LimeStage
+from lime_dist.pipeline.bundle import StagePlan
+from lime_dist.pipeline.schedule import Action, Kind
+from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
+
+# Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
+Backward = Callable[[list[Tensor], list[Tensor | None]], None]
+
+
+@dataclass
+class _InFlight:
+    """What a microbatch leaves on a stage between its forward and its backward pass."""
+
+    memory: DepthMemory
+    received_residual: Tensor | None
+    output: Tensor  # the residual, or the loss on the last stage
+    token: Tensor
+
+
+class Executor:
+    """One stage's passes over the microbatches of a step.
+
+    call: the stage module, or what wraps it (DeepSpeed's engine under ZeRO 2 and 3).
+    backward: `joint_backward`, or what wraps that.
+    """
+
+    def __init__(
+        self,
+        stage: LimeStage,
+        plan: StagePlan,
+        transport: Transport,
+        residual_share: ResidualShare,
+        *,
+        call: Callable[..., tuple[Tensor, Tensor]],
+        backward: Backward,
+    ):
+        self._stage, self._plan, self._transport, self._share = stage, plan, transport, residual_share
+        self._call, self._backward_roots = call, backward
+        self._in_flight: dict[int, _InFlight] = {}
+        self._incoming: dict[Action, tuple[DepthMemory | None, Incoming]] = {}
+
+    def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor]) -> list[Tensor]:
+        """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
+
+        Gradients of the mean loss over the microbatches are added to the parameters. Returns the loss of
+        each microbatch on the last stage, nothing elsewhere. Collective: pp and tp groups.
+        """
+        losses: list[Tensor] = []
+        self._post_receive(actions[0], microbatches)
+        for position, action in enumerate(actions):
+            if position + 1 < len(actions):
+                self._post_receive(actions[position + 1], microbatches)
+            if action.kind is Kind.FORWARD:
+                losses += self._forward(action, microbatches[action.microbatch_index])
+            else:
+                self._backward(action, len(microbatches))
+        self._transport.flush()
+        return losses
+
+    # ---- receiving, one action ahead of need
+
+    def _post_receive(self, action: Action, microbatches: Sequence[Tensor]) -> None:
+        if action.kind is Kind.FORWARD:
+            memory = self._stage.new_memory(_num_tokens(microbatches[action.microbatch_index]))
+            self._incoming[action] = memory, self._post_bundle(memory)
+        elif not self._plan.is_last_stage:
+            self._incoming[action] = None, self._post_gradients()
+
+    def _post_bundle(self, memory: DepthMemory) -> Incoming:
+        if self._plan.is_first_stage:
+            return Incoming([], [])
+        passed_on, made = (len(part) for part in self._plan.received_parts)
+        entries = memory.values[:passed_on], memory.values[passed_on : passed_on + made]
+        return self._transport.from_previous.receive([*entries, self._residual_buffer()])
+
+    def _post_gradients(self) -> Incoming:
+        shape = self._plan.shape
+        entries = self._buffer(len(self._plan.sent), shape.num_kv_heads, shape.row_size)
+        return self._transport.from_next.receive([self._residual_buffer(), entries])
+
+    def _residual_buffer(self) -> Tensor:
+        return self._buffer(self._plan.shape.rows, self._plan.shape.hidden_size)
+
+    def _buffer(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._stage.dtype, device=self._stage.device)
+
+    # ---- computing
+
+    def _forward(self, action: Action, tokens: Tensor) -> list[Tensor]:
+        memory, incoming = self._incoming.pop(action)
+        received = incoming.wait()
+        residual = None
+        if not self._plan.is_first_stage:
+            residual = self._share.whole(received[-1]).requires_grad_(torch.is_grad_enabled())
+        if not self._plan.is_last_stage:
+            # Cut-through: what only passes by does not wait for this stage's layers.
+            self._transport.to_next.send(memory.select(self._plan.sent_parts[0]))
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        output, token = self._call(inputs if residual is None else residual, *inputs.shape, memory, targets)
+        if torch.is_grad_enabled():
+            self._in_flight[action.microbatch_index] = _InFlight(memory, residual, output, token)
+        if self._plan.is_last_stage:
+            return [output.detach()]
+        self._transport.to_next.send(memory.select(self._plan.sent_parts[1]))
+        self._transport.to_next.send(self._share.share(output))
+        return []
+
+    def _backward(self, action: Action, num_microbatches: int) -> None:
+        held = self._in_flight.pop(action.microbatch_index)
+        if self._plan.is_last_stage:
+            # The last layer reads the memory's last token, so the loss is the only root.
+            self._backward_roots([held.output / num_microbatches], [None])
+        else:
+            self._backward_from_next(held, action)
+        if not self._plan.is_first_stage:
+            self._transport.to_previous.send(self._share.share(held.received_residual.grad))
+            self._transport.to_previous.send(held.memory.select_gradients(self._plan.received))
+
+    def _backward_from_next(self, held: _InFlight, action: Action) -> None:
+        _, incoming = self._incoming.pop(action)
+        residual_share, entries = incoming.wait()
+        held.memory.load_gradients(self._plan.sent, entries)
+        roots, gradients = [held.output], [self._share.whole(residual_share)]
+        if held.token.requires_grad:
+            roots.append(held.token)
+            gradients.append(torch.zeros_like(held.token))
+        self._backward_roots(roots, gradients)
+
+
+def joint_backward(roots: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """One walk over the stage for all its outputs."""
+    torch.autograd.backward(roots, gradients)
+
+
+def _num_tokens(tokens: Tensor) -> int:
+    return tokens.shape[0] * (tokens.shape[1] - 1)

@@ -1,0 +1,120 @@
+"""Moves bundles between neighbouring stages and counts the bytes. Knows no model and no schedule.
+
+Forward, the messages of one microbatch are: entries passed on, entries made by the sender, the residual.
+Backward: the residual's gradient, then the entries' gradients. Each direction has a process group of its
+own and keeps the order of microbatches, so sends and receives pair up without tags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass
+class Incoming:
+    """Buffers being received; usable after `wait`."""
+
+    tensors: list[Tensor]
+    works: list[dist.Work]
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        return self.tensors
+
+
+@dataclass
+class Link:
+    """One direction of one boundary, seen from one end."""
+
+    group: ProcessGroup
+    peer: int  # global rank
+    bytes_sent: int = 0
+    _in_flight: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    def send(self, tensor: Tensor) -> None:
+        """Start sending; the tensor must not be written to until `flush`. Empty tensors do not travel."""
+        if tensor.numel() == 0:
+            return
+        tensor = tensor.detach().contiguous()
+        self._in_flight = [(work, kept) for work, kept in self._in_flight if not work.is_completed()]
+        self._in_flight.append((dist.isend(tensor, self.peer, group=self.group), tensor))
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+
+    def receive(self, tensors: list[Tensor]) -> Incoming:
+        """Start receiving into contiguous `tensors`, in order."""
+        works = [dist.irecv(tensor, self.peer, group=self.group) for tensor in tensors if tensor.numel()]
+        return Incoming(tensors, works)
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        for work, _ in self._in_flight:
+            work.wait()
+        self._in_flight.clear()
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The links of one stage; None where there is no neighbour."""
+
+    from_previous: Link | None
+    to_previous: Link | None
+    from_next: Link | None
+    to_next: Link | None
+
+    @classmethod
+    def connect(cls, forward: ProcessGroup, backward: ProcessGroup) -> Transport:
+        """`forward`, `backward`: two groups over the same pipeline, ranks in stage order."""
+        stage_index, num_stages = dist.get_rank(forward), dist.get_world_size(forward)
+        previous = dist.get_global_rank(forward, stage_index - 1) if stage_index > 0 else None
+        following = dist.get_global_rank(forward, stage_index + 1) if stage_index + 1 < num_stages else None
+        return cls(
+            from_previous=None if previous is None else Link(forward, previous),
+            to_previous=None if previous is None else Link(backward, previous),
+            from_next=None if following is None else Link(backward, following),
+            to_next=None if following is None else Link(forward, following),
+        )
+
+    def flush(self) -> None:
+        for link in (self.to_previous, self.to_next):
+            if link is not None:
+                link.flush()
+
+    def take_bytes_sent(self) -> tuple[int, int]:
+        """Bytes sent (forward, backward) since the last call."""
+        counts = []
+        for link in (self.to_next, self.to_previous):
+            counts.append(link.bytes_sent if link is not None else 0)
+            if link is not None:
+                link.bytes_sent = 0
+        return counts[0], counts[1]
+
+
+class ResidualShare:
+    """This rank's share of a residual that the tensor group holds whole, and the whole from the shares.
+
+    Without sequence parallelism the residual is the same on every tensor rank, so each sends 1/tp of it.
+    """
+
+    def __init__(self, group: ProcessGroup, sequence_parallel: bool):
+        self._group = group
+        self._whole = not sequence_parallel and dist.get_world_size(group) > 1
+
+    def share(self, residual: Tensor) -> Tensor:
+        if not self._whole:
+            return residual
+        return residual.chunk(dist.get_world_size(self._group))[dist.get_rank(self._group)]
+
+    def whole(self, share: Tensor) -> Tensor:
+        """Collective: tp group."""
+        if not self._whole:
+            return share
+        rows = share.shape[0] * dist.get_world_size(self._group)
+        residual = torch.empty(rows, *share.shape[1:], dtype=share.dtype, device=share.device)
+        dist.all_gather_into_tensor(residual, share, group=self._group)
+        return residual

@@ -1,0 +1,130 @@
+"""Token files: what the headers say, what is refused, and that nothing half-written is left behind."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lime_dist.data.indexed import IndexedWriter, check_files, open_indexed
+from lime_dist.errors import DataError
+
+DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+NUM_TOKENS = 9
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    with IndexedWriter(tmp_path / "t", vocab_size=10) as writer:
+        for tokens in DOCUMENTS:
+            writer.add_document(np.array(tokens))
+        writer.commit({"vocab_size": 10, "tokens": NUM_TOKENS})
+    return str(tmp_path / "t")
+
+
+def test_facts_of_whole_files(prefix: str) -> None:
+    files = check_files(prefix)
+    assert (files.num_documents, files.num_sequences, files.num_tokens, files.vocab_size) == (3, 3, NUM_TOKENS, 10)
+    assert files.dtype == np.uint16
+    assert [list(tokens) for tokens in open_indexed(prefix)[:]] == DOCUMENTS
+
+
+def test_a_large_vocabulary_takes_wider_ids(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "t", vocab_size=100_000) as writer:
+        writer.add_document(np.array([99_999]))
+        writer.commit({"vocab_size": 100_000, "tokens": 1})
+    assert check_files(str(tmp_path / "t")).dtype == np.int32
+    assert open_indexed(str(tmp_path / "t"))[0].tolist() == [99_999]
+
+
+def test_files_of_megatrons_own_tools_have_no_meta(prefix: str) -> None:
+    Path(f"{prefix}.meta.json").unlink()
+    assert check_files(prefix).vocab_size is None
+
+
+def rewrite(path: Path, *, at: int, data: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[at : at + len(data)] = data
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kept"), [("bin", -1), ("bin", 0), ("idx", -1), ("idx", 34), ("idx", 20), ("idx", 0)]
+)
+def test_a_file_cut_short_is_named(prefix: str, suffix: str, kept: int) -> None:
+    path = Path(f"{prefix}.{suffix}")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=rf"^data\.train: .*t\.{suffix} .*; run lime-dist data tokenize again$"):
+        check_files(prefix)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_file_too_long_or_missing_is_named(prefix: str, suffix: str) -> None:
+    path = Path(f"{prefix}.{suffix}")
+    with path.open("ab") as stream:
+        stream.write(b"\0\0")
+    with pytest.raises(DataError, match=rf"t\.{suffix} has \d+ bytes"):
+        check_files(prefix)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"^data\.valid: .*t\.{suffix} does not exist; make it with lime-dist data"):
+        check_files(prefix, key="data.valid")
+
+
+@pytest.mark.parametrize(
+    ("at", "data", "said"),
+    [
+        (0, b"PK", "not a Megatron .idx file"),
+        (9, struct.pack("<Q", 2), "has version 2"),
+        (17, b"\x07", "dtype code 7"),
+        (17, b"\x63", "dtype code 99"),
+        (17, b"\x04", r"t\.bin has 18 bytes, its \.idx says \d+"),
+        (-8, struct.pack("<q", 2), "contradicts itself"),
+    ],
+)
+def test_another_header_is_refused(prefix: str, at: int, data: bytes, said: str) -> None:
+    path = Path(f"{prefix}.idx")
+    rewrite(path, at=at % path.stat().st_size, data=data)
+    with pytest.raises(DataError, match=said):
+        check_files(prefix)
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"), [("{", "does not state"), ('{"vocab_size": 1}', "does not state"), (None, "is of 8 tokens")]
+)
+def test_a_meta_file_of_other_tokens_is_refused(prefix: str, meta: str | None, said: str) -> None:
+    Path(f"{prefix}.meta.json").write_text(meta or json.dumps({"vocab_size": 10, "tokens": 8}))
+    with pytest.raises(DataError, match=said):
+        check_files(prefix)
+
+
+def test_nothing_is_left_of_an_unfinished_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "t", vocab_size=10) as writer:
+        writer.add_document(np.array([1, 2]))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_replaces_only_when_whole(prefix: str) -> None:
+    with pytest.raises(DataError, match=r"--out: .*t\.bin exists.*--overwrite"):
+        IndexedWriter(Path(prefix), vocab_size=10)
+    with IndexedWriter(Path(prefix), vocab_size=10, overwrite=True) as writer:
+        writer.add_document(np.array([1]))
+    assert check_files(prefix).num_tokens == NUM_TOKENS
+    with IndexedWriter(Path(prefix), vocab_size=10, overwrite=True) as writer:
+        writer.add_document(np.array([1]))
+        writer.commit({"vocab_size": 10, "tokens": 1})
+    assert check_files(prefix).num_tokens == 1
+
+
+def test_checking_imports_no_framework(prefix: str) -> None:
+    code = (
+        "import sys; from lime_dist.data.indexed import check_files; check_files(sys.argv[1]);"
+        "sys.exit(' '.join({'torch', 'megatron'} & set(sys.modules)) or None)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, prefix], capture_output=True, text=True)
+    assert (result.returncode, result.stderr.strip()) == (0, ""), result.stderr
