@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -83,14 +84,19 @@ def _rank_main(function: Callable[..., Any], args: tuple, environment: dict[str,
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environment["WORLD_SIZE"])))
     try:
-        sender.send(("result", function(*args)))
+        _send(sender, "result", function(*args))
     except LimeDistError as error:
-        sender.send(("user error", error))
+        _send(sender, "user error", error)
         _leave(2)
     except BaseException as error:
-        sender.send(("error", (f"{type(error).__name__}: {error}", traceback.format_exc())))
+        _send(sender, "error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
         _leave(1)
     _leave(0)
+
+
+def _send(sender: Connection, kind: str, value: Any) -> None:
+    # Plain pickle: what torch makes multiprocessing use shares memory with a process that is about to end.
+    sender.send_bytes(pickle.dumps((kind, value)))
 
 
 def _leave(code: int) -> None:
@@ -124,7 +130,7 @@ def _collect(pipes: list[Connection], processes: list, timeout: timedelta | None
 
 def _receive(pipe: Connection, rank: int, process: Any) -> Any:
     try:
-        kind, value = pipe.recv()
+        kind, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
         raise RankFailed(rank, _exit_reason(process.exitcode)) from None

@@ -7,7 +7,6 @@ gradients as they come.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +24,10 @@ from lime_dist.lime.weights import specified_parameters
 from lime_dist.optim import build_optimizer, set_lr
 from lime_dist.pipeline.executor import joint_backward
 
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # Else the first start on a CPU compiles a shared-memory all-reduce, which needs a compiler and half a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": config.data.global_batch_size // config.layout.dp,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
+        "managed_gradient_accumulation": config.zero_stage >= 2,  # below, passes do not go through the engine
         # Without ZeRO the engine does not tell the norm, so it is taken, and clipped by, here.
         "gradient_clipping": config.optim.max_grad_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.run.dtype == "bf16"},
@@ -58,6 +58,7 @@ class ZeroOptimizer:
 
     def __init__(self, stage: LimeStage, config: Config, groups: Groups):
         self._stage, self._config, self._groups = stage, config, groups
+        self.zero_stage, self.dp_rank, self.device = config.zero_stage, groups.coordinate.dp_rank, stage.device
         self._through_engine = config.zero_stage >= 2
         self._placeholder = _router_placeholder(stage, config)
         _mark_for_norm(stage, groups.coordinate.tp_rank)
@@ -68,10 +69,34 @@ class ZeroOptimizer:
             mpu=DeepSpeedMpu(groups),
             dist_init_required=False,
         )
+        self._create_moments()
+        self._microbatches_done = 0
         self._fp32_sums: dict[nn.Parameter, Tensor] = {}
         if config.run.dtype == "bf16" and not self._through_engine:
             for parameter in stage.parameters():
                 parameter.register_post_accumulate_grad_hook(self._add_in_fp32)
+
+    @property
+    def torch_optimizer(self) -> torch.optim.AdamW:
+        """AdamW itself, inside whatever DeepSpeed put around it."""
+        wrapped = self.engine.optimizer
+        return wrapped if isinstance(wrapped, torch.optim.Optimizer) else wrapped.optimizer
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors that AdamW updates: parameters, or this replica's flat shares of them."""
+        if self.zero_stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [tensor for group in self.torch_optimizer.param_groups for tensor in group["params"]]
+
+    def _create_moments(self) -> None:
+        # What AdamW does in its first update. DeepSpeed links moments to parameters after the first group's
+        # first update, when those of the other groups do not exist yet, so they are made before.
+        for master in self.masters:
+            moments = {kind: torch.zeros_like(master.data) for kind in MOMENTS}
+            self.torch_optimizer.state[master] = {"step": torch.tensor(0.0), **moments}
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def call(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -79,10 +104,13 @@ class ZeroOptimizer:
         return self.engine if self._through_engine else self._stage
 
     def backward(self, roots: list[Tensor], gradients: list[Tensor | None]) -> None:
-        if self._through_engine:
-            self.engine.backward(roots[0])
-        else:
+        if not self._through_engine:
             joint_backward(roots, gradients)
+            return
+        self._microbatches_done += 1
+        is_last = self._microbatches_done == self._config.pipeline.num_microbatches
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(roots[0])
 
     def _add_in_fp32(self, parameter: nn.Parameter) -> None:
         """Microbatches are summed in fp32: in bf16 a sum of many loses the small ones."""
@@ -94,6 +122,7 @@ class ZeroOptimizer:
 
     def finish_gradients(self) -> None:
         """Complete this replica's gradients after its last microbatch: the tied embedding is summed over both ends."""
+        self._microbatches_done = 0
         for parameter, gradient in self._fp32_sums.items():
             parameter.grad = gradient.to(parameter.dtype)
         self._fp32_sums.clear()
@@ -114,7 +143,7 @@ class ZeroOptimizer:
     def step(self, lr_factor: float) -> float:
         """Update the weights; returns the gradient's norm over the whole model, before clipping."""
         set_lr(self.engine.optimizer, lr_factor)
-        if self._config.zero_stage == 0:
+        if self.zero_stage == 0:
             return self._step_replicated()
         self.engine.step()
         return float(self.engine.get_global_grad_norm())

@@ -57,11 +57,10 @@ def create_groups(layout: Layout, device: torch.device, timeout: timedelta) -> G
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
     )
-    coordinate = layout.coordinate(dist.get_rank())
     forward, backward = (_pipeline_group(layout, timeout) for _ in range(2))
     return Groups(
         layout=layout,
-        coordinate=coordinate,
+        coordinate=layout.coordinate(dist.get_rank()),
         tp=parallel_state.get_tensor_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         pp_forward=forward,
@@ -111,8 +110,8 @@ class DeepSpeedMpu:
 
 
 class _Column(ColumnParallelLinear):
-    def forward(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        return super().forward(rows, weight)[0]
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows)[0]
 
 
 class _Row(RowParallelLinear):
@@ -133,12 +132,13 @@ class _Head(_Column):
 
     def __init__(self, hidden_size: int, vocab_size: int, rows: int, tied: nn.Parameter | None, **kwargs):
         super().__init__(hidden_size, rows, skip_weight_param_allocation=tied is not None, **kwargs)
-        self._tied = (tied,)  # in a tuple: not registered a second time
+        if tied is not None:
+            self.weight = tied
         local_rows = rows // self.tp_group.size()
         self._real_columns = max(0, min(local_rows, vocab_size - self.tp_group.rank() * local_rows))
 
     def forward(self, rows: Tensor) -> Tensor:
-        logits = super().forward(rows, self._tied[0])
+        logits = super().forward(rows)
         logits[:, self._real_columns :] = float("-inf")
         return logits
 

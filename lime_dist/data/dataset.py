@@ -9,16 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lime_dist.data.indexed import check_files, open_indexed
+from lime_dist.data.indexed import check_files, open_tokens, read_document_bounds
 from lime_dist.errors import DataError
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 # Blend weights are rounded to multiples of one part in this many, which is also the period of the blend.
 BLEND_PERIOD = 100_000
@@ -31,7 +27,7 @@ class TokenSamples:
     A source is a prefix of token files and its weight, relative to the other weights. `split` is the range
     of every source's documents that is used, in file order and as fractions: (0.0, 0.98) and (0.98, 1.0) share none.
     `vocab_size`, where given, is the model's: files and samples with larger ids are refused. `key` is
-    the configuration key that errors name.
+    the configuration key that errors name; `seed` is 0 or more.
 
     Raises: DataError for files that are not whole, do not fit the vocabulary or hold less than one sample.
     """
@@ -49,7 +45,6 @@ class TokenSamples:
         if not 0 <= split[0] < split[1] <= 1:
             raise DataError(f"{key}: the split {split} is not a range within 0 and 1; give two ascending fractions")
         self._blend = Blend(sources, key=key)
-        self._vocab_size = vocab_size
         self._sources = [
             PackedSource(
                 prefix,
@@ -163,10 +158,11 @@ class PackedSource:
             )
         self.seq_length = seq_length
         self._prefix, self._key, self._entropy, self._vocab_size = prefix, key, entropy, vocab_size
-        self._tokens = open_indexed(prefix)
+        self._tokens = open_tokens(files)
         first, last = (round(fraction * files.num_documents) for fraction in split)
-        self._first_sequences, self._lengths = _documents(self._tokens, first, last)
-        self.num_tokens = int(self._lengths.sum())
+        bounds = read_document_bounds(files, key=key)[first : last + 1]
+        self._starts, self._lengths = bounds[:-1], np.diff(bounds)
+        self.num_tokens = int(bounds[-1] - bounds[0])
         self.samples_per_epoch = (self.num_tokens - 1) // seq_length
         if self.samples_per_epoch < 1:
             raise DataError(
@@ -194,12 +190,10 @@ class PackedSource:
         filled = 0
         while filled < count:
             document = epoch.documents[place]
-            length = int(self._lengths[document])
-            offset = start + filled - (int(epoch.ends[place]) - length)
-            taken = min(length - offset, count - filled)
-            first_sequence = int(self._first_sequences[document])
-            # A document's sequences lie one after the other, so reading on past the first is reading the next.
-            tokens[filled : filled + taken] = self._tokens.get(first_sequence, offset, taken)
+            left = int(epoch.ends[place]) - start - filled
+            stop = int(self._starts[document] + self._lengths[document])
+            taken = min(left, count - filled)
+            tokens[filled : filled + taken] = self._tokens[stop - left : stop - left + taken]
             filled += taken
             place += 1
         return tokens
@@ -213,14 +207,6 @@ class PackedSource:
             samples = _shuffled(self.samples_per_epoch, bits)
             self._epochs[epoch_index] = _Epoch(documents, np.cumsum(self._lengths[documents]), samples)
         return self._epochs[epoch_index]
-
-
-def _documents(tokens: IndexedDataset, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first sequence, number of tokens) of each document in [first, last) that has tokens."""
-    bounds = tokens.document_indices[first : last + 1]
-    sequence_ends = np.cumsum(tokens.sequence_lengths, dtype=np.int64)
-    lengths = np.diff(np.where(bounds > 0, sequence_ends[bounds - 1], 0))
-    return bounds[:-1][lengths > 0], lengths[lengths > 0]
 
 
 def _shuffled(count: int, bits: np.random.PCG64) -> np.ndarray:

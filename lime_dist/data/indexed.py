@@ -1,26 +1,25 @@
 """Token files in the format of Megatron's IndexedDataset: `PREFIX.bin` and `PREFIX.idx`, with our `PREFIX.meta.json`.
 
-`check_files` reads the headers itself, so that a login node can check a run without torch; writing and
-reading of tokens go through megatron-core. Files made by Megatron's own tools work too; they lack the meta file.
+Writing goes through megatron-core. Reading needs NumPy alone: a login node checks a run without torch, and arrays
+stay valid for as long as they are held (megatron's reader unmaps the file under the arrays that it gave out).
+Files made by Megatron's own tools work too; they lack the meta file.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lime_dist.data.files import partial_path, prepare_outputs
 from lime_dist.errors import DataError
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -53,6 +52,8 @@ def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
     for path in (idx_path, bin_path):
         if not path.is_file():
             raise DataError(f"{key}: {path} does not exist; make it with lime-dist data tokenize or correct the path")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{key}: {path} may not be read; change its permissions")
     with idx_path.open("rb") as stream:
         dtype, num_sequences, num_documents, token_bytes = _read_index(stream, idx_path, key)
     bin_bytes = bin_path.stat().st_size
@@ -71,9 +72,26 @@ def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
     )
 
 
-def open_indexed(prefix: str) -> IndexedDataset:
-    """The memory-mapped tokens; run `check_files` first."""
-    return _megatron().IndexedDataset(prefix)
+def open_tokens(files: TokenFiles) -> np.ndarray:
+    """The token ids of all documents, one after the other: [num_tokens], of the stored dtype, memory-mapped."""
+    return np.memmap(_paths(files.prefix)[0], dtype=files.dtype, mode="r")
+
+
+def read_document_bounds(files: TokenFiles, *, key: str = "data.train") -> np.ndarray:
+    """int64 [num_documents + 1]: document i is tokens bounds[i] to bounds[i + 1], that one not included.
+
+    Raises: DataError when the index does not cover the tokens in order.
+    """
+    idx_path = _paths(files.prefix)[1]
+    # A document is one or more sequences; the index has each sequence's length and each document's first sequence.
+    lengths = np.fromfile(idx_path, np.int32, files.num_sequences, offset=_HEADER.size)
+    bounds_at = _HEADER.size + (_LENGTH_BYTES + _POINTER_BYTES) * files.num_sequences
+    sequence_bounds = np.fromfile(idx_path, np.int64, files.num_documents + 1, offset=bounds_at)
+    token_bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    in_order = (lengths >= 0).all() and sequence_bounds[0] == 0 and (np.diff(sequence_bounds) >= 0).all()
+    if not in_order or token_bounds[-1] != files.num_tokens:
+        raise DataError(f"{key}: {idx_path} contradicts itself; {_AGAIN}")
+    return token_bounds[sequence_bounds]
 
 
 class IndexedWriter:

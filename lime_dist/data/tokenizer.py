@@ -18,6 +18,8 @@ from lime_dist.errors import DataError
 
 # SentencePiece drops sentences longer than 4,192 bytes; a character has at most four.
 _MAX_SENTENCE_CHARACTERS = 1000
+# SentencePiece refuses to sample less.
+_MIN_LINES = 101
 _ERRORS_ONLY = 2
 _SAMPLING_SEED = 0
 
@@ -56,11 +58,14 @@ def train_tokenizer(
     """
     model_path = prefix.with_name(f"{prefix.name}.model")
     prepare_outputs([model_path], overwrite=overwrite)
+    if max_lines < _MIN_LINES:
+        raise DataError(f"--max-lines {max_lines} is too few; at least {_MIN_LINES}")
     model = io.BytesIO()
+    failures: list[DataError] = []
     set_random_generator_seed(_SAMPLING_SEED)
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_sentences(read_documents(inputs, text_format)),
+            sentence_iterator=_sentences(read_documents(inputs, text_format), failures),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -79,21 +84,27 @@ def train_tokenizer(
             minloglevel=_ERRORS_ONLY,
         )
     except RuntimeError as error:
-        raise _explained(str(error), vocab_size) or error from None
+        raise failures[0] if failures else _explained(error, vocab_size) from None
     with written_whole(model_path) as partial:
         partial.write_bytes(model.getvalue())
     return model_path
 
 
-def _sentences(documents: Iterable[str]) -> Iterator[str]:
-    for document in documents:
-        for line in document.splitlines():
-            for start in range(0, len(line), _MAX_SENTENCE_CHARACTERS):
-                yield line[start : start + _MAX_SENTENCE_CHARACTERS]
+def _sentences(documents: Iterable[str], failures: list[DataError]) -> Iterator[str]:
+    """The lines of the documents, long ones in parts. Keeps what is raised, which SentencePiece turns into a text."""
+    try:
+        for document in documents:
+            for line in document.splitlines():
+                for start in range(0, len(line), _MAX_SENTENCE_CHARACTERS):
+                    yield line[start : start + _MAX_SENTENCE_CHARACTERS]
+    except DataError as error:
+        failures.append(error)
+        raise
 
 
-def _explained(message: str, vocab_size: int) -> DataError | None:
-    """The mend for those failures of SentencePiece that come from the text or the flags."""
+def _explained(error: RuntimeError, vocab_size: int) -> Exception:
+    """A failure of SentencePiece with its mend where it comes from the text or the flags, and as it is otherwise."""
+    message = str(error)
     if match := re.search(r"Vocabulary size too high .*<= (\d+)", message):
         return DataError(f"--vocab-size {vocab_size} is too large for this text; at most {match[1]}, or add text")
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
@@ -103,4 +114,4 @@ def _explained(message: str, vocab_size: int) -> DataError | None:
         )
     if "sentences_.empty()" in message:
         return DataError("--input: the files hold no text; check --field and the paths")
-    return None
+    return error

@@ -27,6 +27,10 @@ class Pattern:
         """A layer that reads nothing but itself keeps its own keys and values and has no router."""
         return len(self.sources[layer]) > 1
 
+    def is_entry(self, layer: int) -> bool:
+        """Whether some router reads what `layer` leaves: its own, or a later layer's."""
+        return self.has_router(layer) or self.last_reader(layer) > layer
+
     def last_reader(self, source: int) -> int:
         """The last layer that reads the entry of `source` (at least `source` itself)."""
         return max(reader for reader, read in enumerate(self.sources) if source in read)

@@ -39,7 +39,7 @@ class LimeStage(nn.Module):
         self._parts, self._recompute = parts, recompute
         self.dtype, self.device = parts.dtype, parts.device
         self.is_first_stage, self.is_last_stage = layers.start == 0, layers.stop == model.num_layers
-        self.memory_layers = (*received, *(layer for layer in layers if _is_entry(pattern, layer)))
+        self.memory_layers = (*received, *filter(pattern.is_entry, layers))
         self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first_stage else None
         self.layers = nn.ModuleDict(
             {
@@ -109,6 +109,10 @@ class LimeStage(nn.Module):
         """[tokens, padded vocabulary / tp], rows past the tokens included. Last stage only."""
         return self.lm_head(self.norm(residual))
 
+    def whole_logits(self, residual: Tensor) -> Tensor:
+        """[tokens, vocab_size], rows past the tokens included. Last stage only. Collective: tp group."""
+        return self._parts.gather_logits(self.logits(residual), self.config.vocab_size)
+
     def _loss(self, residual: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy over the microbatch's tokens."""
         losses = self._parts.cross_entropy(self.logits(residual), self._padded(targets.flatten()))
@@ -117,11 +121,6 @@ class LimeStage(nn.Module):
     def _padded(self, ids: Tensor) -> Tensor:
         missing = self.rows(ids.numel()) - ids.numel()
         return nn.functional.pad(ids, (0, missing)) if missing else ids
-
-
-def _is_entry(pattern: Pattern, layer: int) -> bool:
-    """Whether some router reads the entry of `layer`: its own, or a later layer's."""
-    return pattern.has_router(layer) or pattern.last_reader(layer) > layer
 
 
 def plain_model(
@@ -134,7 +133,7 @@ def plain_model(
 def model_logits(model: LimeStage, tokens: Tensor) -> Tensor:
     """Logits [batch, seq, vocab] of token ids [batch, seq] through the whole model on one device."""
     residual, _ = model(tokens, *tokens.shape, model.new_memory(tokens.numel()))
-    return model.logits(residual).unflatten(0, tuple(tokens.shape))
+    return model.whole_logits(residual).unflatten(0, tuple(tokens.shape))
 
 
 def model_loss(model: LimeStage, tokens: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -56,17 +55,6 @@ class Parts(Protocol):
         """A replicated parameter used on entries: its gradient is summed over the tensor group."""
 
 
-class TiedHead(nn.Module):
-    """Logits from the embedding's own weight, which stays registered where the embedding is."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self._weight_of = (weight,)  # in a tuple: not registered a second time
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._weight_of[0])
-
-
 class PlainParts:
     """One device, plain torch: what everything else is compared with."""
 
@@ -88,10 +76,13 @@ class PlainParts:
         return nn.Embedding(vocab_size, hidden_size, dtype=self.dtype, device=self.device)
 
     def head(self, hidden_size: int, vocab_size: int, tied: nn.Parameter | None) -> nn.Module:
-        return self.column_linear(hidden_size, vocab_size) if tied is None else TiedHead(tied)
+        head = self.column_linear(hidden_size, vocab_size)
+        if tied is not None:
+            head.weight = tied
+        return head
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
         return logits[:, :vocab_size]

@@ -50,10 +50,16 @@ def initialize(stage: LimeStage, seed: int) -> None:
 def load(stage: LimeStage, values_of: Callable[[LogicalTensor], Tensor]) -> None:
     """Fill every parameter from logical tensors; `values_of` gives the whole tensor, of any dtype, on the CPU."""
     for spec, parameter in specified_parameters(stage):
-        parameter.zero_()
-        for piece in spec.pieces:
-            local = parameter.narrow(piece.dim, piece.local_start, piece.length)
-            local.copy_(values_of(piece.tensor).narrow(piece.dim, piece.start, piece.length))
+        parameter.copy_(assemble_local(spec, values_of))
+
+
+def assemble_local(spec: ParameterSpec, values_of: Callable[[LogicalTensor], Tensor]) -> Tensor:
+    """fp32 values of one parameter, padding zero, from whole logical tensors."""
+    local = torch.zeros(spec.shape)
+    for piece in spec.pieces:
+        part = values_of(piece.tensor).narrow(piece.dim, piece.start, piece.length)
+        local.narrow(piece.dim, piece.local_start, piece.length).copy_(part)
+    return local
 
 
 def specified_parameters(stage: LimeStage) -> Iterator[tuple[ParameterSpec, torch.nn.Parameter]]:

@@ -50,6 +50,7 @@ class StagePlan:
     layers: range
     received: tuple[int, ...]
     sent: tuple[int, ...]
+    memory_layers: tuple[int, ...]  # received entries and those that the stage makes, ascending
     previous_layers_start: int  # first layer of the stage before; 0 on the first stage
     actions: tuple[Action, ...]
     shape: BundleShape
@@ -108,7 +109,7 @@ def plan_shape(config: Config) -> BundleShape:
 
 def plan_stages(config: Config) -> tuple[StagePlan, ...]:
     """The plan of every stage of a checked config."""
-    stages, transfer, shape = config.stages, plan_transfer(config), plan_shape(config)
+    stages, pattern, transfer, shape = config.stages, config.pattern, plan_transfer(config), plan_shape(config)
     return tuple(
         StagePlan(
             stage_index=index,
@@ -116,6 +117,7 @@ def plan_stages(config: Config) -> tuple[StagePlan, ...]:
             layers=layers,
             received=transfer.received(index),
             sent=transfer.sent(index),
+            memory_layers=transfer.received(index) + tuple(filter(pattern.is_entry, layers)),
             previous_layers_start=stages[index - 1].start if index else 0,
             actions=tuple(
                 plan_schedule(

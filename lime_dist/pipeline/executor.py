@@ -50,23 +50,26 @@ class Executor:
         self._in_flight: dict[int, _InFlight] = {}
         self._incoming: dict[Action, tuple[DepthMemory | None, Incoming]] = {}
 
-    def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor]) -> list[Tensor]:
+    def run(
+        self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True
+    ) -> list[Tensor]:
         """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
 
         Gradients of the mean loss over the microbatches are added to the parameters. Returns the loss of
-        each microbatch on the last stage, nothing elsewhere. Collective: pp and tp groups.
+        each microbatch, or its residual if not `with_loss`, on the last stage and nothing elsewhere.
+        Collective: pp and tp groups.
         """
-        losses: list[Tensor] = []
+        outputs: list[Tensor] = []
         self._post_receive(actions[0], microbatches)
         for position, action in enumerate(actions):
             if position + 1 < len(actions):
                 self._post_receive(actions[position + 1], microbatches)
             if action.kind is Kind.FORWARD:
-                losses += self._forward(action, microbatches[action.microbatch_index])
+                outputs += self._forward(action, microbatches[action.microbatch_index], with_loss)
             else:
                 self._backward(action, len(microbatches))
         self._transport.flush()
-        return losses
+        return outputs
 
     # ---- receiving, one action ahead of need
 
@@ -97,7 +100,7 @@ class Executor:
 
     # ---- computing
 
-    def _forward(self, action: Action, tokens: Tensor) -> list[Tensor]:
+    def _forward(self, action: Action, tokens: Tensor, with_loss: bool) -> list[Tensor]:
         memory, incoming = self._incoming.pop(action)
         received = incoming.wait()
         residual = None
@@ -106,7 +109,7 @@ class Executor:
         if not self._plan.is_last_stage:
             # Cut-through: what only passes by does not wait for this stage's layers.
             self._transport.to_next.send(memory.select(self._plan.sent_parts[0]))
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        inputs, targets = tokens[:, :-1], tokens[:, 1:] if with_loss else None
         output, token = self._call(inputs if residual is None else residual, *inputs.shape, memory, targets)
         if torch.is_grad_enabled():
             self._in_flight[action.microbatch_index] = _InFlight(memory, residual, output, token)

@@ -33,10 +33,10 @@ def test_another_field(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_txt_is_one_document_or_one_a_line(tmp_path: Path, name: str) -> None:
-    path, data = tmp_path / name, b"one\r\ntwo\n\nthree\n"
+    path, data = tmp_path / name, b"one\r\n  two \n\nthree\n"
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert list(read_documents([path], DEFAULT_FORMAT)) == [data.decode()]
-    assert list(read_documents([path], TextFormat(document_per_line=True))) == ["one", "two", "", "three"]
+    assert list(read_documents([path], TextFormat(document_per_line=True))) == ["one", "  two ", "", "three"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

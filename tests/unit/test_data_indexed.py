@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lime_dist.data.indexed import IndexedWriter, check_files, open_indexed
+from lime_dist.data.indexed import IndexedWriter, check_files, open_tokens, read_document_bounds
 from lime_dist.errors import DataError
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -31,15 +31,25 @@ def test_facts_of_whole_files(prefix: str) -> None:
     files = check_files(prefix)
     assert (files.num_documents, files.num_sequences, files.num_tokens, files.vocab_size) == (3, 3, NUM_TOKENS, 10)
     assert files.dtype == np.uint16
-    assert [list(tokens) for tokens in open_indexed(prefix)[:]] == DOCUMENTS
+    assert open_tokens(files).tolist() == sum(DOCUMENTS, [])
+    assert read_document_bounds(files).tolist() == [0, 3, 5, NUM_TOKENS]
+
+
+def test_megatron_reads_the_same(prefix: str) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    assert [dataset[index].tolist() for index in range(len(dataset))] == DOCUMENTS
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3]
 
 
 def test_a_large_vocabulary_takes_wider_ids(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "t", vocab_size=100_000) as writer:
         writer.add_document(np.array([99_999]))
         writer.commit({"vocab_size": 100_000, "tokens": 1})
-    assert check_files(str(tmp_path / "t")).dtype == np.int32
-    assert open_indexed(str(tmp_path / "t"))[0].tolist() == [99_999]
+    files = check_files(str(tmp_path / "t"))
+    assert files.dtype == np.int32
+    assert open_tokens(files).tolist() == [99_999]
 
 
 def test_files_of_megatrons_own_tools_have_no_meta(prefix: str) -> None:
@@ -91,6 +101,14 @@ def test_another_header_is_refused(prefix: str, at: int, data: bytes, said: str)
     rewrite(path, at=at % path.stat().st_size, data=data)
     with pytest.raises(DataError, match=said):
         check_files(prefix)
+
+
+@pytest.mark.parametrize(("at", "data"), [(34, struct.pack("<i", 4)), (-16, struct.pack("<q", 0)), (-32, b"\1")])
+def test_an_index_that_does_not_cover_the_tokens_is_refused(prefix: str, at: int, data: bytes) -> None:
+    path = Path(f"{prefix}.idx")
+    rewrite(path, at=at % path.stat().st_size, data=data)
+    with pytest.raises(DataError, match=r"^data\.train: .*t\.idx contradicts itself; run"):
+        read_document_bounds(check_files(prefix))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from lime_dist.data import documents
 from lime_dist.data.documents import DEFAULT_FORMAT
-from lime_dist.data.indexed import check_files, open_indexed
+from lime_dist.data.indexed import check_files, open_tokens, read_document_bounds
 from lime_dist.data.tokenize import Encoder, tokenize_files
 from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from lime_dist.errors import DataError
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": " \n" if index in EMPTY_AT else text}) + "\n" for index, text in enumerate(TEXTS)]
     (folder / "a.jsonl").write_text("".join(lines[:40]))
     (folder / "b.jsonl").write_text("".join(lines[40:]))
-    train_tokenizer([folder / "a.jsonl"], folder / "tokenizer", vocab_size=280)
+    train_tokenizer([folder / "a.jsonl"], folder / "tokenizer", vocab_size=290)
     return folder
 
 
@@ -36,10 +36,15 @@ def tokenize(folder: Path, prefix: Path, **options: object) -> None:
     tokenize_files([folder / "a.jsonl", folder / "b.jsonl"], folder / "tokenizer.model", prefix, **options)
 
 
+def stored_documents(prefix: Path) -> list[np.ndarray]:
+    files = check_files(str(prefix))
+    return np.split(open_tokens(files), read_document_bounds(files)[1:-1])
+
+
 def test_every_document_comes_back_in_order(folder: Path, tmp_path: Path) -> None:
     report = tokenize_files([folder / "a.jsonl", folder / "b.jsonl"], folder / "tokenizer.model", tmp_path / "t")
     tokenizer = load_tokenizer(folder / "tokenizer.model")
-    stored = open_indexed(str(tmp_path / "t"))[:]
+    stored = stored_documents(tmp_path / "t")
     assert all(tokens[-1] == EOS_ID for tokens in stored)
     texts = [tokenizer.decode(tokens[:-1].tolist()) for tokens in stored]
     assert texts == [text for index, text in enumerate(TEXTS) if index not in EMPTY_AT]
@@ -50,7 +55,7 @@ def test_every_document_comes_back_in_order(folder: Path, tmp_path: Path) -> Non
 def test_meta_file(folder: Path, tmp_path: Path) -> None:
     tokenize(folder, tmp_path / "t")
     assert json.loads((tmp_path / "t.meta.json").read_text()) == {
-        "vocab_size": 280,
+        "vocab_size": 290,
         "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest(),
         "documents": 57,
         "tokens": check_files(str(tmp_path / "t")).num_tokens,
@@ -67,7 +72,7 @@ def test_the_number_of_workers_does_not_show(folder: Path, tmp_path: Path, monke
 
 def test_without_the_end_token(folder: Path, tmp_path: Path) -> None:
     tokenize(folder, tmp_path / "t", append_eos=False)
-    assert all(EOS_ID not in tokens for tokens in open_indexed(str(tmp_path / "t"))[:])
+    assert all(EOS_ID not in tokens for tokens in stored_documents(tmp_path / "t"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -97,8 +102,3 @@ def test_a_tokenizer_without_end_token(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--no-append-eos"):
         Encoder(tmp_path / "bare.model", DEFAULT_FORMAT, append_eos=True)
     assert Encoder(tmp_path / "bare.model", DEFAULT_FORMAT, append_eos=False).vocab_size == 40
-
-
-def test_ids_fit_the_stored_type(folder: Path, tmp_path: Path) -> None:
-    tokenize(folder, tmp_path / "t")
-    assert open_indexed(str(tmp_path / "t"))[0].dtype == np.uint16

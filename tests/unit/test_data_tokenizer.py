@@ -12,7 +12,7 @@ from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer, vocab_size
 from lime_dist.errors import DataError
 
 WORDS = "the layers of a model read what earlier layers left in memory and route it by learned weights".split()
-VOCAB_SIZE = 320
+VOCAB_SIZE = 290
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,22 @@ def test_text_comes_back_exactly(model_path: Path, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_text_continues_another(model_path: Path) -> None:
+    """What is generated is appended: no space may appear at the seam."""
+    tokenizer = load_tokenizer(model_path)
+    assert tokenizer.decode(tokenizer.encode("the lay") + tokenizer.encode("ers read")) == "the layers read"
+
+
 def test_ids(model_path: Path) -> None:
     tokenizer = load_tokenizer(model_path)
     assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()) == (0, 1, 2, -1)
     assert vocab_size(model_path) == VOCAB_SIZE
-    assert len(tokenizer.encode("the layers of a model")) < 15, "no pieces longer than a character were learned"
+    assert len(tokenizer.encode("the layers of a model")) < 20, "no pieces longer than a character were learned"
 
 
 def test_training_again_gives_the_same_file(text_path: Path, tmp_path: Path) -> None:
     models = [
-        train_tokenizer([text_path], tmp_path / name, vocab_size=VOCAB_SIZE, max_lines=100).read_bytes()
+        train_tokenizer([text_path], tmp_path / name, vocab_size=VOCAB_SIZE, max_lines=200).read_bytes()
         for name in "ab"
     ]
     assert models[0] == models[1]
@@ -89,9 +95,9 @@ def test_the_smallest_size_is_named_and_works(text_path: Path, tmp_path: Path) -
 
 def test_long_lines_are_trained_on(text_path: Path, tmp_path: Path) -> None:
     long_path = tmp_path / "long.txt"
-    long_path.write_text(text_path.read_text().replace("\n", " "))
+    long_path.write_text("x " * 5000 + text_path.read_text().replace("\n", " "))
     model_path = train_tokenizer([long_path], tmp_path / "a", vocab_size=VOCAB_SIZE)
-    assert len(load_tokenizer(model_path).encode("the layers of a model")) < 15
+    assert len(load_tokenizer(model_path).encode("the layers of a model")) < 20
 
 
 def test_a_malformed_line_is_named_and_nothing_is_left(tmp_path: Path) -> None:
@@ -100,6 +106,11 @@ def test_a_malformed_line_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:2: not one JSON object"):
         train_tokenizer([path], tmp_path / "a", vocab_size=300)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_too_few_lines(text_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--max-lines 100 is too few; at least 101"):
+        train_tokenizer([text_path], tmp_path / "a", vocab_size=VOCAB_SIZE, max_lines=100)
 
 
 def test_no_text(tmp_path: Path) -> None:

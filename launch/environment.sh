@@ -1,0 +1,12 @@
+# Sourced by the other scripts: a virtual environment in .venv with lime_dist installed, made once.
+# PYTHON names the interpreter to make it with (3.10 or newer); VENV another place for it.
+VENV="${VENV:-.venv}"
+if [ ! -f "$VENV/.lime_dist_installed" ]; then
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
+  "${PYTHON:-python3}" -m venv "$VENV"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[test]"
+  touch "$VENV/.lime_dist_installed"
+fi
+export PATH="$PWD/$VENV/bin:$PATH"

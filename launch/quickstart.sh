@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# From nothing to a trained LIMe model: environment, corpus, tokenizer, token files, training over four
+# local ranks, evaluation, a continuation of a prompt. A second run re-uses whatever is there.
+#   bash launch/quickstart.sh [key=value ...]      overrides go to `lime-dist train`
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+source launch/environment.sh
+data=runs/quickstart/data
+mkdir -p "$data"
+
+[ -f "$data/corpus/train.jsonl" ] && [ -f "$data/corpus/valid.jsonl" ] ||
+  lime-dist data build-corpus --out "$data/corpus" --overwrite
+[ -f "$data/tokenizer.model" ] ||
+  lime-dist data train-tokenizer --input "$data/corpus/train.jsonl" --vocab-size 2048 --out "$data/tokenizer"
+for split in train valid; do
+  [ -f "$data/$split.meta.json" ] ||
+    lime-dist data tokenize --input "$data/corpus/$split.jsonl" --tokenizer "$data/tokenizer.model" \
+      --out "$data/$split" --overwrite
+done
+
+lime-dist train configs/quickstart.yaml --dry-run "$@" | sed -n '/^layout/,$p'
+lime-dist train configs/quickstart.yaml "$@"
+lime-dist eval configs/quickstart.yaml "$@"
+lime-dist generate runs/quickstart --prompt "The function returns a list of" --max-new-tokens 48 --temperature 0.7 --top-p 0.9

@@ -1,0 +1,1 @@
+"""What things cost, measured: each benchmark prints a Markdown table and can write JSON."""

@@ -1,0 +1,35 @@
+"""The paper's own way to keep entries, in plain autograd: the yardstick of `lime-dist bench depth`.
+
+As in the pseudocode of arXiv 2502.09245v2, appendix E: the keys and values of all layers so far are one
+buffer, which every layer grows by `cat` and multiplies with its router. Each product keeps the buffer that
+it has read, so a model of L layers holds 2 + ... + L = L(L+1)/2 - 1 entries for its backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class GrowingCat:
+    """Stands in for `DepthMemory` where every layer reads all layers so far.
+
+    The token that passes from layer to layer is the buffer itself, [n * H_kv, 2 (K, V), tokens, head_dim].
+    """
+
+    def __init__(self, num_tokens: int, head_dim: int, *, dtype: torch.dtype, device: torch.device):
+        self._empty = torch.empty(0, 2, num_tokens, head_dim, dtype=dtype, device=device)
+
+    def start(self) -> Tensor:
+        """The buffer before the first layer."""
+        return self._empty
+
+    def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
+        """The buffer with `entry` ([H_kv, 2, tokens, head_dim], any strides) behind the entries of the layers before."""
+        assert token.shape[0] == layer * entry.shape[0], "every layer writes, in order"
+        return torch.cat((token, entry))
+
+    def read(self, router: Tensor, sources: tuple[int, ...], token: Tensor) -> Tensor:
+        """sum_{i, h'} router[h, i, h'] * entry_i[h'] over all entries of the buffer: [H_kv, 2 * tokens * head_dim]."""
+        assert sources == tuple(range(router.shape[1])), "every layer reads all layers so far"
+        return torch.mm(router.flatten(1), token.flatten(1))

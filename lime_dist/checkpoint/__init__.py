@@ -1,0 +1,1 @@
+"""Checkpoints in terms of logical tensors: they know the model, not the layout that wrote them."""

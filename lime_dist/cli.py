@@ -1,0 +1,38 @@
+"""`lime-dist`: the command line. A user's mistake ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lime_dist import __version__, commands
+from lime_dist.bench import commands as bench_commands
+from lime_dist.data import commands as data_commands
+from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lime-dist", description="Pretrain LIMe language models over tensor, pipeline and data ranks."
+    )
+    parser.add_argument("--version", action="version", version=f"lime-dist {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands.add_parsers(subparsers)
+    data_commands.add_parser(subparsers)
+    bench_commands.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except LimeDistError as error:
+        print(f"lime-dist: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Text from a checkpoint, on one device, with a cache of routed keys and values: the size of LLaMA's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lime_dist.checkpoint.files import CheckpointReader, find_latest
+from lime_dist.config import Config, parse_config
+from lime_dist.data.tokenizer import load_tokenizer
+from lime_dist.errors import CheckpointError, ConfigError, DataError
+from lime_dist.lime.layers import KeyValueCache
+from lime_dist.lime.model import LimeStage, plain_model
+from lime_dist.lime.parts import PlainParts
+from lime_dist.lime.weights import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """temperature 0: the likeliest token. top_k 0 and top_p 1: no limit."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, holds, mend in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top-k", self.top_k >= 0, "at least 0"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not holds:
+                raise ConfigError(f"--{name}: must be {mend}")
+
+
+def generate_text(
+    checkpoint: Path, prompt: str, sampling: Sampling, *, max_new_tokens: int, tokenizer: Path | None, device: str
+) -> Iterator[str]:
+    """The prompt, then its continuation piece by piece, up to the end-of-sequence token.
+
+    checkpoint: a step_N folder, or a run's folder for its newest. Raises: CheckpointError, DataError, ConfigError.
+    """
+    model, config = load_model(_checkpoint_folder(checkpoint), _device(device))
+    path = tokenizer or config.data.tokenizer
+    if path is None:
+        raise ConfigError("data.tokenizer: the run names none; give --tokenizer")
+    processor = load_tokenizer(Path(path))
+    if processor.vocab_size() != config.model.vocab_size:
+        raise DataError(f"--tokenizer: {path} has {processor.vocab_size()} ids, the model {config.model.vocab_size}; give the run's own")
+    ids = processor.encode(prompt) or [processor.bos_id()]
+    shown = processor.decode(ids)
+    yield shown
+    for token in generate_ids(model, ids, sampling, max_new_tokens):
+        if token == processor.eos_id():
+            return
+        ids.append(token)
+        text = processor.decode(ids)
+        if not text.endswith("\ufffd"):  # an unfinished UTF-8 character
+            yield text[len(shown) :]
+            shown = text
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[LimeStage, Config]:
+    """The whole model of a checkpoint in the run's dtype, whatever layout wrote it. Raises: CheckpointError."""
+    reader = CheckpointReader(folder)
+    config = parse_config(reader.meta.config)
+    dtype = torch.bfloat16 if config.run.dtype == "bf16" and device.type == "cuda" else torch.float32
+    model = plain_model(config.model, config.pattern, PlainParts(dtype, device))
+    load(model, lambda tensor: reader.tensor("weight", tensor))
+    return model.eval(), config
+
+
+@torch.no_grad()
+def generate_ids(model: LimeStage, prompt: list[int], sampling: Sampling, max_new_tokens: int) -> Iterator[int]:
+    """Token ids after `prompt`; the prompt in one pass, then a token a pass."""
+    generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
+    cache, new_ids = KeyValueCache(), prompt
+    for _ in range(max_new_tokens):
+        tokens = torch.tensor([new_ids], device=model.device)
+        residual, _ = model(tokens, *tokens.shape, model.new_memory(tokens.numel()), cache=cache)
+        token = sample(model.whole_logits(residual[-1:])[0].float(), sampling, generator)
+        yield token
+        new_ids = [token]
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id from fp32 logits [vocab]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        probabilities = _nucleus(probabilities, sampling.top_p)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the likeliest tokens up to the one that reaches `top_p` (Holtzman et al. 2020)."""
+    ordered, order = probabilities.sort(descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = ordered.masked_fill(before >= top_p, 0.0)
+    return torch.zeros_like(probabilities).scatter(0, order, kept)
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    if (path / "meta.json").is_file():
+        return path
+    latest = find_latest(path / "checkpoints") or find_latest(path)
+    if latest is None:
+        raise CheckpointError(f"checkpoint {path}: neither a step_N folder nor a run's folder with one; train first")
+    return latest
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: cuda, but there is no GPU here; use cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

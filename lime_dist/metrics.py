@@ -1,0 +1,125 @@
+"""What a run tells: metrics.jsonl, TensorBoard and the progress line. Written by one rank; knows no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+_RECENT_STEPS = 20  # the time left is judged by these
+
+
+class Metrics:
+    """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, log_every: int):
+        self._path = run_dir / "metrics.jsonl"
+        _drop_lines_after(self._path, first_step)
+        self._file = self._path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._num_steps, self._log_every = num_steps, log_every
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+
+    def step(
+        self,
+        *,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        step_seconds: float,
+        boundary_bytes: Sequence[int],
+    ) -> None:
+        """Record update `step` (from 1)."""
+        self._recent.append(step_seconds)
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": tokens / step_seconds,
+            "step_seconds": step_seconds,
+            "boundary_bytes": list(boundary_bytes),
+        }
+        self._write(record)
+        for name in ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"):
+            self._board.add_scalar(f"train/{name}", record[name], step)
+        for boundary, count in enumerate(boundary_bytes):
+            self._board.add_scalar(f"boundary_bytes/{boundary}-{boundary + 1}", count, step)
+        if step % self._log_every == 0 or step == self._num_steps:
+            print(self._progress(record), flush=True)
+
+    def evaluation(self, *, step: int, eval_loss: float) -> None:
+        self._write({"step": step, "eval_loss": eval_loss})
+        self._board.add_scalar("eval/loss", eval_loss, step)
+        print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  held-out loss {eval_loss:.4f}", flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def _progress(self, record: dict[str, Any]) -> str:
+        step = record["step"]
+        seconds_left = (self._num_steps - step) * sum(self._recent) / len(self._recent)
+        crossing = " ".join(f"{index}>{index + 1} {_si(count)}B" for index, count in enumerate(record["boundary_bytes"]))
+        parts = [
+            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
+            f"loss {record['loss']:.4f}",
+            f"grad {record['grad_norm']:.3f}",
+            f"lr {record['lr']:.2e}",
+            f"{_si(record['tokens_per_second'])} tokens/s",
+            *([f"sent {crossing}"] if crossing else []),
+            f"left {_clock(seconds_left)}",
+        ]
+        return "  ".join(parts)
+
+
+def _si(value: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.0f}{unit}" if unit == "" else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f}T"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # the line that a killed run was writing
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept))
+    os.replace(replacement, path)
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

@@ -1,0 +1,55 @@
+"""Checks before ranks start: the files that a run reads, the devices that it asks for. No collective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lime_dist.config import Config, Source
+from lime_dist.data.indexed import check_files as check_token_files
+from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
+from lime_dist.errors import CheckpointError, ConfigError, DataError, LayoutError
+
+
+def check_files(config: Config) -> None:
+    """Raises: DataError, ConfigError, CheckpointError for a file that is missing, cut short or does not fit the model."""
+    if not config.data.train:
+        raise ConfigError("data.train: empty; name the prefix of a token file (from `lime-dist data tokenize`)")
+    for key, sources in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        for source in sources:
+            _check_source(config, key, source)
+    if config.data.tokenizer is not None:
+        _check_tokenizer(config, Path(config.data.tokenizer))
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and not (Path(resume) / "meta.json").is_file():
+        raise CheckpointError(f"checkpoint.resume: {resume} is no checkpoint; name a step_N folder, auto or never")
+
+
+def _check_source(config: Config, key: str, source: Source) -> None:
+    files = check_token_files(source.path, key=key)
+    if files.vocab_size is not None and files.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"{key}: {source.path} was tokenized to {files.vocab_size} ids, model.vocab_size is {config.model.vocab_size}; "
+            f"set model.vocab_size={files.vocab_size} or tokenize again"
+        )
+
+
+def _check_tokenizer(config: Config, path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"data.tokenizer: {path} does not exist; train one with `lime-dist data train-tokenizer`")
+    size = tokenizer_vocab_size(path)
+    if size != config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size: {config.model.vocab_size}, but data.tokenizer {path} has {size} ids; set model.vocab_size={size}"
+        )
+
+
+def check_devices(config: Config) -> None:
+    """For ranks started on this machine. Raises: LayoutError."""
+    import torch
+
+    available = torch.cuda.device_count()
+    wanted = config.layout.world_size
+    if config.run.device == "cuda" and available < wanted:
+        raise LayoutError(f"run.device: cuda, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout")
+    if config.run.device == "auto" and 0 < available < wanted:
+        raise LayoutError(f"run.device: auto, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout")

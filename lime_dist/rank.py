@@ -1,0 +1,178 @@
+"""One rank of a run: its device, groups, stage, executor and optimiser, and the step that they make together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lime_dist.backends.deepspeed import ZeroOptimizer
+from lime_dist.backends.megatron import Groups, MegatronParts, create_groups
+from lime_dist.config import Config
+from lime_dist.errors import LayoutError
+from lime_dist.launcher import Place
+from lime_dist.lime.model import LimeStage
+from lime_dist.lime.weights import initialize
+from lime_dist.pipeline.bundle import StagePlan, plan_stages
+from lime_dist.pipeline.executor import Executor
+from lime_dist.pipeline.schedule import plan_forward_only
+from lime_dist.pipeline.transport import ResidualShare, Transport
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Batch(Protocol):
+    """A global batch of token ids [global_batch_size, seq + 1]: a tensor, or what reads rows when asked for them."""
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+class BytesDiffer(RuntimeError):
+    """The transport sent another number of bytes than the plan says: a defect, as gradients may be wrong."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What every rank knows after a step.
+
+    boundary_bytes: for each boundary, the bytes of all microbatches' bundles that one tensor rank of one
+    replica sent forward, as counted at the transport; as many came back as gradients.
+    """
+
+    loss: float
+    grad_norm: float
+    boundary_bytes: list[int]
+
+
+class Rank:
+    """Everything one rank holds. Collective: the constructor and every method, over all ranks."""
+
+    def __init__(self, config: Config, groups: Groups, device: torch.device):
+        self.config, self.groups, self.device = config, groups, device
+        self.plan: StagePlan = plan_stages(config)[groups.coordinate.pp_rank]
+        parts = MegatronParts(
+            groups,
+            sequence_parallel=config.parallel.sequence_parallel,
+            dtype=TORCH_DTYPES[config.run.dtype],
+            device=device,
+        )
+        self.stage = LimeStage(
+            config.model,
+            config.pattern,
+            self.plan.layers,
+            parts,
+            received=self.plan.received,
+            recompute=config.parallel.recompute == "layer",
+        )
+        initialize(self.stage, config.run.seed)
+        self.optimizer = ZeroOptimizer(self.stage, config, groups)
+        self._transport = Transport.connect(groups.pp_forward, groups.pp_backward)
+        self._executor = Executor(
+            self.stage,
+            self.plan,
+            self._transport,
+            ResidualShare(groups.tp, config.parallel.sequence_parallel),
+            call=self.optimizer.call,
+            backward=self.optimizer.backward,
+        )
+
+    @property
+    def is_logger(self) -> bool:
+        """The rank that writes what a run writes once."""
+        return dist.get_rank() == 0
+
+    def microbatches(self, batch: Batch) -> list[Tensor]:
+        """This replica's microbatches of a global batch: every dp-th block of rows."""
+        config, size = self.config, self.config.microbatch_size
+        blocks = range(self.groups.coordinate.dp_rank, config.layout.dp * config.pipeline.num_microbatches, config.layout.dp)
+        return [batch[block * size : (block + 1) * size].to(self.device) for block in blocks]
+
+    def accumulate(self, batch: Batch) -> tuple[float, list[int]]:
+        """Add the gradients of a global batch's mean loss; returns the loss and the bytes over each boundary."""
+        losses = self._executor.run(self.plan.actions, self.microbatches(batch))
+        self.optimizer.finish_gradients()
+        forward, backward = self._transport.take_bytes_sent()
+        self._check_bytes(forward, backward)
+        return self._share(losses, forward)
+
+    def train_step(self, batch: Batch, lr_factor: float) -> StepResult:
+        """One update from a global batch."""
+        loss, boundary_bytes = self.accumulate(batch)
+        return StepResult(loss, self.optimizer.step(lr_factor), boundary_bytes)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Mean loss over global batches."""
+        self.stage.eval()
+        total = 0.0
+        for batch in batches:
+            actions = plan_forward_only(self.config.pipeline.num_microbatches)
+            losses = self._executor.run(actions, self.microbatches(batch))
+            total += self._share(losses, self._transport.take_bytes_sent()[0])[0]
+        self.stage.train()
+        return total / len(batches)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
+        """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
+        microbatches, found = self.microbatches(batch), []
+        outputs = self._executor.run(plan_forward_only(len(microbatches)), microbatches, with_loss=False)
+        self._transport.take_bytes_sent()
+        for index, residual in enumerate(outputs):
+            block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
+            rows, seq_length = microbatches[index].shape[0], microbatches[index].shape[1] - 1
+            logits = self.stage.whole_logits(residual)[: rows * seq_length]
+            found.append((block * rows, logits.float().cpu().unflatten(0, (rows, seq_length))))
+        return found
+
+    def _check_bytes(self, forward: int, backward: int) -> None:
+        count = self.config.pipeline.num_microbatches
+        planned = count * self.plan.sent_bytes, count * self.plan.received_bytes
+        if (forward, backward) != planned:
+            raise BytesDiffer(f"stage {self.plan.stage_index} sent {forward, backward} bytes (forward, backward), planned {planned}")
+
+    def _share(self, losses: list[Tensor], forward_bytes: int) -> tuple[float, list[int]]:
+        """Losses are known on the last stage and bytes on the sender; one all-reduce tells both to all."""
+        layout, place = self.groups.layout, self.groups.coordinate
+        facts = torch.zeros(layout.pp, dtype=torch.float64, device=self.device)
+        if self.plan.is_last_stage:
+            if place.tp_rank == 0:
+                facts[0] = torch.stack(losses).double().mean() / layout.dp
+        else:
+            facts[1 + self.plan.stage_index] = forward_bytes / (layout.tp * layout.dp)
+        dist.all_reduce(facts)
+        loss, *boundary_bytes = facts.tolist()
+        return loss, [round(count) for count in boundary_bytes]
+
+
+def join_world(config: Config, place: Place) -> tuple[Groups, torch.device]:
+    """Take this process's place among the ranks. Collective: world."""
+    device = pick_device(config, place.local_rank)
+    timeout = timedelta(seconds=config.run.timeout_seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+    )
+    return create_groups(config.layout, device, timeout), device
+
+
+def pick_device(config: Config, local_rank: int) -> torch.device:
+    """Raises: LayoutError when run.device asks for GPUs that are not there."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.run.device == "cpu" or (config.run.device == "auto" and not available):
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise LayoutError(
+            f"run.device: {config.run.device} with {available} GPUs here, this is local rank {local_rank}; "
+            "start as many ranks as there are GPUs, or set run.device=cpu"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,64 @@
+"""For tests and `lime-dist parity`: run a config on forked gloo ranks and put the pieces of every tensor together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lime_dist.config import Config
+from lime_dist.launcher import find_place
+from lime_dist.lime.weights import slices, specified_parameters
+from lime_dist.local import run_local
+from lime_dist.rank import Rank, join_world
+
+
+def run_ranks(config: Config, work: Callable[..., Any], *args: Any, timeout: timedelta | None = None) -> list[Any]:
+    """`work(rank, *args)` on every rank of the layout of a checked config; results by rank.
+
+    The parent must not have run a threaded CPU operation (see `local`).
+    """
+    return run_local(_rank_work, config.layout.world_size, config, work, args, timeout=timeout)
+
+
+def _rank_work(config: Config, work: Callable[..., Any], args: tuple) -> Any:
+    groups, device = join_world(config, find_place())
+    result = work(Rank(config, groups, device), *args)
+    dist.barrier()  # no rank leaves while another still talks to it
+    return result
+
+
+Pieces = list[tuple[str, tuple[int, ...], int, int, Tensor]]  # name, whole shape, dim, start, values
+
+
+def local_pieces(rank: Rank, local_of: Callable[[nn.Parameter], Tensor]) -> Pieces:
+    """This rank's slices of every logical tensor; `local_of` gives the parameter's values or gradient."""
+    return [
+        (piece.tensor.name, piece.tensor.shape, piece.dim, piece.start, part.detach().float().cpu().clone())
+        for spec, parameter in specified_parameters(rank.stage)
+        for piece, part in slices(spec, local_of(parameter))
+    ]
+
+
+def assemble(pieces_of_ranks: list[Pieces]) -> dict[str, Tensor]:
+    """Whole logical tensors from the slices of all ranks.
+
+    Slices that several ranks hold (replicas, tied copies, replicated parameters) must agree to the last bit;
+    every element must be covered. Raises: ValueError otherwise.
+    """
+    wholes: dict[str, Tensor] = {}
+    for name, shape, dim, start, values in (piece for pieces in pieces_of_ranks for piece in pieces):
+        whole = wholes.setdefault(name, torch.full(shape, float("nan")))
+        target = whole.narrow(dim, start, values.shape[dim])
+        known = ~target.isnan()
+        if not torch.equal(target[known], values[known]):
+            raise ValueError(f"{name}: ranks that should hold the same values differ")
+        target.copy_(values)
+    for name, whole in wholes.items():
+        if whole.isnan().any():
+            raise ValueError(f"{name}: not all of it is held by some rank, or it has NaNs")
+    return wholes

@@ -1,0 +1,188 @@
+"""The training run of one rank: resume, step, evaluate, save. Collective: world."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lime_dist.checkpoint.files import find_latest
+from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
+from lime_dist.config import Config, dump_yaml
+from lime_dist.data.dataset import TokenSamples
+from lime_dist.errors import CheckpointError, ConfigError
+from lime_dist.launcher import Place
+from lime_dist.metrics import Metrics, Stopwatch
+from lime_dist.optim import lr_factor
+from lime_dist.rank import Rank, join_world
+
+
+class LossNotFinite(RuntimeError):
+    """Training has diverged; the weights of the last checkpoint are untouched."""
+
+
+class SampleBatch:
+    """Consecutive samples, read when sliced, so that each rank reads only its own rows."""
+
+    def __init__(self, samples: TokenSamples, start: int):
+        self._samples, self._start = samples, start
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """int64 [rows, seq + 1]."""
+        return self._samples.batch(self._start + rows.start, rows.stop - rows.start)
+
+
+def open_training_data(config: Config) -> TokenSamples:
+    return _open(config, config.data.train, (0.0, 1.0 - config.data.valid_fraction), "data.train")
+
+
+def open_held_out_data(config: Config) -> TokenSamples | None:
+    """`data.valid`, or the documents kept back from `data.train`, or None."""
+    if config.data.valid:
+        return _open(config, config.data.valid, (0.0, 1.0), "data.valid")
+    if config.data.valid_fraction:
+        return _open(config, config.data.train, (1.0 - config.data.valid_fraction, 1.0), "data.train")
+    return None
+
+
+def _open(config: Config, sources: list, split: tuple[float, float], key: str) -> TokenSamples:
+    return TokenSamples(
+        [(source.path, source.weight) for source in sources],
+        seq_length=config.data.seq_length,
+        seed=config.run.seed,
+        split=split,
+        vocab_size=config.model.vocab_size,
+        key=key,
+    )
+
+
+def resume_folder(config: Config) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh start."""
+    if config.checkpoint.resume == "never":
+        return None
+    if config.checkpoint.resume == "auto":
+        return find_latest(checkpoints_of(config))
+    return Path(config.checkpoint.resume)
+
+
+def checkpoints_of(config: Config) -> Path:
+    return Path(config.run.dir) / "checkpoints"
+
+
+def train(config: Config, place: Place) -> None:
+    """Train to `run.steps` on this rank."""
+    TrainingRun(Rank(config, *join_world(config, place))).train()
+
+
+def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> dict[str, Any] | None:
+    """Held-out loss of a checkpoint (default: what training would resume from); the report on rank 0.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    held_out, folder = open_held_out_data(config), checkpoint or resume_folder(config)
+    if held_out is None:
+        raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
+    if folder is None:
+        raise CheckpointError(f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint")
+    rank = Rank(config, *join_world(config, place))
+    meta = load_checkpoint(rank, folder)
+    loss = evaluate_batches(rank, held_out)
+    dist.barrier()
+    if not rank.is_logger:
+        return None
+    return {"checkpoint": str(folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
+
+
+class TrainingRun:
+    """One rank's part in the run; counts the steps and samples done."""
+
+    def __init__(self, rank: Rank):
+        self.rank, self.config = rank, rank.config
+        self._samples = open_training_data(self.config)
+        self._held_out = open_held_out_data(self.config)
+        self.step = self.samples_seen = self._saved_step = 0
+        folder = resume_folder(self.config)
+        if folder is not None:
+            meta = load_checkpoint(rank, folder)
+            self.step = self._saved_step = meta.step
+            self.samples_seen = meta.samples_seen
+        self._metrics = self._open_run_folder(folder) if rank.is_logger else None
+
+    def train(self) -> None:
+        config, watch = self.config, Stopwatch()
+        if self.step == 0:
+            self._evaluate()
+        while self.step < config.run.steps:
+            watch.lap()
+            self._train_step(watch)
+            is_last = self.step == config.run.steps
+            if is_last or _is_due(self.step, config.eval.every):
+                self._evaluate()
+            if is_last or _is_due(self.step, config.checkpoint.every):
+                self._save()
+        if self._metrics is not None:
+            self._metrics.close()
+        dist.barrier()
+
+    def _train_step(self, watch: Stopwatch) -> None:
+        config = self.config
+        factor = lr_factor(config.optim, self.step, config.run.steps)
+        # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
+        torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
+        result = self.rank.train_step(SampleBatch(self._samples, self.samples_seen), factor)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise LossNotFinite(
+                f"step {self.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
+                f"resume from step {self._saved_step} with a lower optim.lr or longer optim.warmup_steps"
+            )
+        self.step += 1
+        self.samples_seen += config.data.global_batch_size
+        if self._metrics is not None:
+            self._metrics.step(
+                step=self.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=config.optim.lr * factor,
+                tokens=config.tokens_per_step,
+                step_seconds=watch.lap(),
+                boundary_bytes=result.boundary_bytes,
+            )
+
+    def _evaluate(self) -> None:
+        if self._held_out is None:
+            return
+        loss = evaluate_batches(self.rank, self._held_out)
+        if self._metrics is not None:
+            self._metrics.evaluation(step=self.step, eval_loss=loss)
+
+    def _save(self) -> None:
+        folder = save_checkpoint(
+            self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen
+        )
+        self._saved_step = self.step
+        if self.rank.is_logger:
+            print(f"saved {folder}", flush=True)
+
+    def _open_run_folder(self, resumed_from: Path | None) -> Metrics:
+        run_dir = Path(self.config.run.dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_yaml(self.config))
+        if resumed_from is not None:
+            print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
+        return Metrics(
+            run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
+        )
+
+
+def evaluate_batches(rank: Rank, held_out: TokenSamples) -> float:
+    """Mean loss over the first `eval.batches` global batches of the held-out text. Collective: world."""
+    size = rank.config.data.global_batch_size
+    return rank.evaluate([SampleBatch(held_out, index * size) for index in range(rank.config.eval.batches)])
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

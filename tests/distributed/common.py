@@ -1,0 +1,165 @@
+"""A small run under any layout and the same run on one device in plain torch, to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from lime_dist.config import Config, check_config, parse_config
+from lime_dist.lime.model import LimeStage, model_loss, plain_model
+from lime_dist.lime.weights import gather_logical, initialize
+from lime_dist.optim import build_optimizer, set_lr
+from lime_dist.rank import Rank
+from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+
+LR_FACTORS = (1.0, 0.5, 0.8)  # one a step: a rate that is not set anew shows
+
+# Clipping acts at every step, and AdamW's eps lies above most clipped gradients. With a small eps the update
+# is the gradient's sign: blind to a wrong scale, and for elements near zero nothing but rounding. With this one
+# it is close to proportional to the gradient, and rates are such that three steps move most weights visibly.
+BASE = {
+    "model": {"num_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
+    "optim": {"lr": 0.02, "router_lr": 0.1, "eps": 1e-3, "max_grad_norm": 0.5, "warmup_steps": 0},
+    "data": {"seq_length": 6, "global_batch_size": 12},
+    "run": {"device": "cpu", "seed": 3, "timeout_seconds": 60},
+}
+
+SHORT = {
+    "tp": "parallel.tp",
+    "pp": "parallel.pp",
+    "dp": "parallel.dp",
+    "zero": "deepspeed.zero_optimization.stage",
+    "layers": "model.num_layers",
+    "heads": "model.num_heads",
+    "kv": "model.num_kv_heads",
+    "vocab": "model.vocab_size",
+    "seq": "data.seq_length",
+    "batch": "data.global_batch_size",
+    "split": "pipeline.partition",
+    "micro": "pipeline.num_microbatches",
+    "pattern": "depth.pattern",
+    "sp": "parallel.sequence_parallel=true",
+    "gpipe": "pipeline.schedule=gpipe",
+    "recompute": "parallel.recompute=layer",
+    "llama": "depth.router=none",
+    "untied": "model.tie_embeddings=false",
+    "bf16": "run.dtype=bf16",
+    "unclipped": "optim.max_grad_norm=0",
+}
+
+
+def make_config(text: str = "", **run: float) -> Config:
+    """A checked config from words of `SHORT`, such as "tp=2 pp=3 sp split=[1,2,1]"."""
+    words = (word.partition("=") for word in text.split())
+    overrides = [SHORT[name] + equals + value for name, equals, value in words]
+    config = parse_config(BASE, [*overrides, *(f"run.{name}={value}" for name, value in run.items())])
+    return check_config(config, config.layout.world_size)
+
+
+def make_batches(config: Config, count: int = len(LR_FACTORS)) -> list[Tensor]:
+    """Token ids [global batch, seq + 1], all different, so that a row that is lost or read twice shows."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (config.data.global_batch_size, config.data.seq_length + 1)
+    return [torch.randint(config.model.vocab_size, shape, generator=generator) for _ in range(count)]
+
+
+@dataclass
+class Outcome:
+    """A run of `LR_FACTORS` steps; tensors are logical ones, by name."""
+
+    losses: list[float]
+    grad_norms: list[float]  # before clipping
+    gradients: dict[str, Tensor]  # of the first step
+    weights: dict[str, Tensor]  # after the last
+
+
+# ---- one device
+
+
+def make_plain(config: Config) -> LimeStage:
+    model = plain_model(config.model, config.pattern)
+    initialize(model, config.run.seed)
+    return model
+
+
+def run_plain(config: Config) -> Outcome:
+    """The reference: plain model, torch's AdamW and clipping, the whole batch at once, fp32."""
+    model = make_plain(config)
+    optimizer = build_optimizer(model, config)
+    outcome = Outcome([], [], {}, {})
+    for step, batch in enumerate(make_batches(config)):
+        optimizer.zero_grad()
+        loss = model_loss(model, batch)
+        loss.backward()
+        if step == 0:
+            outcome.gradients = {name: value.clone() for name, value in gather_logical(model, lambda p: p.grad).items()}
+        outcome.losses.append(float(loss))
+        clip = config.optim.max_grad_norm or float("inf")
+        outcome.grad_norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        set_lr(optimizer, LR_FACTORS[step])
+        optimizer.step()
+    outcome.weights = {name: value.detach() for name, value in gather_logical(model, lambda p: p).items()}
+    return outcome
+
+
+# ---- ranks
+
+
+@dataclass
+class RankOutcome:
+    losses: list[float]
+    grad_norms: list[float]
+    boundary_bytes: list[list[int]]
+    gradients: Pieces
+    weights: Pieces
+
+
+def run_layout(config: Config) -> tuple[Outcome, list[RankOutcome]]:
+    """The same run on the layout's ranks: put together, and as each rank saw it."""
+    ranks = run_ranks(config, _run_rank, make_batches(config))
+    whole = Outcome(
+        ranks[0].losses,
+        ranks[0].grad_norms,
+        assemble([rank.gradients for rank in ranks]),
+        assemble([rank.weights for rank in ranks]),
+    )
+    return whole, ranks
+
+
+def _run_rank(rank: Rank, batches: list[Tensor]) -> RankOutcome:
+    outcome = RankOutcome([], [], [], [], [])
+    for step, batch in enumerate(batches):
+        loss, boundary_bytes = rank.accumulate(batch)
+        if step == 0:
+            outcome.gradients = local_pieces(rank, rank.optimizer.gradient)
+        outcome.losses.append(loss)
+        outcome.boundary_bytes.append(boundary_bytes)
+        outcome.grad_norms.append(rank.optimizer.step(LR_FACTORS[step]))
+    outcome.weights = local_pieces(rank, _weight_of(rank))
+    return outcome
+
+
+def _weight_of(rank: Rank) -> Callable[[nn.Parameter], Tensor]:
+    """A parameter's values; under ZeRO 3 a rank holds a share of each."""
+    return safe_get_full_fp32_param if rank.config.zero_stage == 3 else lambda parameter: parameter
+
+
+# ---- comparing
+
+
+def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """For each tensor the largest difference, relative to its largest magnitude."""
+    assert actual.keys() == expected.keys()
+    return {
+        name: float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()
+    }
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor within `tolerance` of its largest magnitude; a tensor of zeros never is, nor are NaNs."""
+    wrong = {name: value for name, value in differences(actual, expected).items() if not value < tolerance}
+    assert not wrong

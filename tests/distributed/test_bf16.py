@@ -1,0 +1,65 @@
+"""bf16 stays as near to the fp32 single process as its eight bits allow, and sums microbatches in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import LR_FACTORS, make_batches, make_config, run_layout, run_plain
+from torch import Tensor
+
+from lime_dist.rank import Rank
+from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+
+# A rounding to bf16 errs by up to 2**-9 (0.2 %). Six layers are some 60 roundings one after the other, forward and
+# backward; independent ones add up to sqrt(2 * 60) * 2**-9, 2 % of a tensor's norm, and 2.4 % were seen. A microbatch,
+# a tensor rank or a stage left out is ten times that.
+TENSOR_TOLERANCE = 0.05
+# The loss is a mean over 72 tokens of logits small at the start: errors average out. 1e-4 was seen.
+LOSS_TOLERANCE = 1e-3
+
+LAYOUTS = (
+    "pp=3 tp=2 layers=6 micro=4",
+    "pp=3 tp=2 layers=6 micro=4 zero=0 sp",
+    "pp=3 layers=6 micro=4 zero=0 untied",
+    "dp=2 layers=6 micro=3 zero=2",
+    "dp=2 layers=6 micro=3 zero=3",
+)
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_bf16_is_near_the_fp32_single_process(text: str) -> None:
+    expected = run_plain(make_config(text))
+    actual, _ = run_layout(make_config(f"{text} bf16"))
+    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=TENSOR_TOLERANCE)
+    assert far_off(actual.gradients, expected.gradients) == {}
+    assert far_off(actual.weights, expected.weights) == {}
+
+
+def far_off(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    distances = {name: float((actual[name] - value).norm() / value.norm()) for name, value in expected.items()}
+    return {name: distance for name, distance in distances.items() if not distance < TENSOR_TOLERANCE}
+
+
+@pytest.mark.parametrize("text", ["pp=2 zero=1", "pp=2 tp=2 zero=0", "zero=2", "zero=3"])
+def test_equal_microbatches_sum_to_one_of_them_bit_for_bit(text: str) -> None:
+    """64 equal microbatches of weight 1/64: their sum is exact in fp32, and off by 6 % when each addition rounds to bf16."""
+    row = make_batches(make_config())[0][:1]
+    one, many = (
+        assemble(run_ranks(make_config(f"{text} bf16 batch={count} micro={count}"), gradients, row.repeat(count, 1)))
+        for count in (1, 64)
+    )
+    assert {name for name in one if not torch.equal(one[name], many[name])} == set()
+
+
+def gradients(rank: Rank, batch: Tensor) -> Pieces:
+    rank.accumulate(batch)
+    return local_pieces(rank, rank.optimizer.gradient)
+
+
+@pytest.mark.parametrize("text", ["zero=0", "zero=1", "zero=2", "zero=3"])
+def test_master_weights_keep_what_bf16_rounds_away(text: str) -> None:
+    """Updates of 1e-6 of a weight of 1 vanish in bf16 (steps of 2**-8 below 1) and must add up in the fp32 copy."""
+    config = make_config(f"{text} bf16 tiny_lr")
+    (moved,) = run_ranks(config, steps_until_moved, make_batches(config)[0])
+    assert moved

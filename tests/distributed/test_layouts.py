@@ -1,0 +1,96 @@
+"""Every layout gives the loss, every gradient and the weights after steps of the plain single-process model.
+
+The words of a row are those of `common.SHORT`; a word that is missing has the default of `common.BASE`:
+four layers, four heads (MHA), a vocabulary of 96 that is padded to 128 rows a tensor rank, tied embeddings,
+twelve sequences of six tokens in one microbatch, one stage, ZeRO 1, 1f1b, full pattern.
+"""
+
+from __future__ import annotations
+
+import pytest
+from common import assert_close, make_config, run_layout, run_plain
+
+from lime_dist.pipeline.bundle import plan_stages
+
+# fp32 has 24 bits (6e-8); a layout only changes the order in which some hundred products are summed, by which
+# differences of 1e-6 of a tensor's largest magnitude were seen. Anything forgotten, counted twice or scaled wrongly is far above.
+TOLERANCE = 1e-5
+
+LAYOUTS = (
+    # one rank: microbatches, recompute, every ZeRO stage
+    "micro=6",
+    "micro=3 gpipe recompute zero=0",
+    "zero=2 micro=2 recompute",
+    "zero=3 micro=2",
+    # tensor ranks
+    "tp=2",
+    "tp=2 sp micro=2",
+    "tp=2 untied vocab=200 heads=4 kv=2",  # ranks with 128 and 72 rows of the vocabulary
+    "tp=4 sp untied vocab=300 heads=8 kv=4 zero=0",  # 128, 128, 44 and 0 rows
+    "tp=2 llama untied sp recompute",
+    "tp=2 pattern=last:2 recompute vocab=256",  # no padding
+    "tp=2 seq=5 batch=3 micro=3 sp",  # 5 tokens: the last row of the last rank is padding
+    "tp=4 seq=5 batch=3 micro=3 sp pattern=stride:2",  # 5 tokens in rows of 2: the last rank has padding alone
+    "tp=4 seq=7 batch=1 untied",
+    # replicas
+    "dp=2 zero=0 micro=2",
+    "dp=2 zero=1 micro=3 pattern=first:2",
+    "dp=2 zero=2 micro=2",
+    "dp=2 zero=3 micro=3 untied heads=4 kv=2",
+    "dp=2 zero=3 llama recompute",
+    "dp=2 tp=2 zero=2 sp micro=2",
+    "dp=2 tp=2 zero=3 sp seq=5 batch=6 micro=3",
+    "dp=2 tp=2 zero=0 untied pattern=last:2",
+    "dp=2 tp=4 zero=1 sp recompute heads=8 kv=4",
+    # two stages
+    "pp=2 micro=1",
+    "pp=2 micro=4 gpipe untied zero=0",
+    "pp=2 micro=2 recompute pattern=first:2",
+    "pp=2 split=[1,3] micro=3",  # the first stage has no router
+    "pp=2 split=[3,1] micro=3 llama",
+    "pp=2 layers=2 micro=2 zero=0 heads=4 kv=2",  # a layer a stage
+    "pp=2 tp=2 sp micro=3 seq=5 batch=3",
+    "pp=2 tp=2 micro=2 seq=5 batch=2 zero=0",
+    "pp=2 tp=4 sp untied heads=8 kv=4 vocab=300 micro=2",
+    "pp=2 tp=4 micro=3 seq=5 batch=3 pattern=stride:2 recompute",
+    "pp=2 dp=2 micro=3 pattern=stride:2",
+    "pp=2 dp=2 micro=2 split=[1,3] zero=0 unclipped",
+    "pp=2 tp=2 dp=2 sp micro=3 recompute",
+    "pp=2 tp=2 dp=2 micro=2 split=[1,3] gpipe untied zero=0",
+    # three stages: the middle one has neither embedding nor head
+    "pp=3 layers=5 micro=4",
+    "pp=3 layers=5 split=[1,3,1] micro=6 pattern=first:2 untied",
+    "pp=3 layers=6 split=[3,1,2] micro=3 gpipe recompute heads=4 kv=2",
+    "pp=3 layers=5 micro=2 llama zero=0",
+    "pp=3 layers=5 micro=1 pattern=last:2 gpipe",
+    "pp=3 tp=2 sp layers=5 split=[1,2,2] micro=6 recompute",
+    "pp=3 tp=2 layers=6 micro=4 pattern=last:2 seq=5 batch=4 heads=4 kv=2",
+    "pp=3 dp=2 layers=5 micro=3 zero=0 untied pattern=stride:2",
+    # four stages
+    "pp=4 micro=6",
+    "pp=4 micro=4 gpipe pattern=first:2 zero=0",
+    "pp=4 layers=7 split=[1,3,2,1] micro=2 pattern=last:2",
+    "pp=4 layers=6 micro=3 pattern=stride:3 untied recompute",
+    "pp=4 tp=2 sp micro=4 seq=5 batch=4 recompute",
+    "pp=4 tp=2 layers=6 micro=6 heads=4 kv=2 untied zero=0 vocab=256",
+    "pp=4 dp=2 layers=5 micro=3 gpipe",
+    "pp=4 dp=2 micro=2 llama",
+)
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_layout_equals_the_single_process(text: str) -> None:
+    config = make_config(text)
+    expected = run_plain(config)
+    actual, ranks = run_layout(config)
+
+    assert min(expected.grad_norms) > config.optim.max_grad_norm, "clipping would not show"
+    assert actual.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
+    assert_close(actual.gradients, expected.gradients, TOLERANCE)
+    assert_close(actual.weights, expected.weights, TOLERANCE)
+
+    planned = [config.pipeline.num_microbatches * stage.sent_bytes for stage in plan_stages(config)[:-1]]
+    for rank in ranks:
+        assert (rank.losses, rank.grad_norms) == (actual.losses, actual.grad_norms), "ranks disagree"
+        assert rank.boundary_bytes == [planned] * len(rank.losses)
