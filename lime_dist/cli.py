@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from lime_dist import __version__, commands
 from lime_dist.bench import commands as bench_commands
 from lime_dist.data import commands as data_commands
-from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
+from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError, one_line
+from lime_dist.local import RankFailed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,8 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except LimeDistError as error:
-        print(f"lime-dist: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lime-dist: {one_line(error)}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
+    except RankFailed as error:
+        print(f"{error.detail}\nlime-dist: {one_line(error)}".lstrip(), file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

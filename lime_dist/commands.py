@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lime_dist.config import Config, check_config, dump_yaml, load_config
-from lime_dist.errors import ConfigError
-from lime_dist.launcher import find_place, require_rendezvous
+from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
+from lime_dist.launcher import Place, find_place, require_rendezvous
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,7 +40,9 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("train", help="train a model; alone, under torchrun, srun or DeepSpeed's launcher")
     _add_config(parser)
     _add_nproc(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the stage table, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and the stage table, and stop"
+    )
     parser.set_defaults(run=_train)
 
 
@@ -66,9 +69,13 @@ def _add_generate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--tokenizer", type=Path, metavar="X.model", help="default: the run's data.tokenizer")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (default: 1)"
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that sum to P (default: 1)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that sum to P (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.set_defaults(run=_generate)
@@ -76,8 +83,12 @@ def _add_generate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("parity", help="compare this installation, under any layout, with reference numbers")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of reference numbers, such as tests/golden/mha4")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the layout, such as parallel.pp=3 parallel.tp=2")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder of reference numbers, such as tests/golden/mha4"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="the layout, such as parallel.pp=3 parallel.tp=2"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="give up after (default: 600)")
     parser.set_defaults(run=_parity)
@@ -141,18 +152,43 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
         require_rendezvous()
         from lime_dist import train
 
-        return getattr(train, function)(config, place, *args)
-    print(f"starting {config.layout.world_size} local ranks: {config.layout}", file=sys.stderr, flush=True)
+        return _as_launched_rank(getattr(train, function), config, place, args)
+    layout = config.layout
+    print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
     from lime_dist import train
     from lime_dist.local import run_local
     from lime_dist.preflight import check_devices
 
     check_devices(config)
-    return run_local(_as_rank, config.layout.world_size, getattr(train, function), config, args)[0]
+    results = run_local(
+        _as_local_rank,
+        layout.world_size,
+        getattr(train, function),
+        config,
+        args,
+        describe=lambda rank: str(layout.coordinate(rank)),
+    )
+    return results[0]
 
 
-def _as_rank(function: Callable[..., Any], config: Config, args: tuple) -> Any:
+def _as_local_rank(function: Callable[..., Any], config: Config, args: tuple) -> Any:
     return function(config, find_place(), *args)
+
+
+def _as_launched_rank(function: Callable[..., Any], config: Config, place: Place, args: tuple) -> Any:
+    """An error ends the process at once, so that the launcher sees it and stops the other ranks."""
+    from lime_dist.local import leave
+
+    try:
+        return function(config, place, *args)
+    except LimeDistError as error:
+        print(f"lime-dist: {one_line(error)}", file=sys.stderr)
+        leave(USER_ERROR_EXIT_CODE)
+    except Exception as error:
+        traceback.print_exc()
+        where = config.layout.coordinate(place.rank)
+        print(f"lime-dist: rank {place.rank} ({where}) failed: {one_line(error)}", file=sys.stderr)
+        leave(1)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -160,7 +196,12 @@ def _generate(args: argparse.Namespace) -> int:
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     for piece in generate_text(
-        args.checkpoint, args.prompt, sampling, max_new_tokens=args.max_new_tokens, tokenizer=args.tokenizer, device=args.device
+        args.checkpoint,
+        args.prompt,
+        sampling,
+        max_new_tokens=args.max_new_tokens,
+        tokenizer=args.tokenizer,
+        device=args.device,
     ):
         print(piece, end="", flush=True)
     print()

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern
-from lime_dist.errors import ConfigError, LayoutError
+from lime_dist.errors import ConfigError, LayoutError, one_line
 from lime_dist.layout import Layout
 from lime_dist.pipeline.partition import plan_partition
 from lime_dist.pipeline.schedule import SCHEDULE_NAMES
@@ -185,7 +185,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"config {path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: must hold sections such as `model:` and `run:`")
     return parse_config(tree, overrides)
@@ -215,10 +215,6 @@ def with_dp(config: Config, dp: int) -> Config:
 # ---- reading
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -226,7 +222,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: {_one_line(error)}") from None
+        raise ConfigError(f"override {key}: {one_line(error)}") from None
     *sections, name = key.split(".")
     node = tree
     for section in sections:
@@ -306,9 +302,13 @@ def _convert_plain(option: Any, value: Any) -> Any:
 def _type_name(option: Any) -> str:
     if typing.get_origin(option) is not None:
         return str(option)
-    return {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}.get(
-        option.__name__, option.__name__
-    )
+    return {
+        "int": "a whole number",
+        "float": "a number",
+        "str": "a text",
+        "bool": "true or false",
+        "NoneType": "null",
+    }.get(option.__name__, option.__name__)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -431,7 +431,9 @@ def _check_tensor_parallel(config: Config) -> None:
         ("num_heads", model.num_heads),
         ("intermediate_size", model.intermediate_size),
     ):
-        _require(size % tp == 0, f"parallel.tp: {tp} does not divide model.{key}={size}; change one of them", LayoutError)
+        _require(
+            size % tp == 0, f"parallel.tp: {tp} does not divide model.{key}={size}; change one of them", LayoutError
+        )
     _require(
         tp > 1 or not config.parallel.sequence_parallel,
         "parallel.sequence_parallel: needs parallel.tp above 1; set it to false",

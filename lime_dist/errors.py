@@ -8,6 +8,11 @@ or of the machine and keeps its stack trace.
 USER_ERROR_EXIT_CODE = 2
 
 
+def one_line(error: BaseException) -> str:
+    """The error's text on one line."""
+    return " ".join(str(error).split())
+
+
 class LimeDistError(Exception):
     """Base of all errors that a user can mend."""
 

@@ -51,7 +51,9 @@ def generate_text(
         raise ConfigError("data.tokenizer: the run names none; give --tokenizer")
     processor = load_tokenizer(Path(path))
     if processor.vocab_size() != config.model.vocab_size:
-        raise DataError(f"--tokenizer: {path} has {processor.vocab_size()} ids, the model {config.model.vocab_size}; give the run's own")
+        raise DataError(
+            f"--tokenizer: {path} has {processor.vocab_size()} ids, the model {config.model.vocab_size}; give the run's own"
+        )
     ids = processor.encode(prompt) or [processor.bos_id()]
     shown = processor.decode(ids)
     yield shown

@@ -36,7 +36,9 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
                 world_size=int(environment[world_size]),
             )
         except (KeyError, ValueError):
-            raise LayoutError(f"environment: {rank} is set but {world_size} is not a number; start with torchrun or srun") from None
+            raise LayoutError(
+                f"environment: {rank} is set but {world_size} is not a number; start with torchrun or srun"
+            ) from None
     return None
 
 

@@ -29,17 +29,21 @@ TERMINATE_GRACE = timedelta(seconds=5)
 class RankFailed(RuntimeError):
     """A rank ended with an error; the others have been stopped."""
 
-    def __init__(self, rank: int, reason: str, detail: str = ""):
-        super().__init__(f"rank {rank} failed: {reason}")
-        self.rank, self.reason, self.detail = rank, reason, detail
+    def __init__(self, rank: int, place: str, reason: str, detail: str = ""):
+        super().__init__(f"rank {rank} ({place}) failed: {reason}" if place else f"rank {rank} failed: {reason}")
+        self.rank, self.detail = rank, detail
 
 
 def run_local(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: timedelta | None = None
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: timedelta | None = None,
+    describe: Callable[[int], str] = lambda rank: "",
 ) -> list[Any]:
     """Run `function(*args)` on `world_size` forked ranks with torchrun's environment set; results by rank.
 
-    Results travel by pickle. Raises: the `LimeDistError` of a rank as it is; RankFailed for anything else,
+    Results travel by pickle; `describe` says of a rank what it is, for the error. Raises: the `LimeDistError` of a rank as it is; RankFailed for anything else,
     among it a rank killed by a signal and a run longer than `timeout`. No rank outlives the call.
     """
     context = multiprocessing.get_context("fork")
@@ -54,7 +58,7 @@ def run_local(
             sender.close()
             pipes.append(receiver)
             processes.append(process)
-        return _collect(pipes, processes, timeout)
+        return _collect(pipes, processes, timeout, describe)
     finally:
         _stop(processes)
 
@@ -87,11 +91,11 @@ def _rank_main(function: Callable[..., Any], args: tuple, environment: dict[str,
         _send(sender, "result", function(*args))
     except LimeDistError as error:
         _send(sender, "user error", error)
-        _leave(2)
+        leave(2)
     except BaseException as error:
         _send(sender, "error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
-        _leave(1)
-    _leave(0)
+        leave(1)
+    leave(0)
 
 
 def _send(sender: Connection, kind: str, value: Any) -> None:
@@ -99,8 +103,8 @@ def _send(sender: Connection, kind: str, value: Any) -> None:
     sender.send_bytes(pickle.dumps((kind, value)))
 
 
-def _leave(code: int) -> None:
-    # Without interpreter shutdown: a peer that has gone would make the process groups' destructors wait.
+def leave(code: int) -> None:
+    """End this process without interpreter shutdown: a peer that has gone would make the groups' destructors wait."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -112,7 +116,9 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def _collect(pipes: list[Connection], processes: list, timeout: timedelta | None) -> list[Any]:
+def _collect(
+    pipes: list[Connection], processes: list, timeout: timedelta | None, describe: Callable[[int], str]
+) -> list[Any]:
     deadline = time.monotonic() + timeout.total_seconds() if timeout else None
     results: dict[int, Any] = {}
     pending = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -121,23 +127,24 @@ def _collect(pipes: list[Connection], processes: list, timeout: timedelta | None
         ready = wait(list(pending), timeout=left) if left is None or left > 0 else []
         if not ready:
             waiting = ", ".join(str(rank) for rank in pending.values())
-            raise RankFailed(next(iter(pending.values())), f"no end after {timeout}; still running: rank {waiting}")
+            first = next(iter(pending.values()))
+            raise RankFailed(first, describe(first), f"no end after {timeout}; still running: rank {waiting}")
         for pipe in ready:
             rank = pending.pop(pipe)
-            results[rank] = _receive(pipe, rank, processes[rank])
+            results[rank] = _receive(pipe, rank, processes[rank], describe(rank))
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _receive(pipe: Connection, rank: int, process: Any) -> Any:
+def _receive(pipe: Connection, rank: int, process: Any, place: str) -> Any:
     try:
         kind, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
-        raise RankFailed(rank, _exit_reason(process.exitcode)) from None
+        raise RankFailed(rank, place, _exit_reason(process.exitcode)) from None
     if kind == "user error":
         raise value
     if kind == "error":
-        raise RankFailed(rank, *value)
+        raise RankFailed(rank, place, *value)
     return value
 
 

@@ -71,7 +71,9 @@ class Metrics:
     def _progress(self, record: dict[str, Any]) -> str:
         step = record["step"]
         seconds_left = (self._num_steps - step) * sum(self._recent) / len(self._recent)
-        crossing = " ".join(f"{index}>{index + 1} {_si(count)}B" for index, count in enumerate(record["boundary_bytes"]))
+        crossing = " ".join(
+            f"{index}>{index + 1} {_si(count)}B" for index, count in enumerate(record["boundary_bytes"])
+        )
         parts = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
             f"loss {record['loss']:.4f}",

@@ -16,9 +16,7 @@ from lime_dist.lime.weights import specified_parameters
 DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
 
 
-def build_optimizer(
-    stage: LimeStage, config: Config, placeholder: nn.Parameter | None = None
-) -> torch.optim.AdamW:
+def build_optimizer(stage: LimeStage, config: Config, placeholder: nn.Parameter | None = None) -> torch.optim.AdamW:
     """torch's AdamW over three groups: decayed, undecayed, routers. Each group keeps its own peak rate as `peak_lr`.
 
     placeholder: stands in for the routers of a stage that has none.
@@ -29,9 +27,7 @@ def build_optimizer(
     )
 
 
-def _parameter_groups(
-    stage: LimeStage, optim: OptimConfig, placeholder: nn.Parameter | None
-) -> list[dict[str, Any]]:
+def _parameter_groups(stage: LimeStage, optim: OptimConfig, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
     decayed, undecayed, routers = [], [], [] if placeholder is None else [placeholder]
     for spec, parameter in specified_parameters(stage):
         group = routers if spec.role is Role.ROUTER else decayed if spec.role in DECAYED_ROLES else undecayed

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lime_dist.backends.zero_state import set_weights
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.errors import ConfigError, DataError
+from lime_dist.errors import ConfigError, DataError, one_line
 from lime_dist.lime.parameters import LogicalTensor, logical_tensors
 from lime_dist.rank import Rank
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
@@ -70,14 +70,14 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"reference {path}: {' '.join(str(error).split())}; give a folder of reference numbers") from None
+        raise DataError(f"reference {path}: {one_line(error)}; give a folder of reference numbers") from None
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"reference {path}: {' '.join(str(error).split())}; give a folder of reference numbers") from None
+        raise DataError(f"reference {path}: {one_line(error)}; give a folder of reference numbers") from None
 
 
 def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +88,9 @@ def reference_config(reference: Reference, overrides: Sequence[str]) -> Config:
     """The run that made the numbers, with the user's layout on top. Raises: ConfigError."""
     sizes, optimizer = reference.config, reference.config["optimizer"]
     if optimizer["schedule"] != "constant":
-        raise ConfigError(f"reference: optimizer.schedule is {optimizer['schedule']!r}; only constant rates can be compared")
+        raise ConfigError(
+            f"reference: optimizer.schedule is {optimizer['schedule']!r}; only constant rates can be compared"
+        )
     has_routers = any(name.endswith("lime_router.weight") for name in reference.weights)
     tree = {
         "model": {
@@ -117,7 +119,10 @@ def reference_config(reference: Reference, overrides: Sequence[str]) -> Config:
         "run": {"steps": reference.tokens.shape[0], "timeout_seconds": 120},
     }
     config = check_config(parse_config(tree, overrides))
-    if config.data.global_batch_size != reference.tokens.shape[1] or config.data.seq_length != reference.tokens.shape[2] - 1:
+    if (
+        config.data.global_batch_size != reference.tokens.shape[1]
+        or config.data.seq_length != reference.tokens.shape[2] - 1
+    ):
         raise ConfigError("data: the batch and sequence are the reference's; leave data.* out")
     return config
 

@@ -50,6 +50,10 @@ def check_devices(config: Config) -> None:
     available = torch.cuda.device_count()
     wanted = config.layout.world_size
     if config.run.device == "cuda" and available < wanted:
-        raise LayoutError(f"run.device: cuda, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout")
+        raise LayoutError(
+            f"run.device: cuda, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout"
+        )
     if config.run.device == "auto" and 0 < available < wanted:
-        raise LayoutError(f"run.device: auto, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout")
+        raise LayoutError(
+            f"run.device: auto, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,7 +90,9 @@ class Rank:
     def microbatches(self, batch: Batch) -> list[Tensor]:
         """This replica's microbatches of a global batch: every dp-th block of rows."""
         config, size = self.config, self.config.microbatch_size
-        blocks = range(self.groups.coordinate.dp_rank, config.layout.dp * config.pipeline.num_microbatches, config.layout.dp)
+        blocks = range(
+            self.groups.coordinate.dp_rank, config.layout.dp * config.pipeline.num_microbatches, config.layout.dp
+        )
         return [batch[block * size : (block + 1) * size].to(self.device) for block in blocks]
 
     def accumulate(self, batch: Batch) -> tuple[float, list[int]]:
@@ -134,7 +137,9 @@ class Rank:
         count = self.config.pipeline.num_microbatches
         planned = count * self.plan.sent_bytes, count * self.plan.received_bytes
         if (forward, backward) != planned:
-            raise BytesDiffer(f"stage {self.plan.stage_index} sent {forward, backward} bytes (forward, backward), planned {planned}")
+            raise BytesDiffer(
+                f"stage {self.plan.stage_index} sent {forward, backward} bytes (forward, backward), planned {planned}"
+            )
 
     def _share(self, losses: list[Tensor], forward_bytes: int) -> tuple[float, list[int]]:
         """Losses are known on the last stage and bytes on the sender; one all-reduce tells both to all."""
@@ -156,12 +161,18 @@ def join_world(config: Config, place: Place) -> tuple[Groups, torch.device]:
     timeout = timedelta(seconds=config.run.timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timeout,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise LayoutError(f"environment: MASTER_PORT={port} is in use on this host; set another") from None
     return create_groups(config.layout, device, timeout), device
 
 

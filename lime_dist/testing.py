@@ -22,7 +22,16 @@ def run_ranks(config: Config, work: Callable[..., Any], *args: Any, timeout: tim
 
     The parent must not have run a threaded CPU operation (see `local`).
     """
-    return run_local(_rank_work, config.layout.world_size, config, work, args, timeout=timeout)
+    layout = config.layout
+    return run_local(
+        _rank_work,
+        layout.world_size,
+        config,
+        work,
+        args,
+        timeout=timeout,
+        describe=lambda rank: str(layout.coordinate(rank)),
+    )
 
 
 def _rank_work(config: Config, work: Callable[..., Any], args: tuple) -> Any:

@@ -87,7 +87,9 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> di
     if held_out is None:
         raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
     if folder is None:
-        raise CheckpointError(f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint")
+        raise CheckpointError(
+            f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint"
+        )
     rank = Rank(config, *join_world(config, place))
     meta = load_checkpoint(rank, folder)
     loss = evaluate_batches(rank, held_out)
@@ -160,9 +162,7 @@ class TrainingRun:
             self._metrics.evaluation(step=self.step, eval_loss=loss)
 
     def _save(self) -> None:
-        folder = save_checkpoint(
-            self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen
-        )
+        folder = save_checkpoint(self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen)
         self._saved_step = self.step
         if self.rank.is_logger:
             print(f"saved {folder}", flush=True)

@@ -72,7 +72,10 @@ def create_groups(layout: Layout, device: torch.device, timeout: timedelta) -> G
 
 def _pipeline_group(layout: Layout, timeout: timedelta) -> ProcessGroup:
     pipelines = [
-        [layout.global_rank(Coordinate(pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank)) for pp_rank in range(layout.pp)]
+        [
+            layout.global_rank(Coordinate(pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank))
+            for pp_rank in range(layout.pp)
+        ]
         for dp_rank in range(layout.dp)
         for tp_rank in range(layout.tp)
     ]

@@ -1,2 +1,66 @@
-def add_parser(subparsers):
-    pass
+"""The `bench` part of the command line. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from lime_dist.errors import ConfigError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `bench` and its commands; each sets `run`, a handler from the parsed arguments to the exit code."""
+    parser = subparsers.add_parser("bench", help="measure what things cost on this machine")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_depth(commands)
+
+
+def _add_depth(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "depth", help="routed read and whole step against the paper's growing buffer and against LLaMA, as Markdown"
+    )
+    parser.add_argument("--layers", type=_positive, default=16, metavar="N", help="default: 16")
+    parser.add_argument(
+        "--hidden-size",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="of 32 heads; default: 1024 (the paper's: 2048)",
+    )
+    parser.add_argument("--tokens", type=_positive, default=512, metavar="N", help="of one microbatch (default: 512)")
+    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds to time (default: 5)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there, too")
+    parser.set_defaults(run=_depth)
+
+
+def _depth(args: argparse.Namespace) -> int:
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json: the folder {args.json.parent} does not exist; make it first")
+    import torch
+
+    from lime_dist.bench.depth import Sizes, run_depth
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    sizes = Sizes(num_layers=args.layers, hidden_size=args.hidden_size, num_tokens=args.tokens)
+    report = run_depth(sizes, repeats=args.repeats, dtype=args.dtype, device=args.device, progress=_say)
+    print(report.to_markdown())
+    if args.json is not None:
+        args.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    return 0
+
+
+def _say(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

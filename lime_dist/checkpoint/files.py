@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lime_dist.errors import CheckpointError
+from lime_dist.errors import CheckpointError, one_line
 from lime_dist.lime.parameters import LogicalTensor
 
 FORMAT = 1
@@ -46,7 +46,9 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not checkpoints.is_dir():
         return []
-    found = [path for path in checkpoints.iterdir() if _STEP_NAME.fullmatch(path.name) and (path / "meta.json").is_file()]
+    found = [
+        path for path in checkpoints.iterdir() if _STEP_NAME.fullmatch(path.name) and (path / "meta.json").is_file()
+    ]
     return sorted(found, key=lambda path: int(_STEP_NAME.fullmatch(path.name)[1]))
 
 
@@ -74,10 +76,14 @@ def _read_json(path: Path) -> Any:
 def read_meta(folder: Path) -> Meta:
     """Raises: CheckpointError when the folder is no checkpoint or of another format."""
     if not (folder / "meta.json").is_file():
-        raise CheckpointError(f"checkpoint {folder}: no meta.json in it; name a folder such as RUN/checkpoints/step_000100")
+        raise CheckpointError(
+            f"checkpoint {folder}: no meta.json in it; name a folder such as RUN/checkpoints/step_000100"
+        )
     values = _read_json(folder / "meta.json")
     if values.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {folder}: format {values.get('format')}, this version reads {FORMAT}; use that version")
+        raise CheckpointError(
+            f"checkpoint {folder}: format {values.get('format')}, this version reads {FORMAT}; use that version"
+        )
     return Meta(values["step"], values["samples_seen"], values["config"], values["files"])
 
 
@@ -96,7 +102,9 @@ class CheckpointReader:
         """fp32 on the CPU, whole. Raises: CheckpointError when slices are missing or of another shape."""
         key = f"{kind}:{logical.name}"
         if key not in self._slices:
-            raise CheckpointError(f"checkpoint {self.folder}: no {key}; it is of another model or without optimiser state")
+            raise CheckpointError(
+                f"checkpoint {self.folder}: no {key}; it is of another model or without optimiser state"
+            )
         whole = torch.empty(logical.shape, dtype=torch.float32)
         covered = 0
         for stem, place in self._slices[key]:
@@ -118,4 +126,4 @@ class CheckpointReader:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path}: {' '.join(str(error).split())}; name another checkpoint") from None
+            raise CheckpointError(f"checkpoint {path}: {one_line(error)}; name another checkpoint") from None

@@ -73,7 +73,13 @@ def _stem(rank: Rank, pp_rank: int | None = None, tp_rank: int | None = None) ->
 def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int) -> None:
     layout = rank.groups.layout
     files = [_stem(rank, pp_rank, tp_rank) for pp_rank in range(layout.pp) for tp_rank in range(layout.tp)]
-    meta = {"format": FORMAT, "step": step, "samples_seen": samples_seen, "config": to_dict(rank.config), "files": files}
+    meta = {
+        "format": FORMAT,
+        "step": step,
+        "samples_seen": samples_seen,
+        "config": to_dict(rank.config),
+        "files": files,
+    }
     write_json(folder / "meta.json", meta)
     if final.exists():
         shutil.rmtree(final)

@@ -40,9 +40,7 @@ def plan_relay(pattern: Pattern, stages: tuple[range, ...]) -> TransferPlan:
         boundaries=tuple(
             BoundaryPlan(
                 boundary=boundary,
-                raw_entries=tuple(
-                    layer for layer in range(layers.stop) if pattern.last_reader(layer) >= layers.stop
-                ),
+                raw_entries=tuple(layer for layer in range(layers.stop) if pattern.last_reader(layer) >= layers.stop),
             )
             for boundary, layers in enumerate(stages[:-1])
         )

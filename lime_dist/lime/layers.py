@@ -104,9 +104,7 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self._parts = layer, model.head_dim, parts
         self.query_heads, self.kv_heads = model.num_heads // parts.tp_size, model.kv_heads // parts.tp_size
         self.in_memory = in_memory
-        self.qkv_proj = parts.column_linear(
-            model.hidden_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim
-        )
+        self.qkv_proj = parts.column_linear(model.hidden_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim)
         self.lime_router = Router(model.kv_heads, sources, parts) if len(sources) > 1 else None
         self.o_proj = parts.row_linear(model.num_heads * model.head_dim, model.hidden_size)
 

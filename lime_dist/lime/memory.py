@@ -21,7 +21,9 @@ class DepthMemory:
     (layer, head) is one [H_kv, n * H_kv] x [n * H_kv, 2 * tokens * head_dim] product.
     """
 
-    def __init__(self, layers: tuple[int, ...], num_kv_heads: int, row_size: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, layers: tuple[int, ...], num_kv_heads: int, row_size: int, *, dtype: torch.dtype, device: torch.device
+    ):
         self.slot_of = {layer: slot for slot, layer in enumerate(layers)}
         self.values = torch.empty(len(layers), num_kv_heads, row_size, dtype=dtype, device=device)
         self._gradients: Tensor | None = None

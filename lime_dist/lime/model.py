@@ -71,9 +71,7 @@ class LimeStage(nn.Module):
     def new_memory(self, num_tokens: int) -> DepthMemory:
         """An empty depth memory for one microbatch of `num_tokens` tokens."""
         row_size = 2 * self.rows(num_tokens) // self._parts.tp_size * self.config.head_dim
-        return DepthMemory(
-            self.memory_layers, self.config.kv_heads, row_size, dtype=self.dtype, device=self.device
-        )
+        return DepthMemory(self.memory_layers, self.config.kv_heads, row_size, dtype=self.dtype, device=self.device)
 
     def forward(
         self,

@@ -50,9 +50,7 @@ class Executor:
         self._in_flight: dict[int, _InFlight] = {}
         self._incoming: dict[Action, tuple[DepthMemory | None, Incoming]] = {}
 
-    def run(
-        self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True
-    ) -> list[Tensor]:
+    def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True) -> list[Tensor]:
         """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
 
         Gradients of the mean loss over the microbatches are added to the parameters. Returns the loss of

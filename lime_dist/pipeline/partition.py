@@ -15,10 +15,14 @@ def plan_partition(num_layers: int, num_stages: int, partition: str | Sequence[i
     Raises: LayoutError when a stage would be empty or the counts do not add up.
     """
     if num_stages > num_layers:
-        raise LayoutError(f"parallel.pp: {num_stages} stages for model.num_layers={num_layers}; use at most {num_layers}")
+        raise LayoutError(
+            f"parallel.pp: {num_stages} stages for model.num_layers={num_layers}; use at most {num_layers}"
+        )
     counts = _even_counts(num_layers, num_stages) if partition == "auto" else list(partition)
     if len(counts) != num_stages:
-        raise LayoutError(f"pipeline.partition: {counts} has {len(counts)} stages, parallel.pp is {num_stages}; give one count a stage")
+        raise LayoutError(
+            f"pipeline.partition: {counts} has {len(counts)} stages, parallel.pp is {num_stages}; give one count a stage"
+        )
     if min(counts) < 1 or sum(counts) != num_layers:
         raise LayoutError(
             f"pipeline.partition: {counts} must be counts of at least 1 that add up to model.num_layers={num_layers}"

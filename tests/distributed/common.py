@@ -49,6 +49,8 @@ SHORT = {
     "untied": "model.tie_embeddings=false",
     "bf16": "run.dtype=bf16",
     "unclipped": "optim.max_grad_norm=0",
+    "lr": "optim.lr",
+    "eps": "optim.eps",
 }
 
 
@@ -139,11 +141,11 @@ def _run_rank(rank: Rank, batches: list[Tensor]) -> RankOutcome:
         outcome.losses.append(loss)
         outcome.boundary_bytes.append(boundary_bytes)
         outcome.grad_norms.append(rank.optimizer.step(LR_FACTORS[step]))
-    outcome.weights = local_pieces(rank, _weight_of(rank))
+    outcome.weights = local_pieces(rank, weight_of(rank))
     return outcome
 
 
-def _weight_of(rank: Rank) -> Callable[[nn.Parameter], Tensor]:
+def weight_of(rank: Rank) -> Callable[[nn.Parameter], Tensor]:
     """A parameter's values; under ZeRO 3 a rank holds a share of each."""
     return safe_get_full_fp32_param if rank.config.zero_stage == 3 else lambda parameter: parameter
 

@@ -1,0 +1,180 @@
+"""What a step leaves and tells, and what happens when a rank fails, dies, stalls or breaks the plan."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import assert_close, make_batches, make_config, make_plain, run_layout, run_plain, weight_of
+from torch import Tensor
+
+from lime_dist.depth import pattern
+from lime_dist.lime.model import model_logits, model_loss
+from lime_dist.lime.weights import gather_logical
+from lime_dist.local import RankFailed
+from lime_dist.rank import BytesDiffer, Rank
+from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+
+TOLERANCE = 1e-5  # as in test_layouts: the order of fp32 sums
+
+# ---- gradients through stages that do not read what they pass on
+
+
+def only_back(reader: int, distance: int) -> set[int]:
+    """A pattern that no key gives: each layer reads the one `distance` before it, and not its neighbour."""
+    return {reader - distance} if reader >= distance else set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pp=4 pattern=back:3 micro=3",  # stages 1 and 2 have entry 0 and neither router nor entry of their own
+        "pp=4 layers=7 split=[2,1,2,2] pattern=back:3 micro=4 tp=2 sp",  # stage 1 makes entry 2 and passes on 0 and 1
+        "pp=3 layers=6 split=[1,4,1] pattern=back:5 micro=2 recompute gpipe",
+    ],
+)
+def test_stages_that_only_pass_an_entry_on_return_its_gradient(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setitem(pattern._KINDS, "back", only_back)
+    config = make_config(text)
+    expected, (actual, _) = run_plain(config), run_layout(config)
+    assert actual.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+    assert_close(actual.gradients, expected.gradients, TOLERANCE)
+    assert_close(actual.weights, expected.weights, TOLERANCE)
+
+
+# ---- initial weights
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "tp=4 sp untied vocab=300", "pp=3 tp=2 split=[1,2,1]", "dp=2 zero=3 heads=4 kv=2", "pp=2 dp=2 llama", "pp=2 bf16"],
+)
+def test_initial_weights_are_the_same_under_every_layout(text: str) -> None:
+    config = make_config(text)
+    whole = assemble(run_ranks(config, initial_weights))
+    dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
+    for name, value in gather_logical(make_plain(config), lambda parameter: parameter).items():
+        assert torch.equal(whole.pop(name), value.to(dtype).float()), name
+    assert not whole
+
+
+def initial_weights(rank: Rank) -> Pieces:
+    return local_pieces(rank, weight_of(rank))
+
+
+# ---- evaluation
+
+
+EVALUATED = ("pp=3 tp=2 micro=3 split=[1,2,1]", "pp=2 dp=2 micro=2", "dp=2 tp=2 sp zero=2 seq=5", "dp=2 zero=3 micro=3", "pp=4 gpipe micro=6")
+
+
+@pytest.mark.parametrize("text", EVALUATED)
+def test_evaluation_is_the_plain_loss_on_every_rank_and_changes_nothing(text: str) -> None:
+    config = make_config(text)
+    batches = make_batches(config)
+    with torch.no_grad():
+        model = make_plain(config)
+        mean_loss = sum(float(model_loss(model, batch)) for batch in batches) / len(batches)
+    alone = run_ranks(config, train_losses, batches, False)
+    between = run_ranks(config, train_losses, batches, True)
+    for (losses, _, _), (same_losses, evaluated, left) in zip(alone, between, strict=True):
+        assert evaluated == pytest.approx(mean_loss, rel=TOLERANCE)
+        assert evaluated == between[0][1]
+        assert left == []
+        assert losses == same_losses
+
+
+def train_losses(rank: Rank, batches: list[Tensor], with_evaluation: bool) -> tuple[list[float], float, list[str]]:
+    """Losses of steps, the loss over all batches before them, and which parameters that gave gradients."""
+    evaluated = rank.evaluate(batches) if with_evaluation else 0.0
+    left = [name for name, parameter in rank.stage.named_parameters() if parameter.grad is not None]
+    return [rank.train_step(batch, 1.0).loss for batch in batches], evaluated, left
+
+
+@pytest.mark.parametrize("text", ["pp=3 tp=2 micro=3", "dp=2 tp=4 seq=5 batch=6 micro=3 sp vocab=300"])
+def test_logits_are_those_of_the_plain_model(text: str) -> None:
+    config = make_config(text)
+    batch = make_batches(config)[0]
+    with torch.no_grad():
+        expected = model_logits(make_plain(config), batch[:, :-1])
+    found = {row: logits for logits_of_rank in run_ranks(config, Rank.logits, batch) for row, logits in logits_of_rank}
+    actual = torch.cat([found[row] for row in sorted(found)])
+    assert_close({"logits": actual}, {"logits": expected}, TOLERANCE)
+
+
+# ---- ranks that fail
+
+
+LONG = 300.0  # seconds: far beyond what a failure may take
+PROMPT = 20.0  # seconds, on a machine busy with other work; a second or two on an idle one
+
+
+@pytest.fixture
+def promptly() -> object:
+    """The test must end within `PROMPT`: a hang would last for `LONG`."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < PROMPT
+
+
+FAILING = ("pp=3 micro=4", "pp=2 tp=2 micro=2", "dp=3 micro=2")
+
+
+@pytest.mark.usefixtures("promptly")
+@pytest.mark.parametrize("text", FAILING)
+def test_a_rank_that_raises_is_named_and_ends_the_job(text: str) -> None:
+    config = make_config(text, timeout_seconds=LONG)
+    with pytest.raises(RankFailed, match="rank 1 failed: ValueError: injected") as failure:
+        run_ranks(config, misbehave, make_batches(config)[0], "raise")
+    assert failure.value.rank == 1 and "misbehave" in failure.value.detail
+
+
+@pytest.mark.usefixtures("promptly")
+@pytest.mark.parametrize("text", FAILING)
+def test_a_killed_rank_is_named_and_ends_the_job(text: str) -> None:
+    config = make_config(text, timeout_seconds=LONG)
+    with pytest.raises(RankFailed, match="rank 1 failed: killed by SIGKILL"):
+        run_ranks(config, misbehave, make_batches(config)[0], "kill")
+
+
+@pytest.mark.usefixtures("promptly")
+@pytest.mark.parametrize("text", FAILING)
+def test_a_stalled_rank_makes_the_others_give_up_after_the_timeout(text: str) -> None:
+    config = make_config(text, timeout_seconds=3)
+    with pytest.raises(RankFailed, match=r"(?i)rank \d failed: .*time") as failure:
+        run_ranks(config, misbehave, make_batches(config)[0], "stall")
+    assert failure.value.rank != 1
+
+
+def misbehave(rank: Rank, batch: Tensor, how: str) -> None:
+    """A good step, then rank 1 goes wrong and the others begin another."""
+    rank.train_step(batch, 1.0)
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise ValueError("injected")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(LONG)
+    rank.train_step(batch, 1.0)
+
+
+# ---- plan and transport
+
+
+def test_bytes_other_than_planned_are_an_error() -> None:
+    config = make_config("pp=3 micro=2")
+    for found in run_ranks(config, step_against_another_plan, make_batches(config)[0]):
+        assert "stage" in found and "planned" in found
+
+
+def step_against_another_plan(rank: Rank, batch: Tensor) -> str:
+    """The check's plan has one element more to a head than what the stages send."""
+    rank.plan = replace(rank.plan, shape=replace(rank.plan.shape, head_dim=rank.plan.shape.head_dim + 1))
+    with pytest.raises(BytesDiffer) as error:
+        rank.train_step(batch, 1.0)
+    return str(error.value)
