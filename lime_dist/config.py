@@ -54,7 +54,8 @@ class DepthConfig:
     router: str = "static"  # static (LIMe v2) | none (LLaMA)
     entry: str = "kv"  # kv: raw keys and values
     pattern: str = "full"
-    policy: str = "relay"
+    policy: str = "least"  # least: the fewest tensors cross | relay: raw entries only
+    partial_sum_dtype: str = "bundle"  # bundle: run.dtype | fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class PipelineConfig:
     schedule: str = "1f1b"
     num_microbatches: int = 1
     partition: str | list[int] = "auto"
+    boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,10 @@ class Config:
     def stages(self) -> tuple[range, ...]:
         """The layers of each stage."""
         return plan_partition(self.model.num_layers, self.parallel.pp, self.pipeline.partition)
+
+    @property
+    def partial_sum_dtype(self) -> str:
+        return self.run.dtype if self.depth.partial_sum_dtype == "bundle" else self.depth.partial_sum_dtype
 
     @property
     def zero_stage(self) -> int:
@@ -364,7 +370,8 @@ def _check_model(model: ModelConfig) -> None:
 _CHOICES = {
     "depth.router": ("static", "none"),
     "depth.entry": ("kv",),
-    "depth.policy": ("relay",),
+    "depth.policy": ("least", "relay"),
+    "depth.partial_sum_dtype": ("bundle", "fp32"),
     "parallel.recompute": ("none", "layer"),
     "pipeline.schedule": SCHEDULE_NAMES,
     "optim.lr_schedule": ("cosine", "constant"),

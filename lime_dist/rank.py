@@ -64,10 +64,10 @@ class Rank:
         )
         self.stage = LimeStage(
             config.model,
-            config.pattern,
+            self.plan.transfer,
             self.plan.layers,
             parts,
-            received=self.plan.received,
+            sum_dtype=TORCH_DTYPES[config.partial_sum_dtype],
             recompute=config.parallel.recompute == "layer",
         )
         initialize(self.stage, config.run.seed)

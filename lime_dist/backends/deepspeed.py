@@ -164,8 +164,7 @@ class ZeroOptimizer:
 
 def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None:
     """DeepSpeed's norm is a collective per parameter group, so a stage without routers joins with an empty hand."""
-    routers = [layer for layer in stage.stage_layers if config.pattern.has_router(layer)]
-    if routers or not any(map(config.pattern.has_router, range(config.model.num_layers))):
+    if stage.transfer.reads or not any(map(config.pattern.has_router, range(config.model.num_layers))):
         return None
     stage.register_parameter("no_router", nn.Parameter(torch.zeros(1, dtype=stage.dtype, device=stage.device)))
     return stage.no_router

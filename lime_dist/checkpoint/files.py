@@ -2,7 +2,7 @@
 
     step_000100/
       meta.json             step, samples read, the resolved config, the files; written last
-      pp00-tp00.safetensors fp32 slices that this rank owns, keyed KIND:NAME
+      pp00-tp00.safetensors fp32 slices that this rank owns, keyed KIND:NAME@START
       pp00-tp00.json        for each key: dim, start and the whole shape
 
 KIND is weight, exp_avg or exp_avg_sq; NAME a logical tensor's. A slice lies in one file only.
@@ -93,10 +93,10 @@ class CheckpointReader:
     def __init__(self, folder: Path):
         """Raises: CheckpointError."""
         self.folder, self.meta = folder, read_meta(folder)
-        self._slices: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        self._slices: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
         for stem in self.meta.files:
             for key, place in _read_json(folder / f"{stem}.json").items():
-                self._slices.setdefault(key, []).append((stem, place))
+                self._slices.setdefault(key.partition("@")[0], []).append((stem, key, place))
 
     def tensor(self, kind: str, logical: LogicalTensor) -> Tensor:
         """fp32 on the CPU, whole. Raises: CheckpointError when slices are missing or of another shape."""
@@ -107,13 +107,13 @@ class CheckpointReader:
             )
         whole = torch.empty(logical.shape, dtype=torch.float32)
         covered = 0
-        for stem, place in self._slices[key]:
+        for stem, slice_key, place in self._slices[key]:
             if tuple(place["shape"]) != logical.shape:
                 raise CheckpointError(
                     f"checkpoint {self.folder}: {logical.name} has shape {place['shape']}, the model {list(logical.shape)}; "
                     "use the checkpoint's model and depth keys"
                 )
-            part = self._read(stem, key)
+            part = self._read(stem, slice_key)
             whole.narrow(place["dim"], place["start"], part.shape[place["dim"]]).copy_(part)
             covered += part.numel()
         if covered != whole.numel():

@@ -60,7 +60,11 @@ def _owned_slices(rank: Rank, spec: ParameterSpec, kind: str, state: Tensor) -> 
     for piece, part in slices(spec, state):
         if piece.length:
             where = {"dim": piece.dim, "start": piece.start, "shape": list(piece.tensor.shape)}
-            yield f"{kind}:{piece.tensor.name}", where, part.detach().to("cpu", torch.float32, copy=True).contiguous()
+            yield (
+                f"{kind}:{piece.tensor.name}@{piece.start}",
+                where,
+                part.detach().to("cpu", torch.float32, copy=True).contiguous(),
+            )
 
 
 def _stem(rank: Rank, pp_rank: int | None = None, tp_rank: int | None = None) -> str:

@@ -83,29 +83,37 @@ class RMSNorm(nn.Module):
 
 
 class Router(nn.Module):
-    """R of one layer: [H_kv (reader head), sources (own layer last), H_kv (source head)]; static, signed, unnormalised."""
+    """R of one reader over the sources that are added on this stage: [H_kv (reader head), sources, H_kv (source head)].
 
-    def __init__(self, num_kv_heads: int, sources: tuple[int, ...], parts: Parts):
+    Static, signed, unnormalised (arXiv 2502.09245v2, section 3). `received` and `own` split the sources,
+    ascending, into entries that came from earlier stages and those made here.
+    """
+
+    def __init__(self, num_kv_heads: int, sources: tuple[int, ...], first_own: int, parts: Parts):
         super().__init__()
         shape = (num_kv_heads, len(sources), num_kv_heads)
         self.weight = nn.Parameter(torch.empty(shape, dtype=parts.dtype, device=parts.device))
-        self.sources, self._parts = sources, parts
+        self.received = tuple(source for source in sources if source < first_own)
+        self.own = tuple(source for source in sources if source >= first_own)
+        self._parts = parts
 
-    def forward(self, memory: DepthMemory, token: Tensor) -> Tensor:
-        """The routed entry, flat: [H_kv, 2 * tokens * head_dim]."""
-        return memory.read(self._parts.for_tokens(self.weight), self.sources, token)
+    def received_weight(self) -> Tensor:
+        return self._parts.for_tokens(self.weight[:, : len(self.received)])
+
+    def own_weight(self) -> Tensor:
+        return self._parts.for_tokens(self.weight[:, len(self.received) :])
 
 
 class Attention(nn.Module):
     """Grouped-query attention whose keys and values come through the layer's router."""
 
-    def __init__(self, model: ModelConfig, layer: int, sources: tuple[int, ...], in_memory: bool, parts: Parts):
+    def __init__(self, model: ModelConfig, layer: int, router: Router | None, in_memory: bool, parts: Parts):
         super().__init__()
         self.layer, self.head_dim, self._parts = layer, model.head_dim, parts
         self.query_heads, self.kv_heads = model.num_heads // parts.tp_size, model.kv_heads // parts.tp_size
         self.in_memory = in_memory
         self.qkv_proj = parts.column_linear(model.hidden_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim)
-        self.lime_router = Router(model.kv_heads, sources, parts) if len(sources) > 1 else None
+        self.lime_router = router
         self.o_proj = parts.row_linear(model.num_heads * model.head_dim, model.hidden_size)
 
     def forward(self, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
@@ -131,7 +139,8 @@ class Attention(nn.Module):
         token = run.memory.write(self.layer, entry, token)
         if self.lime_router is None:
             return kv, token
-        routed = self.lime_router(run.memory, token)
+        router = self.lime_router
+        routed = run.memory.read(self.layer, router.own_weight(), router.own, token)
         return self._parts.tokens_to_heads(routed.view(entry.shape)), token
 
 
@@ -159,10 +168,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, model: ModelConfig, layer: int, sources: tuple[int, ...], in_memory: bool, parts: Parts):
+    def __init__(self, model: ModelConfig, layer: int, router: Router | None, in_memory: bool, parts: Parts):
         super().__init__()
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
-        self.self_attn = Attention(model, layer, sources, in_memory, parts)
+        self.self_attn = Attention(model, layer, router, in_memory, parts)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
         self.mlp = MLP(model, parts)
 

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
-from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, rope_tables
+from lime_dist.depth.transfer import StageTransfer, plan_transfer
+from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, Router, rope_tables
 from lime_dist.lime.memory import DepthMemory
 from lime_dist.lime.parameters import ParameterSpec, plan_parameters
 from lime_dist.lime.parts import Parts, PlainParts
@@ -21,32 +22,40 @@ from lime_dist.lime.parts import Parts, PlainParts
 class LimeStage(nn.Module):
     """Layers `layers` of the model, with the embedding before the first and the head after the last.
 
-    received: layers whose entries come from the stage before, ascending.
+    transfer: what the stage receives, adds up and sends of entries and partial sums.
+    sum_dtype: of sums over stages; None for the parts' own.
     """
 
     def __init__(
         self,
         model: ModelConfig,
-        pattern: Pattern,
+        transfer: StageTransfer,
         layers: range,
         parts: Parts,
         *,
-        received: tuple[int, ...] = (),
+        sum_dtype: torch.dtype | None = None,
         recompute: bool = False,
     ):
         super().__init__()
-        self.config, self.pattern, self.stage_layers, self.received = model, pattern, layers, received
-        self._parts, self._recompute = parts, recompute
-        self.dtype, self.device = parts.dtype, parts.device
+        self.config, self.transfer, self.stage_layers = model, transfer, layers
+        self._parts, self.recompute = parts, recompute
+        self.dtype, self.device, self._sum_dtype = parts.dtype, parts.device, sum_dtype or parts.dtype
         self.is_first_stage, self.is_last_stage = layers.start == 0, layers.stop == model.num_layers
-        self.memory_layers = (*received, *filter(pattern.is_entry, layers))
+        self.entries = transfer.own_entries(layers)
         self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first_stage else None
+        routers = {
+            reader: Router(model.kv_heads, sources, layers.start, parts) for reader, sources in transfer.reads.items()
+        }
         self.layers = nn.ModuleDict(
             {
-                str(layer): DecoderLayer(model, layer, pattern.sources[layer], layer in self.memory_layers, parts)
+                str(layer): DecoderLayer(model, layer, routers.get(layer), layer in self.entries, parts)
                 for layer in layers
             }
         )
+        self.partial_routers = nn.ModuleDict(
+            {str(reader): router for reader, router in routers.items() if reader not in layers}
+        )
+        self._routers = routers
         if self.is_last_stage:
             self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
             tied = self.embed_tokens.weight if model.tie_embeddings and self.is_first_stage else None
@@ -56,7 +65,7 @@ class LimeStage(nn.Module):
         """What each parameter of this stage is in terms of logical tensors."""
         return plan_parameters(
             self.config,
-            self.pattern,
+            self.transfer,
             self.stage_layers,
             tp=self._parts.tp_size,
             tp_rank=self._parts.tp_rank,
@@ -71,7 +80,15 @@ class LimeStage(nn.Module):
     def new_memory(self, num_tokens: int) -> DepthMemory:
         """An empty depth memory for one microbatch of `num_tokens` tokens."""
         row_size = 2 * self.rows(num_tokens) // self._parts.tp_size * self.config.head_dim
-        return DepthMemory(self.memory_layers, self.config.kv_heads, row_size, dtype=self.dtype, device=self.device)
+        return DepthMemory(
+            self.transfer,
+            self.entries,
+            self.config.kv_heads,
+            row_size,
+            dtype=self.dtype,
+            sum_dtype=self._sum_dtype,
+            device=self.device,
+        )
 
     def forward(
         self,
@@ -85,7 +102,7 @@ class LimeStage(nn.Module):
         """Carry one microbatch through the stage's layers.
 
         inputs: token ids [batch, seq] on the first stage, the residual stream elsewhere.
-        memory: from `new_memory`, the slots of `received` filled.
+        memory: from `new_memory`, what was received in its place.
         Returns the residual stream, or on the last stage with `targets` [batch, seq] the loss, and the
         memory's last token: both to be differentiated in one joint backward. Collective: tp group.
         """
@@ -93,15 +110,29 @@ class LimeStage(nn.Module):
         cos, sin = rope_tables(start, seq_length, self.config.head_dim, self.config.rope_theta, self.device)
         run = Pass(batch_size, seq_length, cos.to(self.dtype), sin.to(self.dtype), memory, cache)
         residual = self.embed_tokens(self._padded(inputs.flatten())) if self.is_first_stage else inputs
-        token = memory.start()
+        token = self._add_received(memory, memory.start())
         for layer in self.layers.values():
-            if self._recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 residual, token = checkpoint(layer, residual, token, run, use_reentrant=False, preserve_rng_state=False)
             else:
                 residual, token = layer(residual, token, run)
         if targets is not None and self.is_last_stage:
             return self._loss(residual, targets), token
-        return residual, token
+        return residual, self._add_own(memory, token)
+
+    def _add_received(self, memory: DepthMemory, token: Tensor) -> Tensor:
+        """All that this stage reads of the received entries, for its own layers and for partial sums: one product."""
+        routers = {reader: router for reader, router in self._routers.items() if router.received}
+        weights = {reader: router.received_weight() for reader, router in routers.items()}
+        sources = {reader: router.received for reader, router in routers.items()}
+        return memory.add_to_sums(weights, sources, memory.received, token)
+
+    def _add_own(self, memory: DepthMemory, token: Tensor) -> Tensor:
+        """What this stage's own entries add to the sums of later stages' layers: one product."""
+        routers = {int(reader): router for reader, router in self.partial_routers.items() if router.own}
+        weights = {reader: router.own_weight() for reader, router in routers.items()}
+        sources = {reader: router.own for reader, router in routers.items()}
+        return memory.add_to_sums(weights, sources, memory.own, token)
 
     def logits(self, residual: Tensor) -> Tensor:
         """[tokens, padded vocabulary / tp], rows past the tokens included. Last stage only."""
@@ -125,7 +156,9 @@ def plain_model(
     model: ModelConfig, pattern: Pattern, parts: PlainParts | None = None, *, recompute: bool = False
 ) -> LimeStage:
     """The whole model on one device."""
-    return LimeStage(model, pattern, range(model.num_layers), parts or PlainParts(), recompute=recompute)
+    layers = range(model.num_layers)
+    transfer = plan_transfer(pattern, (layers,), policy="relay").stage(0)
+    return LimeStage(model, transfer, layers, parts or PlainParts(), recompute=recompute)
 
 
 def model_logits(model: LimeStage, tokens: Tensor) -> Tensor:

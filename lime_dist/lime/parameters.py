@@ -9,12 +9,13 @@ Initial weights, checkpoints and comparisons speak of logical tensors, so they m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
+from lime_dist.depth.transfer import StageTransfer, plan_transfer
 
 VOCABULARY_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by, per tensor rank
 
@@ -74,18 +75,20 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 def logical_tensors(model: ModelConfig, pattern: Pattern) -> dict[str, LogicalTensor]:
     """Every tensor of the unsharded model, by name."""
-    specs = plan_parameters(model, pattern, range(model.num_layers), tp=1, tp_rank=0, vocab_rows=model.vocab_size)
+    layers = range(model.num_layers)
+    transfer = plan_transfer(pattern, (layers,), policy="relay").stage(0)
+    specs = plan_parameters(model, transfer, layers, tp=1, tp_rank=0, vocab_rows=model.vocab_size)
     return {piece.tensor.name: piece.tensor for spec in specs for piece in spec.pieces}
 
 
 def plan_parameters(
-    model: ModelConfig, pattern: Pattern, layers: range, *, tp: int, tp_rank: int, vocab_rows: int
+    model: ModelConfig, transfer: StageTransfer, layers: range, *, tp: int, tp_rank: int, vocab_rows: int
 ) -> tuple[ParameterSpec, ...]:
     """The parameters that tensor rank `tp_rank` of the stage with `layers` holds, in module order.
 
     vocab_rows: rows of the embedding over the whole tensor group, padding included.
     """
-    return tuple(_parameters(_Cutter(tp, tp_rank, vocab_rows), model, pattern, layers))
+    return tuple(_parameters(_Cutter(tp, tp_rank, vocab_rows), model, transfer, layers))
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,16 @@ class _Cutter:
         )
 
 
-def _parameters(cut: _Cutter, model: ModelConfig, pattern: Pattern, layers: range) -> Iterator[ParameterSpec]:
+def _parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layers: range) -> Iterator[ParameterSpec]:
     is_first, is_last = layers.start == 0, layers.stop == model.num_layers
     embedding = LogicalTensor("embed_tokens.weight", (model.vocab_size, model.hidden_size), Role.EMBEDDING)
     if is_first:
         yield cut.vocabulary(embedding.name, embedding)
     for layer in layers:
-        yield from _layer_parameters(cut, model, pattern, layer)
+        yield from _layer_parameters(cut, model, transfer, layer)
+    for reader in transfer.reads:
+        if reader not in layers:
+            yield _router(f"partial_routers.{reader}.weight", model, transfer, reader)
     if not is_last:
         return
     yield cut.whole("norm.weight", (model.hidden_size,), Role.NORM)
@@ -141,7 +147,7 @@ def _parameters(cut: _Cutter, model: ModelConfig, pattern: Pattern, layers: rang
         yield cut.vocabulary("lm_head.weight", embedding, tied_copy=True)
 
 
-def _layer_parameters(cut: _Cutter, model: ModelConfig, pattern: Pattern, layer: int) -> Iterator[ParameterSpec]:
+def _layer_parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer: int) -> Iterator[ParameterSpec]:
     prefix, hidden, inner = f"layers.{layer}.", model.hidden_size, model.intermediate_size
     query_size, kv_size = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
 
@@ -157,9 +163,8 @@ def _layer_parameters(cut: _Cutter, model: ModelConfig, pattern: Pattern, layer:
             matrix("self_attn.v_proj", kv_size, hidden, Role.KEY_VALUE),
         ],
     )
-    if pattern.has_router(layer):
-        shape = (model.kv_heads, len(pattern.sources[layer]), model.kv_heads)
-        yield cut.whole(f"{prefix}self_attn.lime_router.weight", shape, Role.ROUTER)
+    if layer in transfer.reads:
+        yield _router(f"{prefix}self_attn.lime_router.weight", model, transfer, layer)
     yield cut.rows(matrix("self_attn.o_proj", hidden, query_size))
     yield cut.whole(f"{prefix}post_attention_layernorm.weight", (hidden,), Role.NORM)
     yield cut.columns(
@@ -167,6 +172,22 @@ def _layer_parameters(cut: _Cutter, model: ModelConfig, pattern: Pattern, layer:
         [matrix("mlp.gate_proj", inner, hidden), matrix("mlp.up_proj", inner, hidden)],
     )
     yield cut.rows(matrix("mlp.down_proj", hidden, inner))
+
+
+def _router(name: str, model: ModelConfig, transfer: StageTransfer, reader: int) -> ParameterSpec:
+    """The slice of a reader's router over the sources that this stage adds: one owner for each slice."""
+    all_sources, here = transfer.pattern.sources[reader], transfer.reads[reader]
+    shape = (model.kv_heads, len(all_sources), model.kv_heads)
+    tensor = LogicalTensor(f"layers.{reader}.self_attn.lime_router.weight", shape, Role.ROUTER)
+    pieces: list[Piece] = []
+    for local, source in enumerate(here):
+        start = all_sources.index(source)
+        last = pieces[-1] if pieces else None
+        if last is not None and last.start + last.length == start:
+            pieces[-1] = replace(last, length=last.length + 1)
+        else:
+            pieces.append(Piece(tensor, 1, start, 1, local))
+    return ParameterSpec(name, (model.kv_heads, len(here), model.kv_heads), tuple(pieces), sharded=False)
 
 
 def count_parameters(specs: tuple[ParameterSpec, ...]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lime_dist.config import Config
-from lime_dist.depth.transfer import TransferPlan, plan_relay
+from lime_dist.depth.transfer import BoundaryPlan, StageTransfer, TransferPlan, plan_transfer
 from lime_dist.pipeline.schedule import Action, peak_in_flight, plan_schedule
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -23,6 +23,7 @@ class BundleShape:
     num_kv_heads: int
     head_dim: int
     element_bytes: int
+    sum_element_bytes: int
 
     @property
     def row_size(self) -> int:
@@ -37,8 +38,16 @@ class BundleShape:
     def entry_bytes(self) -> int:
         return self.num_kv_heads * self.row_size * self.element_bytes
 
-    def bundle_bytes(self, num_entries: int) -> int:
-        return self.residual_bytes + num_entries * self.entry_bytes
+    @property
+    def sum_bytes(self) -> int:
+        return self.num_kv_heads * self.row_size * self.sum_element_bytes
+
+    def bundle_bytes(self, boundary: BoundaryPlan) -> int:
+        return (
+            self.residual_bytes
+            + len(boundary.raw_entries) * self.entry_bytes
+            + len(boundary.partial_sums) * self.sum_bytes
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +57,7 @@ class StagePlan:
     stage_index: int
     num_stages: int
     layers: range
-    received: tuple[int, ...]
-    sent: tuple[int, ...]
-    memory_layers: tuple[int, ...]  # received entries and those that the stage makes, ascending
+    transfer: StageTransfer
     previous_layers_start: int  # first layer of the stage before; 0 on the first stage
     actions: tuple[Action, ...]
     shape: BundleShape
@@ -64,36 +71,48 @@ class StagePlan:
         return self.stage_index == self.num_stages - 1
 
     @property
-    def received_parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def received_entries(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Entries that the stage before passes on, and those that it makes: a message each."""
-        return _split(self.received, self.previous_layers_start)
+        return _split(self.transfer.received.raw_entries, self.previous_layers_start)
 
     @property
-    def sent_parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def sent_entries(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Entries that this stage passes on, which leave before it computes, and those that it makes."""
-        return _split(self.sent, self.layers.start)
+        return _split(self.transfer.sent.raw_entries, self.layers.start)
 
     @property
     def peak_in_flight(self) -> int:
         return peak_in_flight(list(self.actions))
 
     @property
+    def held_bytes(self) -> int:
+        """Entries that one microbatch keeps on this stage between its forward and its backward pass."""
+        entries = len(self.transfer.received.raw_entries) + len(self.transfer.own_entries(self.layers))
+        return entries * self.shape.entry_bytes
+
+    @property
     def received_bytes(self) -> int:
         """Of one microbatch, forward."""
-        return 0 if self.is_first_stage else self.shape.bundle_bytes(len(self.received))
+        return 0 if self.is_first_stage else self.shape.bundle_bytes(self.transfer.received)
 
     @property
     def sent_bytes(self) -> int:
         """Of one microbatch, forward; as many come back as gradients."""
-        return 0 if self.is_last_stage else self.shape.bundle_bytes(len(self.sent))
+        return 0 if self.is_last_stage else self.shape.bundle_bytes(self.transfer.sent)
 
 
 def _split(layers: tuple[int, ...], first_own: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(layer for layer in layers if layer < first_own), tuple(layer for layer in layers if layer >= first_own)
 
 
-def plan_transfer(config: Config) -> TransferPlan:
-    return plan_relay(config.pattern, config.stages)
+def plan_run_transfer(config: Config, policy: str | None = None) -> TransferPlan:
+    """The transfer plan of a checked config, by its own policy or another."""
+    return plan_transfer(
+        config.pattern,
+        config.stages,
+        policy=policy or config.depth.policy,
+        boundary_cost=config.pipeline.boundary_cost,
+    )
 
 
 def plan_shape(config: Config) -> BundleShape:
@@ -104,20 +123,19 @@ def plan_shape(config: Config) -> BundleShape:
         num_kv_heads=config.model.kv_heads,
         head_dim=config.model.head_dim,
         element_bytes=DTYPE_BYTES[config.run.dtype],
+        sum_element_bytes=DTYPE_BYTES[config.partial_sum_dtype],
     )
 
 
 def plan_stages(config: Config) -> tuple[StagePlan, ...]:
     """The plan of every stage of a checked config."""
-    stages, pattern, transfer, shape = config.stages, config.pattern, plan_transfer(config), plan_shape(config)
+    stages, transfer, shape = config.stages, plan_run_transfer(config), plan_shape(config)
     return tuple(
         StagePlan(
             stage_index=index,
             num_stages=len(stages),
             layers=layers,
-            received=transfer.received(index),
-            sent=transfer.sent(index),
-            memory_layers=transfer.received(index) + tuple(filter(pattern.is_entry, layers)),
+            transfer=transfer.stage(index),
             previous_layers_start=stages[index - 1].start if index else 0,
             actions=tuple(
                 plan_schedule(

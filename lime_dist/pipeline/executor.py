@@ -48,7 +48,7 @@ class Executor:
         self._stage, self._plan, self._transport, self._share = stage, plan, transport, residual_share
         self._call, self._backward_roots = call, backward
         self._in_flight: dict[int, _InFlight] = {}
-        self._incoming: dict[Action, tuple[DepthMemory | None, Incoming]] = {}
+        self._incoming: dict[Action, tuple[DepthMemory, Incoming]] = {}
 
     def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True) -> list[Tensor]:
         """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
@@ -76,24 +76,41 @@ class Executor:
             memory = self._stage.new_memory(_num_tokens(microbatches[action.microbatch_index]))
             self._incoming[action] = memory, self._post_bundle(memory)
         elif not self._plan.is_last_stage:
-            self._incoming[action] = None, self._post_gradients()
+            memory = self._memory_of(action.microbatch_index)
+            self._incoming[action] = memory, self._post_gradients(memory)
+
+    def _memory_of(self, microbatch_index: int) -> DepthMemory:
+        """Of a microbatch whose forward has run, or is the next to run."""
+        if microbatch_index in self._in_flight:
+            return self._in_flight[microbatch_index].memory
+        return self._incoming[Action(Kind.FORWARD, microbatch_index)][0]
 
     def _post_bundle(self, memory: DepthMemory) -> Incoming:
         if self._plan.is_first_stage:
             return Incoming([], [])
-        passed_on, made = (len(part) for part in self._plan.received_parts)
-        entries = memory.values[:passed_on], memory.values[passed_on : passed_on + made]
-        return self._transport.from_previous.receive([*entries, self._residual_buffer()])
+        passed_on, made = self._plan.received_entries
+        sums = self._plan.transfer.received.partial_sums
+        return self._transport.from_previous.receive(
+            [
+                memory.entries.room_for(passed_on),
+                memory.entries.room_for(made),
+                memory.sums.room_for(sums),
+                self._residual_buffer(),
+            ]
+        )
 
-    def _post_gradients(self) -> Incoming:
-        shape = self._plan.shape
-        entries = self._buffer(len(self._plan.sent), shape.num_kv_heads, shape.row_size)
-        return self._transport.from_next.receive([self._residual_buffer(), entries])
+    def _post_gradients(self, memory: DepthMemory) -> Incoming:
+        sent = self._plan.transfer.sent
+        return self._transport.from_next.receive(
+            [
+                self._residual_buffer(),
+                memory.entries.new_rows(len(sent.raw_entries)),
+                memory.sums.new_rows(len(sent.partial_sums)),
+            ]
+        )
 
     def _residual_buffer(self) -> Tensor:
-        return self._buffer(self._plan.shape.rows, self._plan.shape.hidden_size)
-
-    def _buffer(self, *shape: int) -> Tensor:
+        shape = self._plan.shape.rows, self._plan.shape.hidden_size
         return torch.empty(shape, dtype=self._stage.dtype, device=self._stage.device)
 
     # ---- computing
@@ -103,19 +120,33 @@ class Executor:
         received = incoming.wait()
         residual = None
         if not self._plan.is_first_stage:
+            self._load_received(memory, received)
             residual = self._share.whole(received[-1]).requires_grad_(torch.is_grad_enabled())
         if not self._plan.is_last_stage:
             # Cut-through: what only passes by does not wait for this stage's layers.
-            self._transport.to_next.send(memory.select(self._plan.sent_parts[0]))
+            self._transport.to_next.send(memory.entries.select(self._plan.sent_entries[0]))
         inputs, targets = tokens[:, :-1], tokens[:, 1:] if with_loss else None
         output, token = self._call(inputs if residual is None else residual, *inputs.shape, memory, targets)
         if torch.is_grad_enabled():
             self._in_flight[action.microbatch_index] = _InFlight(memory, residual, output, token)
         if self._plan.is_last_stage:
+            self._release_sums(memory)
             return [output.detach()]
-        self._transport.to_next.send(memory.select(self._plan.sent_parts[1]))
+        self._transport.to_next.send(memory.entries.select(self._plan.sent_entries[1]))
+        self._transport.to_next.send(memory.sums.select(self._plan.transfer.sent.partial_sums))
         self._transport.to_next.send(self._share.share(output))
+        self._release_sums(memory)
         return []
+
+    def _release_sums(self, memory: DepthMemory) -> None:
+        if not self._stage.recompute:  # else the layers read them again in the backward pass
+            memory.sums.release_values()
+
+    def _load_received(self, memory: DepthMemory, received: list[Tensor]) -> None:
+        passed_on, made = self._plan.received_entries
+        memory.entries.load(passed_on, received[0])
+        memory.entries.load(made, received[1])
+        memory.sums.load(self._plan.transfer.received.partial_sums, received[2])
 
     def _backward(self, action: Action, num_microbatches: int) -> None:
         held = self._in_flight.pop(action.microbatch_index)
@@ -126,12 +157,16 @@ class Executor:
             self._backward_from_next(held, action)
         if not self._plan.is_first_stage:
             self._transport.to_previous.send(self._share.share(held.received_residual.grad))
-            self._transport.to_previous.send(held.memory.select_gradients(self._plan.received))
+            received = self._plan.transfer.received
+            self._transport.to_previous.send(held.memory.entries.select_gradients(received.raw_entries))
+            self._transport.to_previous.send(held.memory.sums.select_gradients(received.partial_sums))
 
     def _backward_from_next(self, held: _InFlight, action: Action) -> None:
         _, incoming = self._incoming.pop(action)
-        residual_share, entries = incoming.wait()
-        held.memory.load_gradients(self._plan.sent, entries)
+        residual_share, entries, sums = incoming.wait()
+        sent = self._plan.transfer.sent
+        held.memory.entries.load_gradients(sent.raw_entries, entries)
+        held.memory.sums.load_gradients(sent.partial_sums, sums)
         roots, gradients = [held.output], [self._share.whole(residual_share)]
         if held.token.requires_grad:
             roots.append(held.token)

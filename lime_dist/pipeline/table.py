@@ -7,7 +7,7 @@ from typing import Any
 
 from lime_dist.config import Config
 from lime_dist.lime.parameters import count_parameters, padded_vocab_size, plan_parameters
-from lime_dist.pipeline.bundle import StagePlan, plan_stages
+from lime_dist.pipeline.bundle import StagePlan, plan_run_transfer, plan_stages
 
 
 def plan_report(config: Config) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def plan_report(config: Config) -> dict[str, Any]:
         "pattern": config.pattern.name,
         "stages": [_stage_report(config, stage) for stage in stages],
         "boundaries": [_boundary_report(stage) for stage in stages[:-1]],
-        "totals": {config.depth.policy: sum(len(stage.sent) for stage in stages)},
+        "totals": {policy: plan_run_transfer(config, policy).num_crossings for policy in ("least", "relay")},
     }
 
 
@@ -29,7 +29,7 @@ def _stage_report(config: Config, stage: StagePlan) -> dict[str, Any]:
         "parameters_per_tp_rank": _parameters_per_tp_rank(config, stage),
         "received_bytes": stage.received_bytes,
         "microbatches_in_flight": stage.peak_in_flight,
-        "entries_in_flight_bytes": stage.peak_in_flight * len(stage.memory_layers) * stage.shape.entry_bytes,
+        "entries_in_flight_bytes": stage.peak_in_flight * stage.held_bytes,
     }
 
 
@@ -37,7 +37,7 @@ def _parameters_per_tp_rank(config: Config, stage: StagePlan) -> int:
     tp = config.parallel.tp
     specs = plan_parameters(
         config.model,
-        config.pattern,
+        stage.transfer,
         stage.layers,
         tp=tp,
         tp_rank=0,
@@ -50,8 +50,8 @@ def _boundary_report(stage: StagePlan) -> dict[str, Any]:
     shape = stage.shape
     return {
         "boundary": stage.stage_index,
-        "raw_entries": list(stage.sent),
-        "partial_sums": [],
+        "raw_entries": list(stage.transfer.sent.raw_entries),
+        "partial_sums": list(stage.transfer.sent.partial_sums),
         "entry_bytes": shape.entry_bytes,
         "residual_bytes": shape.residual_bytes,
         "bundle_bytes": stage.sent_bytes,
@@ -78,6 +78,7 @@ def stage_table(config: Config) -> str:
         (
             f"{boundary['boundary']} > {boundary['boundary'] + 1}",
             _layers(boundary["raw_entries"]),
+            _layers(boundary["partial_sums"]),
             _bytes(boundary["residual_bytes"]),
             _bytes(boundary["entry_bytes"]),
             _bytes(boundary["bundle_bytes"]),
@@ -87,16 +88,26 @@ def stage_table(config: Config) -> str:
         for boundary in report["boundaries"]
     ]
     lines = [
-        f"layout {config.layout}, pattern {report['pattern']}, schedule {config.pipeline.schedule}, "
+        f"layout {config.layout}, pattern {report['pattern']}, policy {config.depth.policy}, schedule {config.pipeline.schedule}, "
         f"{config.pipeline.num_microbatches} microbatches of {config.microbatch_size} x {config.data.seq_length} tokens; "
         "bytes are of one microbatch on one tensor rank, forward",
         "",
         *_columns(("stage", "layers", "parameters/rank", "in flight", "received", "entries held"), stages),
     ]
     if boundaries:
-        head = ("boundary", "raw entries of layers", "residual", "an entry", "bundle", "x residual", "a step")
+        head = (
+            "boundary",
+            "raw entries of layers",
+            "partial sums for layers",
+            "residual",
+            "an entry",
+            "bundle",
+            "x residual",
+            "a step",
+        )
         lines += ["", *_columns(head, boundaries)]
-    return "\n".join(lines)
+    totals = ", ".join(f"{policy} {count}" for policy, count in report["totals"].items())
+    return "\n".join([*lines, "", f"entries and partial sums over all boundaries: {totals}"])
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

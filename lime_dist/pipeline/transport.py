@@ -1,7 +1,7 @@
 """Moves bundles between neighbouring stages and counts the bytes. Knows no model and no schedule.
 
-Forward, the messages of one microbatch are: entries passed on, entries made by the sender, the residual.
-Backward: the residual's gradient, then the entries' gradients. Each direction has a process group of its
+Forward, the messages of one microbatch are: entries passed on, entries made by the sender, partial sums, the residual.
+Backward: the gradients of the residual, the entries, the sums. Each direction has a process group of its
 own and keeps the order of microbatches, so sends and receives pair up without tags.
 """
 
