@@ -11,9 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lime_dist.config import Config, check_config, dump_yaml, load_config
+from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, find_place, require_rendezvous
+from lime_dist.resolve import ready_config
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -100,7 +101,7 @@ def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 def _plan(args: argparse.Namespace) -> int:
     from lime_dist.pipeline.table import plan_report, stage_table
 
-    config = check_config(load_config(args.config, args.overrides))
+    config = ready_config(load_config(args.config, args.overrides))
     print(json.dumps(plan_report(config)) if args.json else stage_table(config))
     return 0
 
@@ -119,7 +120,7 @@ def _train(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     from lime_dist.pipeline.table import stage_table
 
-    config = check_config(load_config(args.config, args.overrides), args.nproc)
+    config = ready_config(load_config(args.config, args.overrides), args.nproc)
     print(dump_yaml(config))
     print(stage_table(config))
     return 0
@@ -142,7 +143,7 @@ def _resolve(args: argparse.Namespace) -> Config:
     if place is not None and args.nproc is not None:
         raise ConfigError("--nproc: a launcher has started this already; leave --nproc out")
     world_size = place.world_size if place is not None else args.nproc
-    return check_config(load_config(args.config, args.overrides), world_size)
+    return ready_config(load_config(args.config, args.overrides), world_size)
 
 
 def _on_ranks(config: Config, function: str, *args: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern
+from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
 from lime_dist.errors import ConfigError, LayoutError, one_line
 from lime_dist.layout import Layout
 from lime_dist.pipeline.partition import plan_partition
@@ -53,7 +53,9 @@ class DepthConfig:
 
     router: str = "static"  # static (LIMe v2) | none (LLaMA)
     entry: str = "kv"  # kv: raw keys and values
-    pattern: str = "full"
+    pattern: str | dict[int, list[int]] = "full"  # see depth/pattern.py; or reader: [earlier layers]
+    switch_at: dict[int, str | dict[int, list[int]]] = field(default_factory=dict)  # updates done: pattern from then on
+    weights_from: str | None = None  # a checkpoint whose routers choose the edges of budget and top_p
     policy: str = "least"  # least: the fewest tensors cross | relay: raw entries only
     partial_sum_dtype: str = "bundle"  # bundle: run.dtype | fp32
 
@@ -159,7 +161,17 @@ class Config:
     def pattern(self) -> Pattern:
         if self.depth.router == "none":
             return none_pattern(self.model.num_layers)
-        return parse_pattern(self.depth.pattern, self.model.num_layers)
+        if isinstance(self.depth.pattern, dict):
+            return pattern_of_edges(self.depth.pattern, self.model.num_layers)
+        return parse_pattern(self.depth.pattern, self.model.num_layers, self.stages)
+
+    def at_step(self, step: int) -> Config:
+        """The config after `step` updates, with the pattern that `depth.switch_at` says for the next one."""
+        due = [switch for switch in self.depth.switch_at if switch <= step]
+        return self.with_pattern(self.depth.switch_at[max(due)]) if due else self
+
+    def with_pattern(self, pattern: str | dict[int, list[int]]) -> Config:
+        return dataclasses.replace(self, depth=dataclasses.replace(self.depth, pattern=pattern))
 
     @property
     def stages(self) -> tuple[range, ...]:
@@ -270,16 +282,20 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return _build(hint, {} if value is None else value, f"{key}.")
     if hint == list[Source]:
         return [_source(item, f"{key}[{index}]") for index, item in enumerate(_as_list(value))]
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-    else:
-        options = (hint,)
-    for option in options:
-        converted = _convert_plain(option, value)
-        if converted is not _MISMATCH:
-            return converted
-    raise ConfigError(f"{key}: {value!r} is not {' or '.join(map(_type_name, options))}")
+    converted = _convert_any(_options(hint), value)
+    if converted is _MISMATCH:
+        raise ConfigError(f"{key}: {value!r} is not {' or '.join(map(_type_name, _options(hint)))}")
+    return converted
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _convert_any(options: tuple[Any, ...], value: Any) -> Any:
+    """`value` as the first of `options` that fits, or _MISMATCH."""
+    converted = (_convert_plain(option, value) for option in options)
+    return next((result for result in converted if result is not _MISMATCH), _MISMATCH)
 
 
 _MISMATCH = object()
@@ -301,8 +317,22 @@ def _convert_plain(option: Any, value: Any) -> Any:
         items = [_convert_plain(item_type, item) for item in value] if isinstance(value, (list, tuple)) else [_MISMATCH]
         return _MISMATCH if any(item is _MISMATCH for item in items) else items
     if typing.get_origin(option) is dict:
-        return value if isinstance(value, dict) else {} if value is None else _MISMATCH
+        return _convert_mapping(typing.get_args(option), value)
     return value if isinstance(value, option) else _MISMATCH
+
+
+def _convert_mapping(types_: tuple[Any, Any], value: Any) -> Any:
+    """A mapping whose keys and values fit; JSON makes text of whole-number keys, so these are turned back."""
+    if value is None or not isinstance(value, Mapping):
+        return {} if value is None else _MISMATCH
+    key_type, value_type = types_
+    if key_type is int:
+        value = {int(key) if str(key).isdigit() else key: item for key, item in value.items()}
+    if value_type is Any:
+        return dict(value)
+    items = {key: _convert_any(_options(value_type), item) for key, item in value.items()}
+    fits = all(isinstance(key, key_type) for key in items) and not any(item is _MISMATCH for item in items.values())
+    return items if fits else _MISMATCH
 
 
 def _type_name(option: Any) -> str:
@@ -342,7 +372,8 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     _check_numbers(config)
     config = _settle_dp(config, world_size)
     _check_tensor_parallel(config)
-    _ = config.stages, config.pattern  # each raises on its own keys
+    _ = config.stages  # raises on its own keys
+    _check_switches(config)
     _check_batch(config)
     _check_deepspeed(config)
     return config
@@ -446,6 +477,14 @@ def _check_tensor_parallel(config: Config) -> None:
         "parallel.sequence_parallel: needs parallel.tp above 1; set it to false",
         LayoutError,
     )
+
+
+def _check_switches(config: Config) -> None:
+    for step in config.depth.switch_at:
+        _require(
+            isinstance(step, int) and 0 < step < config.run.steps,
+            f"depth.switch_at: {step!r} must be a number of updates below run.steps={config.run.steps}",
+        )
 
 
 def _check_batch(config: Config) -> None:

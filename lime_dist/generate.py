@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from lime_dist.checkpoint.files import CheckpointReader, find_latest
-from lime_dist.config import Config, parse_config
+from lime_dist.checkpoint.weights import SavedWeights
+from lime_dist.config import Config
 from lime_dist.data.tokenizer import load_tokenizer
 from lime_dist.errors import CheckpointError, ConfigError, DataError
 from lime_dist.lime.layers import KeyValueCache
 from lime_dist.lime.model import LimeStage, plain_model
 from lime_dist.lime.parts import PlainParts
 from lime_dist.lime.weights import load
+from lime_dist.resolve import saved_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +71,11 @@ def generate_text(
 
 def load_model(folder: Path, device: torch.device) -> tuple[LimeStage, Config]:
     """The whole model of a checkpoint in the run's dtype, whatever layout wrote it. Raises: CheckpointError."""
-    reader = CheckpointReader(folder)
-    config = parse_config(reader.meta.config)
+    config = saved_config(CheckpointReader(folder))
+    saved = SavedWeights(folder, config.pattern)
     dtype = torch.bfloat16 if config.run.dtype == "bf16" and device.type == "cuda" else torch.float32
     model = plain_model(config.model, config.pattern, PlainParts(dtype, device))
-    load(model, lambda tensor: reader.tensor("weight", tensor))
+    load(model, lambda tensor: saved.tensor("weight", tensor))
     return model.eval(), config
 
 

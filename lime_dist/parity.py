@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lime_dist.backends.zero_state import set_weights
-from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config import Config, parse_config
 from lime_dist.errors import ConfigError, DataError, one_line
 from lime_dist.lime.parameters import LogicalTensor, logical_tensors
 from lime_dist.rank import Rank
+from lime_dist.resolve import ready_config
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
 
 # fp32 with 24 bits: what differs between layouts is the order of sums only. The trace lets such
@@ -118,7 +119,7 @@ def reference_config(reference: Reference, overrides: Sequence[str]) -> Config:
         "data": {"seq_length": reference.tokens.shape[2] - 1, "global_batch_size": reference.tokens.shape[1]},
         "run": {"steps": reference.tokens.shape[0], "timeout_seconds": 120},
     }
-    config = check_config(parse_config(tree, overrides))
+    config = ready_config(parse_config(tree, overrides))
     if (
         config.data.global_batch_size != reference.tokens.shape[1]
         or config.data.seq_length != reference.tokens.shape[2] - 1

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lime_dist.checkpoint.files import find_latest
+from lime_dist.backends.megatron import Groups
+from lime_dist.checkpoint.files import find_latest, read_meta, step_folder
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
@@ -19,6 +20,7 @@ from lime_dist.launcher import Place
 from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
 from lime_dist.rank import Rank, join_world
+from lime_dist.resolve import resolve_pattern
 
 
 class LossNotFinite(RuntimeError):
@@ -75,7 +77,7 @@ def checkpoints_of(config: Config) -> Path:
 
 def train(config: Config, place: Place) -> None:
     """Train to `run.steps` on this rank."""
-    TrainingRun(Rank(config, *join_world(config, place))).train()
+    TrainingRun(config, *join_world(config, place)).train()
 
 
 def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> dict[str, Any] | None:
@@ -90,7 +92,7 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> di
         raise CheckpointError(
             f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint"
         )
-    rank = Rank(config, *join_world(config, place))
+    rank = Rank(_config_at(config, read_meta(folder).step, folder), *join_world(config, place))
     meta = load_checkpoint(rank, folder)
     loss = evaluate_batches(rank, held_out)
     dist.barrier()
@@ -102,23 +104,32 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> di
 class TrainingRun:
     """One rank's part in the run; counts the steps and samples done."""
 
-    def __init__(self, rank: Rank):
-        self.rank, self.config = rank, rank.config
-        self._samples = open_training_data(self.config)
-        self._held_out = open_held_out_data(self.config)
-        self.step = self.samples_seen = self._saved_step = 0
-        folder = resume_folder(self.config)
-        if folder is not None:
-            meta = load_checkpoint(rank, folder)
-            self.step = self._saved_step = meta.step
-            self.samples_seen = meta.samples_seen
-        self._metrics = self._open_run_folder(folder) if rank.is_logger else None
+    def __init__(self, config: Config, groups: Groups, device: torch.device):
+        self.config, self._groups, self._device = config, groups, device
+        self._samples = open_training_data(config)
+        self._held_out = open_held_out_data(config)
+        self.step = self.samples_seen = self._saved_step = self._pattern_since = 0
+        folder = resume_folder(config)
+        if folder is None:
+            self.rank = Rank(config, groups, device)
+        else:
+            self._load(folder)
+        self._metrics = self._open_run_folder(folder) if self.rank.is_logger else None
+
+    def _load(self, folder: Path) -> None:
+        """A rank with the checkpoint's weights, and the pattern that the run has reached."""
+        self.rank = Rank(_config_at(self.config, read_meta(folder).step, folder), self._groups, self._device)
+        meta = load_checkpoint(self.rank, folder)
+        self.step = self._saved_step = self._pattern_since = meta.step
+        self.samples_seen = meta.samples_seen
 
     def train(self) -> None:
         config, watch = self.config, Stopwatch()
         if self.step == 0:
             self._evaluate()
         while self.step < config.run.steps:
+            if self.step in config.depth.switch_at and self._pattern_since < self.step:
+                self._switch_pattern()
             watch.lap()
             self._train_step(watch)
             is_last = self.step == config.run.steps
@@ -129,6 +140,18 @@ class TrainingRun:
         if self._metrics is not None:
             self._metrics.close()
         dist.barrier()
+
+    def _switch_pattern(self) -> None:
+        """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
+        folder = step_folder(checkpoints_of(self.config), self.step) if self._saved_step == self.step else self._save()
+        del self.rank
+        self._load(folder)
+        if self._metrics is not None:
+            pattern = self.rank.config.pattern
+            print(
+                f"step {self.step}: pattern {self.config.depth.switch_at[self.step]}, {pattern.num_edges} edges",
+                flush=True,
+            )
 
     def _train_step(self, watch: Stopwatch) -> None:
         config = self.config
@@ -161,11 +184,12 @@ class TrainingRun:
         if self._metrics is not None:
             self._metrics.evaluation(step=self.step, eval_loss=loss)
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         folder = save_checkpoint(self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen)
         self._saved_step = self.step
         if self.rank.is_logger:
             print(f"saved {folder}", flush=True)
+        return folder
 
     def _open_run_folder(self, resumed_from: Path | None) -> Metrics:
         run_dir = Path(self.config.run.dir)
@@ -176,6 +200,11 @@ class TrainingRun:
         return Metrics(
             run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
         )
+
+
+def _config_at(config: Config, step: int, folder: Path) -> Config:
+    """The config for the next update; patterns that trained routers choose are chosen by this checkpoint's."""
+    return resolve_pattern(config.at_step(step), weights_from=folder)
 
 
 def evaluate_batches(rank: Rank, held_out: TokenSamples) -> float:

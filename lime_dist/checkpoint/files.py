@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and reading logical tensors out of them. Needs no ranks.
+"""The files of a checkpoint, and reading logical tensors out of them. Needs no ranks and no torch.
 
     step_000100/
       meta.json             step, samples read, the resolved config, the files; written last
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lime_dist.errors import CheckpointError, one_line
 from lime_dist.lime.parameters import LogicalTensor
@@ -98,14 +97,14 @@ class CheckpointReader:
             for key, place in _read_json(folder / f"{stem}.json").items():
                 self._slices.setdefault(key.partition("@")[0], []).append((stem, key, place))
 
-    def tensor(self, kind: str, logical: LogicalTensor) -> Tensor:
-        """fp32 on the CPU, whole. Raises: CheckpointError when slices are missing or of another shape."""
+    def array(self, kind: str, logical: LogicalTensor) -> numpy.ndarray:
+        """fp32, whole. Raises: CheckpointError when slices are missing or of another shape."""
         key = f"{kind}:{logical.name}"
         if key not in self._slices:
             raise CheckpointError(
                 f"checkpoint {self.folder}: no {key}; it is of another model or without optimiser state"
             )
-        whole = torch.empty(logical.shape, dtype=torch.float32)
+        whole = numpy.empty(logical.shape, dtype=numpy.float32)
         covered = 0
         for stem, slice_key, place in self._slices[key]:
             if tuple(place["shape"]) != logical.shape:
@@ -114,16 +113,17 @@ class CheckpointReader:
                     "use the checkpoint's model and depth keys"
                 )
             part = self._read(stem, slice_key)
-            whole.narrow(place["dim"], place["start"], part.shape[place["dim"]]).copy_(part)
-            covered += part.numel()
-        if covered != whole.numel():
+            start, dim = place["start"], place["dim"]
+            whole[(slice(None),) * dim + (slice(start, start + part.shape[dim]),)] = part
+            covered += part.size
+        if covered != whole.size:
             raise CheckpointError(f"checkpoint {self.folder}: {key} is incomplete; name another checkpoint")
         return whole
 
-    def _read(self, stem: str, key: str) -> Tensor:
+    def _read(self, stem: str, key: str) -> numpy.ndarray:
         path = self.folder / f"{stem}.safetensors"
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 return file.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"checkpoint {path}: {one_line(error)}; name another checkpoint") from None

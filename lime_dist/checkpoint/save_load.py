@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state
-from lime_dist.checkpoint.files import FORMAT, CheckpointReader, Meta, find_checkpoints, step_folder, write_json
+from lime_dist.checkpoint.files import FORMAT, Meta, find_checkpoints, step_folder, write_json
+from lime_dist.checkpoint.weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.lime.parameters import ParameterSpec
 from lime_dist.lime.weights import assemble_local, slices, specified_parameters
@@ -94,10 +95,10 @@ def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int)
 
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     """Put the checkpoint's weights and moments into the rank. Raises: CheckpointError."""
-    reader = CheckpointReader(folder)
-    set_num_updates(rank.optimizer, reader.meta.step)
+    saved = SavedWeights(folder, rank.config.pattern)
+    set_num_updates(rank.optimizer, saved.meta.step)
     for spec, parameter in specified_parameters(rank.stage):
         for kind in KINDS:
-            local = assemble_local(spec, lambda tensor, kind=kind: reader.tensor(kind, tensor))
+            local = assemble_local(spec, lambda tensor, kind=kind: saved.tensor(kind, tensor))
             set_state(rank.optimizer, parameter, kind, local)
-    return reader.meta
+    return saved.meta

@@ -2,14 +2,19 @@
 
 An *entry* is what layer l leaves for later layers. A pattern maps every reader to its sources, in
 ascending order with the reader's own layer last, which is the order of the router's middle axis
-(LIMe v2, arXiv 2502.09245v2, section 3).
+(LIMe v2, arXiv 2502.09245v2, section 3; selective patterns: its appendix D and beyond).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lime_dist.errors import PlanError
+
+# The edges of a pattern as a config holds them once it is resolved: reader -> earlier sources.
+Edges = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,16 @@ class Pattern:
     def num_layers(self) -> int:
         return len(self.sources)
 
+    @property
+    def num_edges(self) -> int:
+        """Edges between different layers."""
+        return sum(len(sources) - 1 for sources in self.sources)
+
+    @property
+    def edges(self) -> dict[int, list[int]]:
+        """The pattern as a config can hold it."""
+        return {reader: list(sources[:-1]) for reader, sources in enumerate(self.sources) if len(sources) > 1}
+
     def has_router(self, layer: int) -> bool:
         """A layer that reads nothing but itself keeps its own keys and values and has no router."""
         return len(self.sources[layer]) > 1
@@ -33,26 +48,15 @@ class Pattern:
 
     def last_reader(self, source: int) -> int:
         """The last layer that reads the entry of `source` (at least `source` itself)."""
-        return max(reader for reader, read in enumerate(self.sources) if source in read)
+        return self._last_readers[source]
 
-
-def _earlier_full(reader: int, _: int) -> set[int]:
-    return set(range(reader))
-
-
-def _earlier_first(reader: int, count: int) -> set[int]:
-    return {layer for layer in (*range(count), reader - 1) if 0 <= layer < reader}
-
-
-def _earlier_last(reader: int, count: int) -> set[int]:
-    return set(range(max(0, reader - count), reader))
-
-
-def _earlier_stride(reader: int, step: int) -> set[int]:
-    return {layer for layer in range(reader) if layer % step == 0 or layer == reader - 1}
-
-
-_KINDS = {"full": _earlier_full, "first": _earlier_first, "last": _earlier_last, "stride": _earlier_stride}
+    @cached_property
+    def _last_readers(self) -> tuple[int, ...]:
+        last = list(range(self.num_layers))
+        for reader, sources in enumerate(self.sources):
+            for source in sources:
+                last[source] = max(last[source], reader)
+        return tuple(last)
 
 
 def none_pattern(num_layers: int) -> Pattern:
@@ -60,19 +64,83 @@ def none_pattern(num_layers: int) -> Pattern:
     return Pattern("none", tuple((layer,) for layer in range(num_layers)))
 
 
-def parse_pattern(text: str, num_layers: int) -> Pattern:
-    """`full`, `first:j` (the first j and the preceding layer), `last:j`, `stride:k` (every k-th and the preceding one).
+def pattern_of_edges(edges: Edges, num_layers: int, name: str = "edges") -> Pattern:
+    """Raises: PlanError for an edge outside the model or to a layer that is not earlier."""
+    sources = []
+    for reader in edges:
+        if not 0 <= reader < num_layers:
+            raise PlanError(
+                f"depth.pattern: reader {reader} is outside the {num_layers} layers; use 1 to {num_layers - 1}"
+            )
+    for reader in range(num_layers):
+        earlier = set(edges.get(reader, ()))
+        for source in earlier:
+            if not 0 <= source < reader:
+                raise PlanError(
+                    f"depth.pattern: layer {reader} cannot read layer {source}; a layer reads earlier layers, 0 to {reader - 1}"
+                )
+        sources.append((*sorted(earlier), reader))
+    return Pattern(name, tuple(sources))
 
+
+# Each term of a pattern: (reader, its number, the stages) -> earlier sources.
+_Term = Callable[[int, int, Sequence[range]], Iterable[int]]
+
+
+def _full(reader: int, _: int, __: Sequence[range]) -> Iterable[int]:
+    return range(reader)
+
+
+def _first(reader: int, count: int, _: Sequence[range]) -> Iterable[int]:
+    return {*range(min(count, reader)), reader - 1}
+
+
+def _last(reader: int, count: int, _: Sequence[range]) -> Iterable[int]:
+    return range(max(0, reader - count), reader)
+
+
+def _stride(reader: int, step: int, _: Sequence[range]) -> Iterable[int]:
+    return {*range(0, reader, step), reader - 1}
+
+
+def _within_stage(reader: int, _: int, stages: Sequence[range]) -> Iterable[int]:
+    (own,) = (layers for layers in stages if reader in layers)
+    return range(own.start, reader)
+
+
+_TERMS: dict[str, tuple[_Term, bool]] = {  # term, whether it takes a number
+    "full": (_full, False),
+    "first": (_first, True),
+    "last": (_last, True),
+    "stride": (_stride, True),
+    "within_stage": (_within_stage, False),
+}
+_KNOWN = "full, first:j, last:j, stride:k, within_stage, or several joined by +"
+
+
+def parse_pattern(text: str, num_layers: int, stages: Sequence[range] | None = None) -> Pattern:
+    """Terms joined by `+`, whose edges are united.
+
+    `full`; `first:j` the first j and the preceding layer; `last:j`; `stride:k` every k-th and the
+    preceding one; `within_stage` all of the reader's own stage (needs `stages`: the layers of each).
     Raises: PlanError for anything else.
     """
-    kind, _, argument = text.partition(":")
-    if kind not in _KINDS or (kind == "full") == bool(argument):
-        raise PlanError(f"depth.pattern: {text!r} is not a pattern; use full, first:j, last:j or stride:k")
-    count = 0
-    if argument:
-        if not argument.strip().isdigit() or int(argument) < 1:
-            raise PlanError(f"depth.pattern: {text!r} needs a whole number of at least 1 after the colon")
-        count = int(argument)
-    earlier = _KINDS[kind]
-    sources = tuple((*sorted(earlier(reader, count)), reader) for reader in range(num_layers))
-    return Pattern(text, sources)
+    stages = stages if stages is not None else (range(num_layers),)
+    terms = [_parse_term(term.strip(), text) for term in text.split("+")]
+    edges = {
+        reader: {source for term, number in terms for source in term(reader, number, stages)}
+        for reader in range(1, num_layers)
+    }
+    return pattern_of_edges(edges, num_layers, text)
+
+
+def _parse_term(term: str, text: str) -> tuple[_Term, int]:
+    kind, colon, argument = term.partition(":")
+    if kind not in _TERMS or _TERMS[kind][1] != bool(colon):
+        raise PlanError(f"depth.pattern: {text!r} is not a pattern; use {_KNOWN}")
+    function, takes_number = _TERMS[kind]
+    if not takes_number:
+        return function, 0
+    if not argument.strip().isdigit() or int(argument) < 1:
+        raise PlanError(f"depth.pattern: {text!r} needs a whole number of at least 1 after the colon")
+    return function, int(argument)

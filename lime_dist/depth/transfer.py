@@ -160,15 +160,16 @@ def _least(pattern: Pattern, stage_of: tuple[int, ...], costs: list[int]) -> tup
     for group in source_groups:
         for reader_group in {group_of_reader[reader] for reader in group[1]}:
             for boundary in range(group[0], reader_group[0]):
-                graph.add_edge(("raw", group, boundary), ("sum", reader_group, boundary))
+                graph.add_edge(("sum", reader_group, boundary), ("raw", group, boundary))
+    # Of several minimum cuts networkx gives the one with the smallest end side: raw entries, where it makes no difference.
     _, (start_side, _) = networkx.minimum_cut(graph, "start", "end")
     raw_until, sum_from = list(stage_of), list(stage_of)
     for group, members in source_groups.items():
-        crossed = sum(("raw", group, boundary) not in start_side for boundary in range(group[0], len(costs)))
+        crossed = sum(("raw", group, boundary) in start_side for boundary in range(group[0], len(costs)))
         for source in members:
             raw_until[source] = group[0] + crossed
     for group, members in reader_groups.items():
-        crossed = sum(("sum", group, boundary) in start_side for boundary in range(group[0]))
+        crossed = sum(("sum", group, boundary) not in start_side for boundary in range(group[0]))
         for reader in members:
             sum_from[reader] = group[0] - crossed
     return tuple(raw_until), tuple(sum_from)
@@ -196,16 +197,16 @@ def _group(partners_of: dict[int, frozenset[int]], stage_of: tuple[int, ...]) ->
 
 
 def _add_source(graph, group: _Group, size: int, costs: list[int]) -> None:
-    """x = 1 where a node is on the end's side: then its edge from the start is cut. x falls along the boundaries."""
+    """x = 1 where a node is on the start's side: then its edge to the end is cut. x falls along the boundaries."""
     for boundary in range(group[0], len(costs)):
-        graph.add_edge("start", ("raw", group, boundary), capacity=size * costs[boundary])
+        graph.add_edge(("raw", group, boundary), "end", capacity=size * costs[boundary])
         if boundary > group[0]:
-            graph.add_edge(("raw", group, boundary - 1), ("raw", group, boundary))
+            graph.add_edge(("raw", group, boundary), ("raw", group, boundary - 1))
 
 
 def _add_reader(graph, group: _Group, size: int, costs: list[int]) -> None:
-    """y = 1 where a node is on the start's side: then its edge to the end is cut. y rises along the boundaries."""
+    """y = 1 where a node is on the end's side: then its edge from the start is cut. y rises along the boundaries."""
     for boundary in range(group[0]):
-        graph.add_edge(("sum", group, boundary), "end", capacity=size * costs[boundary])
+        graph.add_edge("start", ("sum", group, boundary), capacity=size * costs[boundary])
         if boundary > 0:
-            graph.add_edge(("sum", group, boundary - 1), ("sum", group, boundary))
+            graph.add_edge(("sum", group, boundary), ("sum", group, boundary - 1))
