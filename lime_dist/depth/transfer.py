@@ -5,7 +5,10 @@ started before the reader: at stage q(j) <= s(j), and carried to s(j) as a *part
 edge (reader j, source i) is served when q(j) <= r(i): at some stage in between both are present and the
 source is added in. `relay` never starts early; `least` minimises the total that crosses.
 
-`least` is a minimum cut. With x[i, b] = "raw i crosses boundary b" and y[j, b] = "partial sum j crosses b", it
+`least` is a minimum cut, and the least at every boundary by itself: from a boundary to the next one sources
+come and readers go, which only ever turns raw entries into partial sums (minimum cuts are monotone in such
+changes: Gallo, Grigoriadis and Tarjan 1989), so the minimum vertex covers of all boundaries (Koenig) fit into
+one plan. It is therefore the least in total, at the largest boundary, and under any boundary costs. With x[i, b] = "raw i crosses boundary b" and y[j, b] = "partial sum j crosses b", it
 minimises the weighted sum of all x and y under x[i, b] or y[j, b] for every edge that spans b, x falling and
 y rising along the line of stages. All constraints are differences of two variables, so the cut is exact.
 """
@@ -106,17 +109,24 @@ def stage_of_layers(stages: Sequence[range]) -> tuple[int, ...]:
 
 
 def plan_transfer(
-    pattern: Pattern, stages: tuple[range, ...], *, policy: str, boundary_cost: Sequence[float] | None = None
+    pattern: Pattern,
+    stages: tuple[range, ...],
+    *,
+    policy: str,
+    boundary_cost: Sequence[float] | None = None,
+    sum_cost: int = 1,
 ) -> TransferPlan:
-    """Plan by `policy`: relay or least. boundary_cost: what a byte over each boundary counts; equal if None.
+    """Plan by `policy`: relay or least.
 
+    boundary_cost: what a byte over each boundary counts; equal if None. sum_cost: bytes of a partial sum
+    over those of an entry.
     Raises: PlanError for an unknown policy or costs that do not fit the boundaries.
     """
     stage_of = stage_of_layers(stages)
     if policy == "relay":
         raw_until, sum_from = _relay(pattern, stage_of)
     elif policy == "least":
-        raw_until, sum_from = _least(pattern, stage_of, _integer_costs(boundary_cost, len(stages) - 1))
+        raw_until, sum_from = _least(pattern, stage_of, _integer_costs(boundary_cost, len(stages) - 1), sum_cost)
     else:
         raise PlanError(f"depth.policy: {policy!r} is unknown; use least or relay")
     return TransferPlan(pattern=pattern, stages=stages, raw_until=raw_until, sum_from=sum_from)
@@ -145,7 +155,9 @@ def _relay(pattern: Pattern, stage_of: tuple[int, ...]) -> tuple[tuple[int, ...]
 _Group = tuple[int, frozenset[int]]
 
 
-def _least(pattern: Pattern, stage_of: tuple[int, ...], costs: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _least(
+    pattern: Pattern, stage_of: tuple[int, ...], costs: list[int], sum_cost: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     import networkx  # slow to import, and not needed to relay
 
     readers_of, sources_of = _crossing_edges(pattern, stage_of)
@@ -155,7 +167,7 @@ def _least(pattern: Pattern, stage_of: tuple[int, ...], costs: list[int]) -> tup
     for group, members in source_groups.items():
         _add_source(graph, group, len(members), costs)
     for group, members in reader_groups.items():
-        _add_reader(graph, group, len(members), costs)
+        _add_reader(graph, group, len(members) * sum_cost, costs)
     group_of_reader = {reader: group for group, members in reader_groups.items() for reader in members}
     for group in source_groups:
         for reader_group in {group_of_reader[reader] for reader in group[1]}:

@@ -112,6 +112,7 @@ def plan_run_transfer(config: Config, policy: str | None = None) -> TransferPlan
         config.stages,
         policy=policy or config.depth.policy,
         boundary_cost=config.pipeline.boundary_cost,
+        sum_cost=DTYPE_BYTES[config.partial_sum_dtype] // DTYPE_BYTES[config.run.dtype],
     )
 
 
