@@ -38,8 +38,8 @@ def resolve_pattern(config: Config, weights_from: Path | None = None) -> Config:
     kind, _, argument = text.partition(":")
     if kind in _KINDS:
         weights = weights_from or (Path(config.depth.weights_from) if config.depth.weights_from else None)
-        return config.with_pattern(_KINDS[kind](config, argument, weights).edges)
-    return config.with_pattern(config.pattern.edges) if "within_stage" in text else config
+        return config.with_pattern(_KINDS[kind](config, argument, weights).edges, text)
+    return config.with_pattern(config.pattern.edges, text) if "within_stage" in text else config
 
 
 def _edges(config: Config, argument: str, _: Path | None) -> Pattern:
