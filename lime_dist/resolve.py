@@ -17,13 +17,13 @@ from lime_dist.depth.pattern import Pattern, pattern_of_edges
 from lime_dist.depth.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p
 from lime_dist.errors import CheckpointError, PlanError, one_line
 from lime_dist.lime.parameters import logical_tensors
-from lime_dist.pipeline.bundle import plan_shape
+from lime_dist.pipeline.bundle import plan_run_transfer, plan_shape
 
 
 def ready_config(config: Config, world_size: int | None = None) -> Config:
     """`check_config`, and the pattern made explicit. Raises: ConfigError, PlanError, CheckpointError."""
     config = resolve_pattern(check_config(config, world_size))
-    _ = config.pattern  # raises what is left
+    plan_run_transfer(config)  # raises what is left: patterns and costs that do not fit the stages
     return config
 
 

@@ -83,6 +83,7 @@ class LimeStage(nn.Module):
         return DepthMemory(
             self.transfer,
             self.entries,
+            self.transfer.own_blocks(self.stage_layers),
             self.config.kv_heads,
             row_size,
             dtype=self.dtype,
