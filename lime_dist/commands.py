@@ -173,12 +173,13 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
 
         return _as_launched_rank(getattr(train, function), config, place, args)
     layout = config.layout
-    print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
-    from lime_dist import train
     from lime_dist.local import run_local
     from lime_dist.preflight import check_devices
 
     check_devices(config)
+    print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
+    from lime_dist import train
+
     results = run_local(
         _as_local_rank,
         layout.world_size,

@@ -72,7 +72,7 @@ def generate_text(
 def load_model(folder: Path, device: torch.device) -> tuple[LimeStage, Config]:
     """The whole model of a checkpoint in the run's dtype, whatever layout wrote it. Raises: CheckpointError."""
     config = saved_config(CheckpointReader(folder))
-    saved = SavedWeights(folder, config.pattern)
+    saved = SavedWeights(folder, config)
     dtype = torch.bfloat16 if config.run.dtype == "bf16" and device.type == "cuda" else torch.float32
     model = plain_model(config.model, config.pattern, PlainParts(dtype, device))
     load(model, lambda tensor: saved.tensor("weight", tensor))

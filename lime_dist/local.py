@@ -17,13 +17,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NoReturn
 
-from lime_dist.errors import LimeDistError
+from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
 
 TERMINATE_GRACE = timedelta(seconds=5)
+FAILURE_WINDOW = timedelta(seconds=1)  # after the first failure, how long to wait for its cause to show
 
 
 class RankFailed(RuntimeError):
@@ -91,10 +93,10 @@ def _rank_main(function: Callable[..., Any], args: tuple, environment: dict[str,
     try:
         _send(sender, "result", function(*args))
     except LimeDistError as error:
-        _send(sender, "user error", error)
-        leave(2)
+        _send(sender, "failure", (time.monotonic(), error, ""))
+        leave(USER_ERROR_EXIT_CODE)
     except BaseException as error:
-        _send(sender, "error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
+        _send(sender, "failure", (time.monotonic(), f"{type(error).__name__}: {error}", traceback.format_exc()))
         leave(1)
     leave(0)
 
@@ -117,36 +119,71 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """How a rank ended. One that has lost its peer fails moments after it, so the cause has to be picked out."""
+
+    rank: int
+    moment: float
+    reason: str
+    detail: str = ""
+    error: LimeDistError | None = None
+    by_signal: bool = False
+
+    @property
+    def order(self) -> tuple[bool, bool, float]:
+        """Causes first: killed from outside, a user's mistake, the earliest."""
+        return not self.by_signal, self.error is None, self.moment
+
+
 def _collect(
     pipes: list[Connection], processes: list, timeout: timedelta | None, describe: Callable[[int], str]
 ) -> list[Any]:
-    deadline = time.monotonic() + timeout.total_seconds() if timeout else None
     results: dict[int, Any] = {}
+    failures: list[_Failure] = []
     pending = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout.total_seconds() if timeout else None
     while pending:
-        left = None if deadline is None else deadline - time.monotonic()
-        ready = wait(list(pending), timeout=left) if left is None or left > 0 else []
-        if not ready:
-            waiting = ", ".join(str(rank) for rank in pending.values())
-            first = next(iter(pending.values()))
-            raise RankFailed(first, describe(first), f"no end after {timeout}; still running: rank {waiting}")
+        ready = wait(list(pending), timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         for pipe in ready:
             rank = pending.pop(pipe)
-            results[rank] = _receive(pipe, rank, processes[rank], describe(rank))
+            outcome = _receive(pipe, rank, processes[rank])
+            if isinstance(outcome, _Failure):
+                if not failures:
+                    deadline = time.monotonic() + FAILURE_WINDOW.total_seconds()
+                failures.append(outcome)
+            else:
+                results[rank] = outcome
+        if not ready:
+            break
+    if failures:
+        _raise(min(failures, key=lambda failure: failure.order), describe)
+    if pending:
+        first, *_ = running = sorted(pending.values())
+        waiting = ", ".join(map(str, running))
+        raise RankFailed(first, describe(first), f"no end after {timeout}; still running: rank {waiting}")
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _receive(pipe: Connection, rank: int, process: Any, place: str) -> Any:
+def _receive(pipe: Connection, rank: int, process: Any) -> Any:
+    """The rank's result, or a `_Failure`."""
     try:
         kind, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
-        raise RankFailed(rank, place, _exit_reason(process.exitcode)) from None
-    if kind == "user error":
-        raise value
-    if kind == "error":
-        raise RankFailed(rank, place, *value)
-    return value
+        code = process.exitcode
+        return _Failure(rank, time.monotonic(), _exit_reason(code), by_signal=code < 0)
+    if kind == "result":
+        return value
+    moment, error, detail = value
+    is_user_error = isinstance(error, LimeDistError)
+    return _Failure(rank, moment, str(error), detail, error if is_user_error else None)
+
+
+def _raise(failure: _Failure, describe: Callable[[int], str]) -> NoReturn:
+    if failure.error is not None:
+        raise failure.error
+    raise RankFailed(failure.rank, describe(failure.rank), failure.reason, failure.detail)
 
 
 def _exit_reason(exit_code: int) -> str:

@@ -8,6 +8,7 @@ batch's logits, loss and gradients, and the loss and gradient norm of every upda
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -42,6 +43,7 @@ TOLERANCES = {
 class Reference:
     """A folder's numbers, under this project's names."""
 
+    folder: Path
     config: dict[str, Any]
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -53,9 +55,21 @@ class Reference:
 
 
 def read_reference(folder: Path) -> Reference:
-    """Raises: DataError when a file is missing or unreadable."""
+    """Raises: DataError when a file or something in it is missing or unreadable."""
+    try:
+        return _read_reference(folder)
+    except KeyError as error:
+        raise _incomplete(folder / "io.safetensors", error) from None
+
+
+def _incomplete(path: Path, error: KeyError) -> DataError:
+    return DataError(f"reference {path}: no {error.args[0]} in it; give a folder of reference numbers")
+
+
+def _read_reference(folder: Path) -> Reference:
     io = _tensors(folder / "io.safetensors")
     return Reference(
+        folder=folder,
         config=_json(folder / "config.json"),
         weights=_own_names(_tensors(folder / "weights.safetensors")),
         gradients=_own_names(_tensors(folder / "grads.safetensors")),
@@ -87,13 +101,27 @@ def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def reference_config(reference: Reference, overrides: Sequence[str]) -> Config:
     """The run that made the numbers, with the user's layout on top. Raises: ConfigError."""
+    try:
+        tree = _reference_tree(reference)
+    except KeyError as error:
+        raise _incomplete(reference.folder / "config.json", error) from None
+    config = ready_config(parse_config(tree, overrides))
+    if (
+        config.data.global_batch_size != reference.tokens.shape[1]
+        or config.data.seq_length != reference.tokens.shape[2] - 1
+    ):
+        raise ConfigError("data: the batch and sequence are the reference's; leave data.* out")
+    return config
+
+
+def _reference_tree(reference: Reference) -> dict[str, Any]:
     sizes, optimizer = reference.config, reference.config["optimizer"]
     if optimizer["schedule"] != "constant":
         raise ConfigError(
             f"reference: optimizer.schedule is {optimizer['schedule']!r}; only constant rates can be compared"
         )
     has_routers = any(name.endswith("lime_router.weight") for name in reference.weights)
-    tree = {
+    return {
         "model": {
             "num_layers": sizes["num_layers"],
             "hidden_size": sizes["hidden_size"],
@@ -119,13 +147,6 @@ def reference_config(reference: Reference, overrides: Sequence[str]) -> Config:
         "data": {"seq_length": reference.tokens.shape[2] - 1, "global_batch_size": reference.tokens.shape[1]},
         "run": {"steps": reference.tokens.shape[0], "timeout_seconds": 120},
     }
-    config = ready_config(parse_config(tree, overrides))
-    if (
-        config.data.global_batch_size != reference.tokens.shape[1]
-        or config.data.seq_length != reference.tokens.shape[2] - 1
-    ):
-        raise ConfigError("data: the batch and sequence are the reference's; leave data.* out")
-    return config
 
 
 @dataclass(frozen=True)
@@ -201,8 +222,11 @@ def _differences(reference: Reference, reports: list[_RankReport]) -> dict[str, 
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the tensor's largest magnitude."""
-    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+    """Largest difference over the tensor's largest magnitude; infinite where either is not a number."""
+    difference = float(
+        (actual - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    )
+    return math.inf if math.isnan(difference) else difference
 
 
 def _logits_difference(expected: Tensor, reports: list[_RankReport]) -> float:
@@ -211,4 +235,4 @@ def _logits_difference(expected: Tensor, reports: list[_RankReport]) -> float:
         for row, logits in report.logits:
             actual[row : row + len(logits)] = logits
     difference = (actual - expected).abs().max()
-    return float(difference) if not difference.isnan() else float("inf")
+    return math.inf if difference.isnan() else float(difference)

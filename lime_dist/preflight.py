@@ -12,6 +12,9 @@ from lime_dist.errors import CheckpointError, ConfigError, DataError, LayoutErro
 
 def check_files(config: Config) -> None:
     """Raises: DataError, ConfigError, CheckpointError for a file that is missing, cut short or does not fit the model."""
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir: {run_dir} is a file; name a folder")
     if not config.data.train:
         raise ConfigError("data.train: empty; name the prefix of a token file (from `lime-dist data tokenize`)")
     for key, sources in (("data.train", config.data.train), ("data.valid", config.data.valid)):

@@ -28,7 +28,7 @@ def _add_depth(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_positive,
         default=1024,
         metavar="N",
-        help="of 32 heads; default: 1024 (the paper's: 2048)",
+        help="32 heads of N/32; default: 1024 (paper: 2048)",
     )
     parser.add_argument("--tokens", type=_positive, default=512, metavar="N", help="of one microbatch (default: 512)")
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds to time (default: 5)")

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from lime_dist.bench.reference import GrowingCat
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import none_pattern, parse_pattern
+from lime_dist.depth.transfer import plan_transfer
 from lime_dist.errors import ConfigError
 from lime_dist.lime.memory import DepthMemory
 from lime_dist.lime.model import LimeStage, plain_model
@@ -75,11 +76,11 @@ class Sizes:
 def read_ways(sizes: Sizes, kv_heads: int, dtype: torch.dtype, device: torch.device) -> dict[str, Forward]:
     """The depth memory alone, between projections [tokens, 2 * H_kv * head_dim] and routed entries."""
     tokens, head_dim = sizes.num_tokens, sizes.model(kv_heads).head_dim
-    layers = tuple(range(sizes.num_layers))
+    layers = range(sizes.num_layers)
     factory: dict[str, Any] = {"dtype": dtype, "device": device}
     projections = [torch.randn(tokens, 2 * kv_heads * head_dim, requires_grad=True, **factory) for _ in layers]
     routers = [torch.randn(kv_heads, layer + 1, kv_heads, requires_grad=True, **factory) for layer in layers]
-    gradient = torch.randn(kv_heads, 2 * tokens * head_dim, **factory)
+    gradient = torch.randn(kv_heads, 2, tokens, head_dim, **factory)
 
     def read_all(memory: DepthMemory | GrowingCat) -> tuple[list[Tensor], list[Tensor | None]]:
         token, routed = memory.start(), []
@@ -87,13 +88,24 @@ def read_ways(sizes: Sizes, kv_heads: int, dtype: torch.dtype, device: torch.dev
             entry = projections[layer].unflatten(-1, (2, kv_heads, head_dim)).permute(2, 1, 0, 3)
             token = memory.write(layer, entry, token)
             if layer:
-                routed.append(memory.read(routers[layer], layers[: layer + 1], token))
+                mixed = memory.read(layer, routers[layer], tuple(layers[: layer + 1]), token)
+                routed.append(mixed.view(gradient.shape))
         return routed, [gradient] * len(routed)
 
-    return {
-        OURS: lambda: read_all(DepthMemory(layers, kv_heads, gradient.shape[1], **factory)),
-        CAT: lambda: read_all(GrowingCat(tokens, head_dim, **factory)),
-    }
+    alone = plan_transfer(parse_pattern("full", len(layers)), (layers,), policy="relay").stage(0)
+
+    def new_memory() -> DepthMemory:
+        return DepthMemory(
+            alone,
+            own_entries=layers,
+            blocks=(),
+            num_kv_heads=kv_heads,
+            row_size=2 * tokens * head_dim,
+            sum_dtype=dtype,
+            **factory,
+        )
+
+    return {OURS: lambda: read_all(new_memory()), CAT: lambda: read_all(GrowingCat(tokens, head_dim, **factory))}
 
 
 def step_ways(sizes: Sizes, kv_heads: int, dtype: torch.dtype, device: torch.device) -> dict[str, Forward]:

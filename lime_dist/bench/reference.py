@@ -12,10 +12,12 @@ from torch import Tensor
 
 
 class GrowingCat:
-    """Stands in for `DepthMemory` where every layer reads all layers so far.
+    """Stands in for `DepthMemory` where one stage holds all layers and every layer reads all so far.
 
     The token that passes from layer to layer is the buffer itself, [n * H_kv, 2 (K, V), tokens, head_dim].
     """
+
+    received = own = ()  # what a stage reads of other stages, and adds up for them
 
     def __init__(self, num_tokens: int, head_dim: int, *, dtype: torch.dtype, device: torch.device):
         self._empty = torch.empty(0, 2, num_tokens, head_dim, dtype=dtype, device=device)
@@ -25,11 +27,16 @@ class GrowingCat:
         return self._empty
 
     def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
-        """The buffer with `entry` ([H_kv, 2, tokens, head_dim], any strides) behind the entries of the layers before."""
+        """The buffer with `entry` ([H_kv, 2, tokens, head_dim], any strides) behind those of the layers before."""
         assert token.shape[0] == layer * entry.shape[0], "every layer writes, in order"
         return torch.cat((token, entry))
 
-    def read(self, router: Tensor, sources: tuple[int, ...], token: Tensor) -> Tensor:
-        """sum_{i, h'} router[h, i, h'] * entry_i[h'] over all entries of the buffer: [H_kv, 2 * tokens * head_dim]."""
-        assert sources == tuple(range(router.shape[1])), "every layer reads all layers so far"
+    def read(self, reader: int, router: Tensor, sources: tuple[int, ...], token: Tensor) -> Tensor:
+        """sum_{i, h'} router[h, i, h'] * entry_i[h'] over all layers so far: [H_kv, 2 * tokens * head_dim]."""
+        assert sources == tuple(range(reader + 1)), "every layer reads all layers so far"
         return torch.mm(router.flatten(1), token.flatten(1))
+
+    def add_to_sums(self, weights: dict[int, Tensor], sources: object, among: object, token: Tensor) -> Tensor:
+        """Nothing: there are no other stages."""
+        assert not weights
+        return token

@@ -79,11 +79,15 @@ def read_meta(folder: Path) -> Meta:
             f"checkpoint {folder}: no meta.json in it; name a folder such as RUN/checkpoints/step_000100"
         )
     values = _read_json(folder / "meta.json")
-    if values.get("format") != FORMAT:
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: format {found}, this version reads {FORMAT}; use that version")
+    try:
+        return Meta(values["step"], values["samples_seen"], values["config"], values["files"])
+    except KeyError as error:
         raise CheckpointError(
-            f"checkpoint {folder}: format {values.get('format')}, this version reads {FORMAT}; use that version"
-        )
-    return Meta(values["step"], values["samples_seen"], values["config"], values["files"])
+            f"checkpoint {folder}: no {error.args[0]} in meta.json; name another checkpoint"
+        ) from None
 
 
 class CheckpointReader:

@@ -29,7 +29,8 @@ def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: i
     final = step_folder(checkpoints, step)
     folder = final.with_name(f".unfinished-{final.name}")
     if rank.is_logger:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left_behind in checkpoints.glob(".unfinished-*"):
+            shutil.rmtree(left_behind)
         folder.mkdir(parents=True)
     dist.barrier()
     _write_slices(rank, folder)
@@ -95,7 +96,7 @@ def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int)
 
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     """Put the checkpoint's weights and moments into the rank. Raises: CheckpointError."""
-    saved = SavedWeights(folder, rank.config.pattern)
+    saved = SavedWeights(folder, rank.config)
     set_num_updates(rank.optimizer, saved.meta.step)
     for spec, parameter in specified_parameters(rank.stage):
         for kind in KINDS:

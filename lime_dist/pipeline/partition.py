@@ -18,6 +18,10 @@ def plan_partition(num_layers: int, num_stages: int, partition: str | Sequence[i
         raise LayoutError(
             f"parallel.pp: {num_stages} stages for model.num_layers={num_layers}; use at most {num_layers}"
         )
+    if isinstance(partition, str) and partition != "auto":
+        raise LayoutError(
+            f"pipeline.partition: {partition!r} is unknown; use auto or a list of counts, one for each stage"
+        )
     counts = _even_counts(num_layers, num_stages) if partition == "auto" else list(partition)
     if len(counts) != num_stages:
         raise LayoutError(

@@ -42,6 +42,9 @@ SHORT = {
     "split": "pipeline.partition",
     "micro": "pipeline.num_microbatches",
     "pattern": "depth.pattern",
+    "relay": "depth.policy=relay",
+    "cost": "pipeline.boundary_cost",
+    "sums32": "depth.partial_sum_dtype=fp32",
     "sp": "parallel.sequence_parallel=true",
     "gpipe": "pipeline.schedule=gpipe",
     "recompute": "parallel.recompute=layer",
@@ -156,9 +159,7 @@ def weight_of(rank: Rank) -> Callable[[nn.Parameter], Tensor]:
 def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """For each tensor the largest difference, relative to its largest magnitude."""
     assert actual.keys() == expected.keys()
-    return {
-        name: float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()
-    }
+    return {name: float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()}
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

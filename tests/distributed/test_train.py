@@ -1,0 +1,314 @@
+"""Whole runs through the command line: resumed equals uninterrupted, under this layout or another; what a run
+leaves behind; a rank or a save that is killed.
+
+The words of a layout are those of `common.SHORT`; what is missing has the default of `BASE`: one rank, ZeRO 1, fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from common import SHORT
+from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lime_dist.checkpoint import save_load
+from lime_dist.checkpoint.files import CheckpointReader, find_latest
+from lime_dist.cli import main
+from lime_dist.config import load_config
+from lime_dist.data.indexed import IndexedWriter
+from lime_dist.lime.parameters import logical_tensors
+from lime_dist.pipeline.table import plan_report
+from lime_dist.resolve import ready_config
+
+# eps lies above most gradients and rates are large, so that weights, moments and losses move visibly (see `common.BASE`).
+BASE = {
+    "model": {
+        "num_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 96,
+    },
+    "pipeline": {"num_microbatches": 3},
+    "optim": {"lr": 0.05, "router_lr": 0.1, "eps": 1e-3, "max_grad_norm": 0.5, "warmup_steps": 2},
+    "data": {"train": "train", "valid": "valid", "seq_length": 12, "global_batch_size": 12},
+    "eval": {"every": 3, "batches": 2},
+    "checkpoint": {"every": 3, "keep": 9},
+    "run": {"dir": "run", "device": "cpu", "steps": 5, "timeout_seconds": 60},
+}  # fmt: skip
+STEP_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "boundary_bytes"}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# fp32: layouts differ in the order of sums, which a few updates enlarge. A batch, moment or rate that is lost shows at 1e-3.
+TOLERANCE = 1e-5
+
+LAYOUTS = (
+    "pp=3 zero=0 dp=2",
+    "pp=3 zero=0 tp=2",
+    "pp=3 zero=1",
+    "pp=3 zero=1 tp=2 relay",
+    "pp=3 zero=1 dp=2",
+    "dp=2 zero=2",
+    "dp=2 zero=3",
+    "pp=3 zero=1 bf16",
+)
+FP32 = tuple(layout for layout in LAYOUTS if "bf16" not in layout)
+OTHER_LAYOUTS = (
+    ("pp=3 zero=1 tp=2 relay", "dp=2 zero=3"),
+    ("dp=2 zero=3", "pp=2 tp=2 zero=1"),
+    ("pp=3 zero=0 dp=2", "pp=4 zero=1 relay"),
+    ("dp=2 zero=2", "zero=0"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder of all runs: token files and the config."""
+    folder = tmp_path_factory.mktemp("runs")
+    generator = np.random.default_rng(5)
+    for name, count in (("train", 40), ("valid", 15)):
+        # A Zipf-like text: its loss falls, so that a wrong or repeated batch shows.
+        documents = [np.minimum(generator.zipf(1.3, generator.integers(20, 60)), 95) for _ in range(count)]
+        with IndexedWriter(folder / name, vocab_size=96) as writer:
+            for document in documents:
+                writer.add_document(document)
+            writer.commit({"vocab_size": 96, "tokens": sum(map(len, documents))})
+    (folder / "run.yaml").write_text(yaml.safe_dump(BASE))
+    os.chdir(folder)
+    return folder
+
+
+def overrides(layout: str) -> list[str]:
+    words = (word.partition("=") for word in layout.split())
+    return [SHORT[name] + equals + value for name, equals, value in words]
+
+
+def train(run_dir: Path, layout: str = "", *more: str) -> int:
+    return main(["train", "run.yaml", *overrides(layout), f"run.dir={run_dir}", *more])
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Callable[[str], Path]:
+    """The uninterrupted run of a layout, made once."""
+
+    def run_of(layout: str) -> Path:
+        run_dir = folder / "whole" / layout.replace(" ", "_")
+        if not (run_dir / "checkpoints" / "step_000005").exists():
+            assert train(run_dir, layout) == 0
+        return run_dir
+
+    return run_of
+
+
+def stopped_at_3(run_dir: Path, copy: Path) -> Path:
+    """A copy as if the run had been killed between its checkpoint at step 3 and its next one."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "checkpoints" / "step_000005")
+    return copy
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run_dir: Path) -> list[dict]:
+    return [line for line in lines(run_dir) if "loss" in line]
+
+
+def evaluations(run_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["eval_loss"] for line in lines(run_dir) if "eval_loss" in line}
+
+
+def saved_bytes(run_dir: Path, step: int) -> dict[str, dict[str, bytes]]:
+    checkpoint = run_dir / "checkpoints" / f"step_{step:06d}"
+    files = {path.name: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    return {name: {key: array.tobytes() for key, array in arrays.items()} for name, arrays in files.items()}
+
+
+def saved_arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """Weights and moments as logical tensors, whatever layout wrote them."""
+    reader, config = (
+        CheckpointReader(run_dir / "checkpoints" / f"step_{step:06d}"),
+        load_config(run_dir / "config.yaml"),
+    )
+    tensors = logical_tensors(config.model, config.pattern).values()
+    return {f"{kind}:{tensor.name}": reader.array(kind, tensor) for kind in ("weight", *MOMENTS) for tensor in tensors}
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resumed_equals_uninterrupted(layout: str, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    run_dir = whole(layout)
+    resumed = stopped_at_3(run_dir, tmp_path / "run")
+    assert train(resumed, layout) == 0
+
+    expected, actual = steps(run_dir), steps(resumed)
+    assert actual[:3] == expected[:3], "the steps before the checkpoint were run again"  # these have their own seconds
+    assert [line["step_seconds"] for line in actual[3:]] != [line["step_seconds"] for line in expected[3:]]
+    for key in ("step", "loss", "grad_norm", "lr"):
+        assert [line[key] for line in actual] == [line[key] for line in expected]
+    assert evaluations(resumed) == evaluations(run_dir)
+    assert saved_bytes(resumed, 5) == saved_bytes(run_dir, 5)
+
+
+@pytest.mark.parametrize(("written", "read"), OTHER_LAYOUTS, ids=lambda layout: layout)
+def test_checkpoint_loads_under_another_layout(
+    written: str, read: str, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run_dir = whole(written)
+    resumed = stopped_at_3(run_dir, tmp_path / "run")
+    assert train(resumed, read) == 0
+
+    expected, actual = steps(run_dir), steps(resumed)
+    assert [line["step"] for line in actual] == [1, 2, 3, 4, 5]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in actual] == pytest.approx([line[key] for line in expected], rel=TOLERANCE)
+    before, after = saved_arrays(run_dir, 5), saved_arrays(resumed, 5)
+    for name, values in before.items():
+        assert np.abs(after[name] - values).max() < TOLERANCE * np.abs(values).max(), name
+
+
+def test_all_layouts_see_the_same_batches(whole: Callable[[str], Path]) -> None:
+    first, *others = [[line["loss"] for line in steps(whole(layout))] for layout in FP32]
+    assert len(set(first)) == len(first) == 5 and first[-1] < first[0] - 0.1, "training does nothing"
+    for losses in others:
+        assert losses == pytest.approx(first, rel=TOLERANCE)
+
+
+# ---- what a run leaves
+
+
+@pytest.mark.parametrize("layout", ["pp=3 zero=1 tp=2 relay", "pp=3 zero=1", "dp=2 zero=3"])
+def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
+    run_dir = whole(layout)
+    report = plan_report(load_config(run_dir / "config.yaml"))
+    planned = [3 * boundary["bundle_bytes"] for boundary in report["boundaries"]]
+    assert len(planned) == (2 if "pp=3" in layout else 0)
+    assert [line["step"] for line in steps(run_dir)] == [1, 2, 3, 4, 5]
+    for line in steps(run_dir):
+        assert line.keys() == STEP_KEYS
+        assert line["boundary_bytes"] == planned
+        assert line["tokens_per_second"] == pytest.approx(12 * 12 / line["step_seconds"])
+    assert [line["lr"] for line in steps(run_dir)] == pytest.approx([0.025, 0.05, 0.05, 0.0375, 0.0125])
+    assert list(evaluations(run_dir)) == [0, 3, 5]
+    assert all(line.keys() == {"step", "eval_loss"} for line in lines(run_dir) if "loss" not in line)
+
+
+def test_tensorboard_holds_the_losses(whole: Callable[[str], Path]) -> None:
+    run_dir = whole("pp=3 zero=1")
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    points = {point.step: point.value for point in board.Scalars("train/loss")}
+    assert points == pytest.approx({line["step"]: line["loss"] for line in steps(run_dir)}, rel=1e-6)  # kept as fp32
+
+
+def test_config_reads_back(whole: Callable[[str], Path]) -> None:
+    layout = "pp=3 zero=1 tp=2 relay"
+    run_dir = whole(layout)
+    started = ready_config(load_config("run.yaml", [*overrides(layout), f"run.dir={run_dir}"]), 6)
+    assert load_config(run_dir / "config.yaml") == started
+    assert (started.parallel.dp, started.depth.policy, started.zero_stage) == (1, "relay", 1)
+
+
+def evaluate(capfd: pytest.CaptureFixture[str], run_dir: Path, layout: str, *more: str) -> dict:
+    capfd.readouterr()
+    assert main(["eval", "run.yaml", *overrides(layout), f"run.dir={run_dir}", *more]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_eval_reports_what_training_did(whole: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
+    layout = "pp=3 zero=1"
+    run_dir = whole(layout)
+    losses = evaluations(run_dir)
+    report = evaluate(capfd, run_dir, layout)
+    assert (report["step"], report["eval_loss"]) == (5, losses[5]) and losses[5] != losses[3]
+    assert report["perplexity"] == pytest.approx(math.exp(losses[5]))
+    checkpoint = run_dir / "checkpoints" / "step_000003"
+    report = evaluate(capfd, run_dir, "tp=2 dp=2", "--checkpoint", str(checkpoint))
+    assert report["eval_loss"] == pytest.approx(losses[3], rel=TOLERANCE) and report["checkpoint"] == str(checkpoint)
+
+
+# ---- things that go wrong
+
+
+def kill_self(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_writing(rank: object, folder: Path) -> None:
+    """The last stage's rank has written one of its files."""
+    write_slices(rank, folder)
+    if folder.name.endswith("step_000004") and rank.plan.is_last_stage:
+        kill_self()
+
+
+def kill_before_renaming(source: Path, target: Path) -> None:
+    kill_self() if target.name == "step_000004" else rename(source, target)
+
+
+write_slices, rename = save_load._write_slices, os.rename
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_interrupted_save(moment: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also: `keep` checkpoints are left, and what the interrupted save wrote goes with the next one."""
+    with pytest.MonkeyPatch.context() as patch:  # ranks are forked, so they have it
+        if moment == "writing":
+            patch.setattr(save_load, "_write_slices", kill_while_writing)
+        else:
+            patch.setattr(os, "rename", kill_before_renaming)
+        assert train(tmp_path, "pp=2", "run.steps=6", "checkpoint.every=1", "checkpoint.keep=2") == 1
+    killed = "rank 1 (pp=1 dp=0 tp=0)" if moment == "writing" else "rank 0 (pp=0 dp=0 tp=0)"
+    assert f"lime-dist: {killed} failed: killed by SIGKILL" in capfd.readouterr().err
+    checkpoints = tmp_path / "checkpoints"
+    left = {path.name for path in checkpoints.iterdir()}
+    assert left == {"step_000002", "step_000003", ".unfinished-step_000004"}
+    assert find_latest(checkpoints).name == "step_000003"
+
+    assert train(tmp_path, "pp=2", "run.steps=6", "checkpoint.every=5", "checkpoint.keep=2") == 0
+    assert f"resumed from {checkpoints}/step_000003, step 3 of 6" in capfd.readouterr().out
+    assert {path.name for path in checkpoints.iterdir()} == {"step_000005", "step_000006"}
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_rank(tmp_path: Path) -> None:
+    def command() -> None:
+        sys.stderr = (tmp_path / "stderr").open("w")
+        sys.exit(train(tmp_path, "pp=3", "run.steps=100000", "eval.every=0", "checkpoint.every=0"))
+
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    while not (tmp_path / "metrics.jsonl").exists() or len(steps(tmp_path)) < 2:
+        assert process.is_alive()
+        time.sleep(0.05)
+    ranks = sorted(psutil.Process(process.pid).children(recursive=True), key=lambda rank: rank.pid)
+    assert len(ranks) == 3
+    ranks[1].kill()
+    process.join(15)
+    assert process.exitcode == 1
+    _, alive = psutil.wait_procs(ranks, timeout=0)
+    assert not alive
+    last = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert last == "lime-dist: rank 1 (pp=1 dp=0 tp=0) failed: killed by SIGKILL"
+
+
+def test_torchrun(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = ["-m", "lime_dist.cli", "train", "run.yaml", "parallel.pp=3", f"run.dir={tmp_path}", "eval.batches=1"]
+    result = subprocess.run([*launcher, *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = [line["loss"] for line in steps(whole("pp=3 zero=1"))]
+    assert [line["loss"] for line in steps(tmp_path)] == pytest.approx(expected, rel=TOLERANCE)
+    assert len(re.findall(r"^step 5/5  loss", result.stdout, re.MULTILINE)) == 1, "ranks other than 0 print as well"

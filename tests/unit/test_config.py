@@ -1,0 +1,288 @@
+"""Reading, overriding and checking a run's configuration; every refusal names the key."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lime_dist.config import (
+    Config,
+    ModelConfig,
+    Source,
+    check_config,
+    dump_yaml,
+    load_config,
+    parse_config,
+    to_dict,
+)
+from lime_dist.errors import ConfigError, LayoutError, PlanError
+from lime_dist.resolve import ready_config
+
+MODEL = {
+    "num_layers": 8,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def make_config(*overrides: str) -> Config:
+    return parse_config({"model": MODEL}, overrides)
+
+
+# ---- reading
+
+
+def test_defaults_and_sizes_that_follow() -> None:
+    config = check_config(make_config("data.seq_length=16", "data.global_batch_size=6", "pipeline.num_microbatches=3"))
+    assert (config.model.kv_heads, config.model.head_dim) == (4, 8)
+    assert (config.layout.world_size, config.zero_stage) == (1, 1)
+    assert (config.microbatch_size, config.tokens_per_step) == (2, 96)
+    assert config.pattern.sources[7] == tuple(range(8))
+    assert ModelConfig(**{**MODEL, "num_kv_heads": None}).kv_heads == 8
+    assert not any(make_config("depth.router=none").pattern.has_router(layer) for layer in range(8))
+
+
+OVERRIDES = [  # override, where it goes, value
+    ("optim.lr=1e-3", "optim.lr", 1e-3),  # which YAML reads as text
+    ("optim.lr=2", "optim.lr", 2.0),
+    ("parallel.sequence_parallel=true", "parallel.sequence_parallel", True),
+    ("parallel.dp=null", "parallel.dp", None),
+    ("parallel.dp=3", "parallel.dp", 3),
+    ("pipeline.partition=[3, 5]", "pipeline.partition", [3, 5]),
+    ("pipeline.partition=auto", "pipeline.partition", "auto"),
+    ("depth.pattern=first:2", "depth.pattern", "first:2"),
+    ("depth.pattern={3: [0, 1]}", "depth.pattern", {3: [0, 1]}),
+    ("optim.betas=[0.8, 1e-1]", "optim.betas", [0.8, 0.1]),
+    ("data.train=a", "data.train", [Source(path="a")]),
+    ("data.train=[a, {path: b, weight: 2}]", "data.train", [Source(path="a"), Source(path="b", weight=2.0)]),
+    ("data.train=null", "data.train", []),
+    ("deepspeed.zero_optimization.stage=0", "deepspeed", {"zero_optimization": {"stage": 0}}),
+    ("run.dir=a=b", "run.dir", "a=b"),
+    ("model.num_kv_heads=null", "model.num_kv_heads", None),
+]
+
+
+def get_key(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize(("override", "key", "value"), OVERRIDES)
+def test_overrides(override: str, key: str, value: Any) -> None:
+    found = get_key(make_config(override), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_change_one_key_and_the_last_one_wins() -> None:
+    tree = {"model": MODEL, "optim": {"lr": 0.5, "eps": 0.25}, "deepspeed": {"a": {"b": 1, "c": 2}}}
+    config = parse_config(tree, ["optim.lr=0.1", "optim.lr=0.2", "deepspeed.a.b=3"])
+    assert (config.optim.lr, config.optim.eps) == (0.2, 0.25)
+    assert config.deepspeed == {"a": {"b": 3, "c": 2}}
+    assert tree["optim"] == {"lr": 0.5, "eps": 0.25} and tree["deepspeed"] == {"a": {"b": 1, "c": 2}}, "the caller's"
+
+
+UNREADABLE = [  # override, how the message begins
+    ("optim.lrr=1", "optim.lrr: unknown key; did you mean lr?"),
+    ("optimm.lr=1", "optimm: unknown key; did you mean optim?"),
+    ("parallel.zzz=1", "parallel.zzz: unknown key; known: tp, pp, dp"),
+    ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown key; did you mean weight?"),
+    ("data.train=[{weight: 2}]", "data.train[0].path: missing"),
+    ("data.train=[3]", "data.train[0]: must be a section with keys, not 3"),
+    ("model.num_layers=2.5", "model.num_layers: 2.5 is not a whole number"),
+    ("model.num_layers=true", "model.num_layers: True is not a whole number"),
+    ("model.num_layers=null", "model.num_layers: None is not a whole number"),
+    ("model.tie_embeddings=1", "model.tie_embeddings: 1 is not true or false"),
+    ("model.num_kv_heads=two", "model.num_kv_heads: 'two' is not a whole number or null"),
+    ("optim.lr=fast", "optim.lr: 'fast' is not a number"),
+    ("optim.lr=true", "optim.lr: True is not a number"),
+    ("optim.betas=0.9", "optim.betas: 0.9 is not list[float]"),
+    ("run.dir=3", "run.dir: 3 is not a text"),
+    ("pipeline.partition=2", "pipeline.partition: 2 is not a text or list[int]"),
+    ("pipeline.partition=[1, x]", "pipeline.partition: [1, 'x'] is not a text or list[int]"),
+    ("deepspeed=3", "deepspeed: 3 is not "),
+    ("model=3", "model: must be a section with keys, not 3"),
+    ("model.num_layers.x=3", "override model.num_layers.x: num_layers is not a section"),
+    ("model.num_layers", "override 'model.num_layers': write section.key=value"),
+    ("=3", "override '=3': write section.key=value"),
+    ("optim.betas=[0.9", "override optim.betas: "),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), UNREADABLE)
+def test_what_cannot_be_read_is_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_config(override)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in MODEL if name != "num_kv_heads"])
+def test_the_models_sizes_have_no_defaults(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model.{name}: missing; add it"):
+        parse_config({"model": {key: value for key, value in MODEL.items() if key != name}})
+    with pytest.raises(ConfigError, match="^model: missing; add it"):
+        parse_config({})
+
+
+FILES = [
+    (None, "No such file or directory; give the path of a YAML file"),
+    ("model: [", "not valid YAML: "),
+    ("- a", "must hold sections such as `model:` and `run:`"),
+    ("run: {steps: 3}", None),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FILES)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str | None, message: str | None) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    expected = f"config {path}: {message}" if message else "model: missing; add it"
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+
+
+def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
+    config = check_config(
+        make_config(
+            "parallel.tp=2", "parallel.dp=3", "data.global_batch_size=6", "data.train=[a, {path: b, weight: 0.5}]",
+            "pipeline.partition=[8]", "optim.eps=1e-12", "deepspeed.zero_optimization.stage=2", "run.dir='7'",
+        )
+    )  # fmt: skip
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_yaml(config))
+    assert load_config(path) == config
+    assert to_dict(load_config(path)) == to_dict(config)
+
+
+def test_every_key_is_keyword_only_and_frozen() -> None:
+    def walk(value: Any) -> None:
+        if is_dataclass(value):
+            assert all(item.kw_only for item in fields(value)) and value.__dataclass_params__.frozen
+            for item in fields(value):
+                walk(getattr(value, item.name))
+
+    walk(make_config())
+
+
+# ---- checking
+
+REFUSED = [  # overrides, error, how the message begins
+    ("model.num_layers=0", ConfigError, "model.num_layers: 0 must be at least 1"),
+    ("model.num_kv_heads=0", ConfigError, "model.num_kv_heads: 0 must be at least 1"),
+    ("model.vocab_size=-1", ConfigError, "model.vocab_size: -1 must be at least 1"),
+    ("model.hidden_size=72", ConfigError, "model.hidden_size: 72 must be a multiple of 2 * model.num_heads=16"),
+    ("model.num_kv_heads=3", ConfigError, "model.num_kv_heads: 3 must divide model.num_heads=8"),
+    ("depth.router=dynamic", ConfigError, "depth.router: 'dynamic' is unknown; use static or none"),
+    ("depth.entry=hidden", ConfigError, "depth.entry: 'hidden' is unknown; use kv"),
+    ("depth.policy=most", ConfigError, "depth.policy: 'most' is unknown; use least or relay"),
+    ("depth.partial_sum_dtype=fp64", ConfigError, "depth.partial_sum_dtype: 'fp64' is unknown; use bundle or fp32"),
+    ("depth.pattern=middle", PlanError, "depth.pattern: 'middle' is not a pattern"),
+    ("depth.pattern={3:[3]}", PlanError, "depth.pattern: layer 3 cannot read layer 3"),
+    ("depth.pattern={8:[0]}", PlanError, "depth.pattern: reader 8 is outside the 8 layers"),
+    ("depth.pattern=first:0", PlanError, "depth.pattern: 'first:0' needs a whole number"),
+    ("parallel.recompute=full", ConfigError, "parallel.recompute: 'full' is unknown; use none or layer"),
+    ("parallel.virtual_stages=2", ConfigError, "parallel.virtual_stages: only 1 is supported"),
+    ("parallel.tp=0", ConfigError, "parallel.tp: 0 must be at least 1"),
+    ("parallel.pp=0", ConfigError, "parallel.pp: 0 must be at least 1"),
+    ("parallel.dp=0", ConfigError, "parallel.dp: 0 must be at least 1"),
+    ("parallel.pp=9", LayoutError, "parallel.pp: 9 stages for model.num_layers=8; use at most 8"),
+    ("parallel.tp=3", LayoutError, "parallel.tp: 3 does not divide model.num_kv_heads=4"),
+    ("parallel.tp=8", LayoutError, "parallel.tp: 8 does not divide model.num_kv_heads=4"),
+    ("parallel.tp=2 model.intermediate_size=97", LayoutError, "parallel.tp: 2 does not divide model.intermediate_size=97"),
+    ("parallel.sequence_parallel=true", LayoutError, "parallel.sequence_parallel: needs parallel.tp above 1"),
+    ("pipeline.schedule=zb", ConfigError, "pipeline.schedule: 'zb' is unknown; use 1f1b or gpipe"),
+    ("pipeline.num_microbatches=0", ConfigError, "pipeline.num_microbatches: 0 must be at least 1"),
+    ("parallel.pp=2 pipeline.partition=[8]", LayoutError, "pipeline.partition: [8] has 1 stages, parallel.pp is 2"),
+    ("parallel.pp=2 pipeline.partition=[4,5]", LayoutError, "pipeline.partition: [4, 5] must be counts of at least 1"),
+    ("pipeline.partition=even", LayoutError, "pipeline.partition: "),
+    ("parallel.pp=2 pipeline.boundary_cost=[1,2]", PlanError, "pipeline.boundary_cost: [1.0, 2.0] must be 1 numbers"),
+    ("parallel.pp=2 pipeline.boundary_cost=[-1]", PlanError, "pipeline.boundary_cost: [-1.0] must be 1 numbers above 0"),
+    ("data.seq_length=0", ConfigError, "data.seq_length: 0 must be at least 1"),
+    ("data.global_batch_size=3 pipeline.num_microbatches=2", ConfigError, "data.global_batch_size: 3 must be a multiple of parallel.dp=1 x pipeline.num_microbatches=2"),
+    ("data.global_batch_size=4 parallel.dp=3", ConfigError, "data.global_batch_size: 4 must be a multiple of parallel.dp=3"),
+    ("data.valid_fraction=1", ConfigError, "data.valid_fraction: 1.0 must lie in [0, 1)"),
+    ('data.train=[{"path":"a","weight":0}]', ConfigError, "data: weight 0.0 of a must be above 0"),
+    ("optim.lr=-1", ConfigError, "optim.lr: -1.0 must be at least 0"),
+    ("optim.lr=.nan", ConfigError, "optim.lr: nan must be at least 0"),
+    ("optim.betas=[0.9]", ConfigError, "optim.betas: [0.9] must be two numbers in [0, 1)"),
+    ("optim.betas=[0.9,1.0]", ConfigError, "optim.betas: [0.9, 1.0] must be two numbers in [0, 1)"),
+    ("optim.lr_schedule=linear", ConfigError, "optim.lr_schedule: 'linear' is unknown; use cosine or constant"),
+    ("optim.max_grad_norm=-1", ConfigError, "optim.max_grad_norm: -1.0 must be at least 0"),
+    ("run.dtype=fp16", ConfigError, "run.dtype: 'fp16' is unknown; use fp32 or bf16"),
+    ("run.device=tpu", ConfigError, "run.device: 'tpu' is unknown; use auto or cpu or cuda"),
+    ("run.steps=0", ConfigError, "run.steps: 0 must be at least 1"),
+    ("run.timeout_seconds=0", ConfigError, "run.timeout_seconds: 0.0 must be at least 1"),
+    ("checkpoint.keep=0", ConfigError, "checkpoint.keep: 0 must be at least 1"),
+    ("deepspeed.zero_optimization.stage=4", ConfigError, "deepspeed.zero_optimization.stage: 4 with parallel.pp=1; use 0 to 3"),
+    ("deepspeed.zero_optimization.stage=2 parallel.pp=2", ConfigError, "deepspeed.zero_optimization.stage: 2 with parallel.pp=2; use 0 to 1 (2 and 3 need parallel.pp=1)"),
+    ("deepspeed.zero_optimization.stage=two", ConfigError, "deepspeed.zero_optimization.stage: 'two' with"),
+    ("deepspeed.zero_optimization.stage=true", ConfigError, "deepspeed.zero_optimization.stage: True with"),
+    ("deepspeed.zero_optimization=2", ConfigError, "deepspeed.zero_optimization: must be a section"),
+    ("deepspeed.train_batch_size=8", ConfigError, "deepspeed.train_batch_size: is set from data.global_batch_size"),
+    ("deepspeed.gradient_accumulation_steps=8", ConfigError, "deepspeed.gradient_accumulation_steps: is set from pipeline.num_microbatches"),
+    ("deepspeed.gradient_clipping=1", ConfigError, "deepspeed.gradient_clipping: is set from optim.max_grad_norm"),
+    ("deepspeed.optimizer.type=Adam", ConfigError, "deepspeed.optimizer: is set from optim"),
+    ("deepspeed.bf16.enabled=true", ConfigError, "deepspeed.bf16: is set from run.dtype"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "error", "message"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_what_cannot_run_is_refused_by_key(overrides: str, error: type[ConfigError], message: str) -> None:
+    with pytest.raises(error) as refusal:
+        ready_config(make_config(*overrides.split()))
+    assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+
+
+ALLOWED = (
+    "parallel.pp=8 deepspeed.zero_optimization.stage=0",
+    "deepspeed.zero_optimization.stage=3 parallel.tp=4 parallel.sequence_parallel=true",
+    "deepspeed.zero_optimization.reduce_bucket_size=1000 deepspeed.wall_clock_breakdown=true",
+    "parallel.pp=3 pipeline.partition=[1,6,1] pipeline.boundary_cost=[1,2.5]",
+    "model.hidden_size=16",
+    "optim.max_grad_norm=0",
+)
+
+
+@pytest.mark.parametrize("overrides", ALLOWED)
+def test_what_can_run_is_not_refused(overrides: str) -> None:
+    check_config(make_config(*overrides.split()))
+
+
+# ---- replicas
+
+WORLDS = [  # overrides, ranks started, dp
+    ("", None, 1),
+    ("parallel.dp=2 data.global_batch_size=2", None, 2),
+    ("", 1, 1),
+    ("data.global_batch_size=6", 6, 6),
+    ("parallel.tp=2 parallel.pp=3 data.global_batch_size=2", 12, 2),
+    ("parallel.dp=2 parallel.pp=2 data.global_batch_size=2", 4, 2),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "dp"), WORLDS)
+def test_replicas_are_settled_by_the_ranks(overrides: str, world_size: int | None, dp: int) -> None:
+    config = check_config(make_config(*overrides.split()), world_size)
+    assert config.parallel.dp == config.layout.dp == dp
+
+
+MISFITS = [
+    ("parallel.tp=2", 3, "parallel: tp=2 x pp=1 x dp=1 needs 2 ranks, 3 were started"),
+    ("parallel.pp=4", 2, "parallel: tp=1 x pp=4 x dp=1 needs 4 ranks, 2 were started"),
+    ("parallel.dp=2", 3, "parallel: tp=1 x pp=1 x dp=2 needs 2 ranks, 3 were started"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "message"), MISFITS)
+def test_ranks_that_do_not_fit_are_refused(overrides: str, world_size: int, message: str) -> None:
+    with pytest.raises(LayoutError) as error:
+        check_config(make_config(overrides), world_size)
+    assert str(error.value).startswith(message)

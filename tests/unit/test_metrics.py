@@ -1,0 +1,85 @@
+"""metrics.jsonl, TensorBoard and the progress line, and what becomes of them when a run is resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lime_dist.metrics import Metrics
+
+KEYS = ["step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "boundary_bytes"]
+
+
+def record(run_dir: Path, steps: range, *, loss: float, num_steps: int = 6, log_every: int = 1) -> None:
+    """A run's `steps`, as after a resume at the step before; every loss is `loss`."""
+    metrics = Metrics(run_dir, first_step=steps.start - 1, num_steps=num_steps, log_every=log_every)
+    for step in steps:
+        metrics.step(
+            step=step,
+            loss=loss,
+            grad_norm=2.0,
+            lr=0.5,
+            tokens=1000,
+            step_seconds=0.25,
+            boundary_bytes=[1500, 2_000_000],
+        )
+        if step % 2 == 0:
+            metrics.evaluation(step=step, eval_loss=loss)
+    metrics.close()
+
+
+def read(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_step(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 3), loss=4.5)
+    first, second, evaluation = read(tmp_path)
+    assert list(first) == KEYS and (first["step"], second["step"]) == (1, 2)
+    assert first | {"step": 2} == second
+    assert (first["loss"], first["grad_norm"], first["lr"], first["step_seconds"]) == (4.5, 2.0, 0.5, 0.25)
+    assert first["tokens_per_second"] == 4000 and first["boundary_bytes"] == [1500, 2_000_000]
+    assert evaluation == {"step": 2, "eval_loss": 4.5}
+
+
+def test_lines_after_the_resumed_step_go(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 6), loss=1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # the line that a killed run was writing
+    record(tmp_path, range(4, 7), loss=2.0)
+    lines = read(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines if "loss" in line] == [1.0] * 3 + [2.0] * 3
+    assert [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line] == [
+        (2, 1.0),
+        (4, 2.0),
+        (6, 2.0),
+    ]
+
+
+def test_tensorboard_follows(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 6), loss=1.0)
+    record(tmp_path, range(4, 7), loss=2.0)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    points = board.Scalars("train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [point.value for point in board.Scalars("boundary_bytes/1-2")] == [2_000_000] * 6
+    assert [point.step for point in board.Scalars("eval/loss")] == [2, 4, 6]
+
+
+def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, range(1, 11), loss=4.5, num_steps=310, log_every=10)
+    said = [line for line in capsys.readouterr().out.splitlines() if "held-out" not in line]
+    assert said == [
+        "step  10/310  loss 4.5000  grad 2.000  lr 5.00e-01  4.0k tokens/s  sent 0>1 1.5kB 1>2 2.0MB  left 1:15"
+    ]
+
+
+def test_the_last_step_is_always_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, range(1, 4), loss=4.5, num_steps=3, log_every=10)
+    out = capsys.readouterr().out
+    assert "step 3/3  loss 4.5000" in out and "step 2/3  loss" not in out
+    assert "step 2/3  held-out loss 4.5000" in out
