@@ -116,14 +116,14 @@ def plan_transfer(
     boundary_cost: Sequence[float] | None = None,
     sum_cost: int = 1,
 ) -> TransferPlan:
-    """Plan by `policy`: relay or least.
+    """Plan by `policy`: relay or least, which are the same where sums cannot cross in place of entries.
 
     boundary_cost: what a byte over each boundary counts; equal if None. sum_cost: bytes of a partial sum
     over those of an entry.
     Raises: PlanError for an unknown policy or costs that do not fit the boundaries.
     """
     stage_of = stage_of_layers(stages)
-    if policy == "relay":
+    if policy == "relay" or (policy == "least" and not pattern.routing.presummable):
         raw_until, sum_from = _relay(pattern, stage_of)
     elif policy == "least":
         raw_until, sum_from = _least(pattern, stage_of, _integer_costs(boundary_cost, len(stages) - 1), sum_cost)

@@ -86,8 +86,9 @@ class Buffer:
 class DepthMemory:
     """Entries (received ones first) and sums (by reader) of one microbatch.
 
-    An entry is [H_kv, 2 (K, V), tokens, head_dim], flattened behind the heads, so that routing over
-    (layer, head) is one [H_kv, n * H_kv] x [n * H_kv, 2 * tokens * head_dim] product.
+    An entry of keys and values is [H_kv, 2 (K, V), tokens, head_dim], flattened behind the heads, so that routing
+    over (layer, head) is one [H_kv, n * H_kv] x [n * H_kv, 2 * tokens * head_dim] product. One of a hidden state is
+    [tokens, hidden] under a single head; `hidden.MixAndProject` reads it, and there are no sums.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class DepthMemory:
         return self.entries.values.new_empty(0)
 
     def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
-        """Put `entry` ([H_kv, 2, tokens, head_dim], any strides) in its slot; returns the next token."""
+        """Put `entry` (of an entry's elements, any strides) in its slot; returns the next token."""
         return _Write.apply(entry, token, self.entries, self.entries.slot_of[layer])
 
     def add_to_sums(
@@ -149,6 +150,8 @@ class DepthMemory:
 
 def summed_readers(transfer: StageTransfer) -> tuple[int, ...]:
     """The readers, ascending, that have a row in a stage's sums: what arrives or leaves as a partial sum, or reads received entries."""
+    if not transfer.pattern.routing.presummable:
+        return ()
     received = set(transfer.received.raw_entries)
     reading = {reader for reader, sources in transfer.reads.items() if received & set(sources)}
     return tuple(sorted({*transfer.received.partial_sums, *transfer.sent.partial_sums, *reading}))
