@@ -51,6 +51,8 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = subparsers.add_parser("plan", help="what each stage holds and what crosses each boundary")
     _add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--compare", action="store_true", help="what each pattern would cost, side by side")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: an .svg file")
     parser.set_defaults(run=_plan)
 
 
@@ -99,11 +101,27 @@ def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from lime_dist.pipeline.table import plan_report, stage_table
+    from lime_dist.pipeline.table import compare_report, compare_table, plan_report, stage_table
 
     config = ready_config(load_config(args.config, args.overrides))
-    print(json.dumps(plan_report(config)) if args.json else stage_table(config))
+    if args.plot is not None:
+        _plot(config, args.plot)
+    if args.json:
+        print(json.dumps(plan_report(config) | ({"compare": compare_report(config)} if args.compare else {})))
+    else:
+        print(stage_table(config) + (f"\n\n{compare_table(config)}" if args.compare else ""))
     return 0
+
+
+def _plot(config: Config, path: Path) -> None:
+    from lime_dist.pipeline.drawing import draw_plan
+
+    if path.suffix != ".svg":
+        raise ConfigError(f"--plot: {path} must end in .svg")
+    try:
+        path.write_text(draw_plan(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--plot: {path}: {error.strerror or error}; give a file that can be written") from None
 
 
 def _train(args: argparse.Namespace) -> int:

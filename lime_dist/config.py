@@ -55,6 +55,7 @@ class DepthConfig:
     router: str = "static"  # static: learned weights | dynamic: weights from the reader's input | none (LLaMA)
     entry: str = "kv"  # kv: raw keys and values (LIMe v2) | hidden: hidden states (LIMe v1)
     pattern: str | dict[int, list[int]] = "full"  # see depth/pattern.py; or reader: [earlier layers]
+    pattern_name: str | None = None  # what edges in `pattern` are called; set when a text is resolved to them
     switch_at: dict[int, str | dict[int, list[int]]] = field(default_factory=dict)  # updates done: pattern from then on
     weights_from: str | None = None  # a checkpoint whose routers choose the edges of budget and top_p
     policy: str = "least"  # least: the fewest tensors cross | relay: raw entries only
@@ -169,7 +170,8 @@ class Config:
         if self.depth.router == "none":
             return none_pattern(self.model.num_layers)
         if isinstance(self.depth.pattern, dict):
-            pattern = pattern_of_edges(self.depth.pattern, self.model.num_layers)
+            name = self.depth.pattern_name or "edges"
+            pattern = pattern_of_edges(self.depth.pattern, self.model.num_layers, name)
         else:
             pattern = parse_pattern(self.depth.pattern, self.model.num_layers, self.stages)
         return dataclasses.replace(pattern, routing=self.depth.routing)
@@ -179,8 +181,8 @@ class Config:
         due = [switch for switch in self.depth.switch_at if switch <= step]
         return self.with_pattern(self.depth.switch_at[max(due)]) if due else self
 
-    def with_pattern(self, pattern: str | dict[int, list[int]]) -> Config:
-        return dataclasses.replace(self, depth=dataclasses.replace(self.depth, pattern=pattern))
+    def with_pattern(self, pattern: str | dict[int, list[int]], name: str | None = None) -> Config:
+        return dataclasses.replace(self, depth=dataclasses.replace(self.depth, pattern=pattern, pattern_name=name))
 
     @property
     def stages(self) -> tuple[range, ...]:

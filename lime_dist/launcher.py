@@ -18,6 +18,7 @@ class Place:
 
 # torchrun and DeepSpeed's launcher set the first three names, srun the second three.
 _NAMES = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
+_SLURM_RESERVED_STEPS = 0xFFFFFF00  # SLURM numbers batch and interactive steps from the top of 32 bits
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -43,7 +44,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def _is_srun_step(environment: Mapping[str, str]) -> bool:
-    return environment.get("SLURM_STEP_ID", "").isdigit()
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _SLURM_RESERVED_STEPS
 
 
 def require_rendezvous(environment: Mapping[str, str] = os.environ) -> None:

@@ -18,13 +18,13 @@ from lime_dist.depth.routing import Routing
 from lime_dist.depth.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
 from lime_dist.errors import CheckpointError, PlanError, one_line
 from lime_dist.lime.parameters import logical_tensors
-from lime_dist.pipeline.bundle import plan_shape
+from lime_dist.pipeline.bundle import plan_run_transfer, plan_shape
 
 
 def ready_config(config: Config, world_size: int | None = None) -> Config:
     """`check_config`, and the pattern made explicit. Raises: ConfigError, PlanError, CheckpointError."""
     config = resolve_pattern(check_config(config, world_size))
-    _ = config.pattern  # raises what is left
+    plan_run_transfer(config)  # raises what is left: patterns and costs that do not fit the stages
     return config
 
 
@@ -39,8 +39,8 @@ def resolve_pattern(config: Config, weights_from: Path | None = None) -> Config:
     kind, _, argument = text.partition(":")
     if kind in _KINDS:
         weights = weights_from or (Path(config.depth.weights_from) if config.depth.weights_from else None)
-        return config.with_pattern(_KINDS[kind](config, argument, weights).edges)
-    return config.with_pattern(config.pattern.edges) if "within_stage" in text else config
+        return config.with_pattern(_KINDS[kind](config, argument, weights).edges, text)
+    return config.with_pattern(config.pattern.edges, text) if "within_stage" in text else config
 
 
 def _edges(config: Config, argument: str, _: Path | None) -> Pattern:

@@ -8,7 +8,7 @@ the router's second axis (LIMe v2, arXiv 2502.09245v2, section 3; selective patt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lime_dist.depth.routing import Routing
@@ -20,10 +20,15 @@ Edges = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class Pattern:
-    """`sources[j]`: the layers that layer j reads, ascending, j itself last."""
+    """`sources[j]`: the layers that layer j reads, ascending, j itself last.
+
+    blocks: groups of neighbouring layers that later readers see as one. What the last layer of a block
+    leaves for them is the sum of the entries of the whole block; the layers of the block see their own entries.
+    """
 
     name: str
     sources: tuple[tuple[int, ...], ...]
+    blocks: tuple[range, ...] = ()
     routing: Routing = Routing.KEY_VALUE
 
     @property
@@ -110,21 +115,28 @@ def _within_stage(reader: int, _: int, stages: Sequence[range]) -> Iterable[int]
     return range(own.start, reader)
 
 
+def _block(reader: int, size: int, _: Sequence[range]) -> Iterable[int]:
+    own_block = reader // size * size
+    return {*range(size - 1, own_block, size), *range(own_block, reader)}
+
+
 _TERMS: dict[str, tuple[_Term, bool]] = {  # term, whether it takes a number
     "full": (_full, False),
     "first": (_first, True),
     "last": (_last, True),
     "stride": (_stride, True),
+    "block": (_block, True),
     "within_stage": (_within_stage, False),
 }
-_KNOWN = "full, first:j, last:j, stride:k, within_stage, or several joined by +"
+_KNOWN = "full, first:j, last:j, stride:k, block:n, within_stage, or several joined by +"
 
 
 def parse_pattern(text: str, num_layers: int, stages: Sequence[range] | None = None) -> Pattern:
     """Terms joined by `+`, whose edges are united.
 
     `full`; `first:j` the first j and the preceding layer; `last:j`; `stride:k` every k-th and the
-    preceding one; `within_stage` all of the reader's own stage (needs `stages`: the layers of each).
+    preceding one; `block:n` the sum of each earlier block of n layers as one entry, and the layers of the own
+    block; `within_stage` all of the reader's own stage (needs `stages`: the layers of each).
     Raises: PlanError for anything else.
     """
     stages = stages if stages is not None else (range(num_layers),)
@@ -133,7 +145,16 @@ def parse_pattern(text: str, num_layers: int, stages: Sequence[range] | None = N
         reader: {source for term, number in terms for source in term(reader, number, stages)}
         for reader in range(1, num_layers)
     }
-    return pattern_of_edges(edges, num_layers, text)
+    return replace(pattern_of_edges(edges, num_layers, text), blocks=_blocks(text, terms, num_layers))
+
+
+def _blocks(text: str, terms: Sequence[tuple[_Term, int]], num_layers: int) -> tuple[range, ...]:
+    """The whole blocks of a `block:n` term; a block of one layer is that layer's own entry."""
+    sizes = [number for term, number in terms if term is _block]
+    if sizes and (len(sizes) > 1 or any(term is _within_stage for term, _ in terms)):
+        raise PlanError(f"depth.pattern: {text!r}: block:n stands once, and not with within_stage; drop one of them")
+    size = sizes[0] if sizes else 1
+    return tuple(range(end - size, end) for end in range(size, num_layers, size)) if size > 1 else ()
 
 
 def _parse_term(term: str, text: str) -> tuple[_Term, int]:

@@ -21,6 +21,11 @@ class Routing(Enum):
         """
         return self is Routing.KEY_VALUE
 
+    @property
+    def entry_name(self) -> str:
+        """In words: a layer's ..."""
+        return "keys and values" if self is Routing.KEY_VALUE else "normalised input"
+
     def entry_shape(self, *, rows: int, hidden_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         """(source heads, elements behind each) of the entry of `rows` tokens."""
         if self is Routing.KEY_VALUE:

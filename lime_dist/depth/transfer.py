@@ -54,6 +54,10 @@ class StageTransfer:
         """Of the stage's own layers, those whose entries are read at all."""
         return tuple(filter(self.pattern.is_entry, layers))
 
+    def own_blocks(self, layers: range) -> tuple[range, ...]:
+        """The blocks whose sum the stage makes."""
+        return tuple(block for block in self.pattern.blocks if block[-1] in layers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransferPlan:
@@ -120,9 +124,15 @@ def plan_transfer(
 
     boundary_cost: what a byte over each boundary counts; equal if None. sum_cost: bytes of a partial sum
     over those of an entry.
-    Raises: PlanError for an unknown policy or costs that do not fit the boundaries.
+    Raises: PlanError for an unknown policy, costs that do not fit the boundaries, or a block over a boundary.
     """
     stage_of = stage_of_layers(stages)
+    for block in pattern.blocks:
+        if stage_of[block[0]] != stage_of[block[-1]]:
+            raise PlanError(
+                f"depth.pattern: the block of layers {block[0]} to {block[-1]} spans a stage boundary; "
+                "choose pipeline.partition so that stages end where blocks do"
+            )
     if policy == "relay" or (policy == "least" and not pattern.routing.presummable):
         raw_until, sum_from = _relay(pattern, stage_of)
     elif policy == "least":

@@ -130,9 +130,9 @@ class HiddenAttention(Attention):
 
     def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         token = self._entry.write(residual, token, run)
-        entries = run.memory.entries
-        projection = self.depth_norm(self.kv_proj())
-        kv = MixAndProject.apply(self.lime_router(normed), projection, token, entries, entries.runs(self._sources))
+        weights, projection = self.lime_router(normed), self.depth_norm(self.kv_proj())
+        slots = run.memory.slots_read(self.layer, self._sources)
+        kv = MixAndProject.apply(weights, projection, token, run.memory.entries, slots)
         kv = self._parts.tokens_to_heads(kv.unflatten(-1, (2, self.head_dim)).transpose(1, 2))
         return self.split_heads(self.q_proj(normed)), kv, token
 

@@ -95,6 +95,7 @@ class DepthMemory:
         self,
         transfer: StageTransfer,
         own_entries: Sequence[int],
+        blocks: Sequence[range],
         num_kv_heads: int,
         row_size: int,
         *,
@@ -103,7 +104,10 @@ class DepthMemory:
         device: torch.device,
     ):
         self.received, self.own = transfer.received.raw_entries, tuple(own_entries)
-        self.entries = Buffer((*self.received, *self.own), num_kv_heads, row_size, dtype, device)
+        # What the last layer of a block leaves is the block's sum, in that layer's slot; its own entry lies apart.
+        self._blocks = {block[-1]: block for block in blocks}
+        slots = (*self.received, *self.own, *map(_apart, self._blocks))
+        self.entries = Buffer(slots, num_kv_heads, row_size, dtype, device)
         self.sums = Buffer(summed_readers(transfer), num_kv_heads, row_size, sum_dtype, device)
         self._begun = set(transfer.received.partial_sums)  # rows that hold a sum already
 
@@ -113,7 +117,19 @@ class DepthMemory:
 
     def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
         """Put `entry` (of an entry's elements, any strides) in its slot; returns the next token."""
-        return _Write.apply(entry, token, self.entries, self.entries.slot_of[layer])
+        token = _Write.apply(entry, token, self.entries, self.entries.slot_of[self._own_key(layer)])
+        if layer not in self._blocks:
+            return token
+        members = [self.entries.slot_of[self._own_key(member)] for member in self._blocks[layer]]
+        return _SumBlock.apply(token, self.entries, members, self.entries.slot_of[layer])
+
+    def slots_read(self, reader: int, sources: tuple[int, ...]) -> Runs:
+        """Where a layer's `sources` lie among the entries; of a block that it ends it reads its own entry."""
+        return self.entries.runs([self._own_key(source) if source == reader else source for source in sources])
+
+    def _own_key(self, layer: int) -> int:
+        """Under which a layer's own entry lies."""
+        return _apart(layer) if layer in self._blocks else layer
 
     def add_to_sums(
         self, weights: dict[int, Tensor], sources: dict[int, tuple[int, ...]], among: tuple[int, ...], token: Tensor
@@ -134,7 +150,7 @@ class DepthMemory:
         """sum_{i, h'} router[h, i, h'] * entry_i[h'] over own `sources`, plus the reader's sum if it has one
         (arXiv 2502.09245v2, eq. 3): [H_kv, row_size].
         """
-        return _Read.apply(router, token, self, self.entries.runs(sources), self.sums.slot_of.get(reader))
+        return _Read.apply(router, token, self, self.slots_read(reader, sources), self.sums.slot_of.get(reader))
 
     def _row_runs(self, readers: tuple[int, ...], fresh: tuple[bool, ...]) -> tuple[tuple[int, int, bool], ...]:
         """Runs of neighbouring rows that are all fresh or all begun."""
@@ -146,6 +162,10 @@ class DepthMemory:
             else:
                 runs.append((row, row + 1, is_fresh))
         return tuple(runs)
+
+
+def _apart(layer: int) -> int:
+    return -1 - layer
 
 
 def summed_readers(transfer: StageTransfer) -> tuple[int, ...]:
@@ -190,6 +210,20 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx, token_gradient: Tensor):
         return ctx.entries.gradients[ctx.slot].view(ctx.entry_shape), token_gradient, None, None
+
+
+class _SumBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token: Tensor, entries: Buffer, members: list[int], slot: int) -> Tensor:
+        torch.sum(entries.values[members], dim=0, out=entries.values[slot])
+        ctx.entries, ctx.members, ctx.slot = entries, members, slot
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, token_gradient: Tensor):
+        for member in ctx.members:
+            ctx.entries.gradients[member].add_(ctx.entries.gradients[ctx.slot])
+        return token_gradient, None, None, None
 
 
 # In the two below the buffers are kept on ctx and not by save_for_backward: other slots are written after the

@@ -86,6 +86,7 @@ class LimeStage(nn.Module):
         return DepthMemory(
             self.transfer,
             self.entries,
+            self.transfer.own_blocks(self.stage_layers),
             heads,
             row_size,
             dtype=self.dtype,

@@ -92,8 +92,8 @@ class StagePlan:
     @property
     def held_bytes(self) -> int:
         """Entries that one microbatch keeps on this stage between its forward and its backward pass."""
-        entries = len(self.transfer.received.raw_entries) + len(self.transfer.own_entries(self.layers))
-        return entries * self.shape.entry_bytes
+        own = len(self.transfer.own_entries(self.layers)) + len(self.transfer.own_blocks(self.layers))
+        return (len(self.transfer.received.raw_entries) + own) * self.shape.entry_bytes
 
     @property
     def received_bytes(self) -> int:

@@ -115,7 +115,10 @@ def naive_mix(weight: Any, config: Config, layer: int, kv_head: int, entries: li
     else:
         shares = weight("self_attn.lime_router")[kv_head].softmax(-1).expand(len(normed), -1)
     gain, eps = weight("self_attn.depth_norm"), config.model.rms_norm_eps
-    return sum(shares[:, k, None] * rms_norm(entries[source], gain, eps) for k, source in enumerate(sources))
+    blocks = {block[-1]: block for block in config.pattern.blocks}
+    members = [[source] if source == layer else blocks.get(source, [source]) for source in sources]
+    normed_entries = [sum(rms_norm(entries[member], gain, eps) for member in block) for block in members]
+    return sum(shares[:, k, None] * entry for k, entry in enumerate(normed_entries))
 
 
 def head_rows(matrix: Tensor, head: int, head_dim: int) -> Tensor:
@@ -128,6 +131,7 @@ CASES = (
     "depth.pattern=last:2",
     "depth.pattern=stride:2 model.num_kv_heads=4",
     "depth.pattern={3:[0],4:[1,2]}",  # layers 1 and 2 have no router, and layers 0 to 2 are read
+    "depth.pattern=block:2",
     "model.num_kv_heads=1",
 )
 

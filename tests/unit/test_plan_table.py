@@ -1,0 +1,143 @@
+"""The stage table: totals, routing work and the proven minimum against counting by hand, and the JSON's keys."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from lime_dist.config import Config, check_config, load_config
+from lime_dist.depth.pattern import Pattern
+from lime_dist.depth.transfer import plan_transfer
+from lime_dist.lime.parameters import Role, logical_tensors
+from lime_dist.pipeline.bundle import plan_run_transfer
+from lime_dist.pipeline.table import (
+    COMPARED_PATTERNS,
+    POLICIES,
+    compare_report,
+    compare_table,
+    least_crossings,
+    plan_report,
+    routing_flops_per_token,
+    stage_table,
+)
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+FULL_TOTALS = {4: (4, 6), 8: (16, 28), 16: (64, 120)}  # stages: (least, relay) in units of the layers of a stage
+
+
+def make_config(*overrides: str) -> Config:
+    return check_config(load_config(QUICKSTART, ["parallel.tp=1", *overrides]))
+
+
+@pytest.mark.parametrize("layers_per_stage", (1, 3))
+@pytest.mark.parametrize("pp", FULL_TOTALS)
+def test_totals_of_the_full_pattern(pp: int, layers_per_stage: int) -> None:
+    report = plan_report(make_config(f"parallel.pp={pp}", f"model.num_layers={layers_per_stage * pp}"))
+    least, relay = FULL_TOTALS[pp]
+    assert report["totals"] == {"least": least * layers_per_stage, "relay": relay * layers_per_stage}
+    assert report["proven_minimum"] == report["totals"]["least"]
+
+
+def test_keys_and_numbers_of_the_report() -> None:
+    config = make_config("parallel.pp=4", "depth.policy=least")
+    report = plan_report(config)
+    assert report["layout"] == {"tp": 1, "pp": 4, "dp": 1}
+    assert (report["pattern"], report["policy"]) == ("full", "least")
+    assert [(stage["stage_index"], stage["layers"]) for stage in report["stages"]] == [
+        (0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])
+    ]  # fmt: skip
+    tokens, hidden, kv = 4 * 128, 256, 2 * 128
+    for boundary in report["boundaries"]:
+        tensors = 1 + len(boundary["raw_entries"]) + len(boundary["partial_sums"])
+        assert boundary["tensors"] == boundary["fewest_tensors"] == tensors
+        assert boundary["residual_bytes"] == 4 * tokens * hidden
+        assert boundary["entry_bytes"] == 4 * tokens * kv
+        assert boundary["bundle_bytes"] == 4 * tokens * (hidden + (tensors - 1) * kv)
+    # Stage 1 holds what it received and made, for each of the three microbatches that 1F1B has in flight there.
+    assert report["stages"][1]["entries_in_flight_bytes"] == 3 * 4 * report["boundaries"][0]["entry_bytes"]
+    assert report["stages"][1]["received_bytes"] == report["boundaries"][0]["bundle_bytes"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("pattern", ("full", "first:2", "stride:3"))
+def test_routing_flops_by_counting(pattern: str, policy: str) -> None:
+    config = make_config("parallel.pp=3", f"depth.pattern={pattern}", f"depth.policy={policy}")
+    transfer, model = plan_run_transfer(config), config.model
+    counted = [0, 0, 0]
+    for reader, sources in enumerate(transfer.pattern.sources):
+        for source in sources if transfer.pattern.has_router(reader) else ():
+            stage = transfer.added_at(reader, source)
+            # Each head of the sum takes each head of the entry, element by element: a product and an addition.
+            heads = product(range(model.kv_heads), range(model.kv_heads))
+            counted[stage] += sum(2 for _ in product(heads, ("key", "value"), range(model.head_dim)))
+    assert [routing_flops_per_token(model, transfer.stage(index)) for index in range(3)] == counted
+    assert [stage["routing_flops_per_token"] for stage in plan_report(config)["stages"]] == counted
+
+
+def smallest_cover(edges: list[tuple[int, int]]) -> int:
+    """The smallest vertex cover by trying: one end of the first edge must be in it."""
+    if not edges:
+        return 0
+    return 1 + min(smallest_cover([edge for edge in edges if end not in edge]) for end in edges[0])
+
+
+def test_least_crossings_is_the_smallest_cover_and_is_reached() -> None:
+    random.seed(0)
+    for _ in range(50):
+        num_layers, density = random.randint(2, 8), random.random()
+        pattern = Pattern(
+            "random",
+            tuple((*(i for i in range(j) if random.random() < density), j) for j in range(num_layers)),
+        )
+        stages = tuple(range(layer, layer + 1) for layer in range(num_layers))
+        plan = plan_transfer(pattern, stages, policy="least")
+        for boundary, planned in enumerate(plan.boundaries):
+            spanning = [(i, j) for j in range(boundary + 1, num_layers) for i in pattern.sources[j] if i < boundary + 1]
+            fewest = least_crossings(pattern, boundary + 1)
+            assert fewest == smallest_cover(spanning) == len(planned.raw_entries) + len(planned.partial_sums)
+
+
+def test_table_says_that_the_minimum_is_reached() -> None:
+    text = stage_table(make_config("parallel.pp=4"))
+    assert "least 8, relay 12; proven minimum 8, which least reaches" in text
+
+
+def test_table_claims_nothing_where_larger_sums_cost_more() -> None:
+    """With fp32 sums over bf16 entries `least` counts bytes, and may take more tensors than the minimum."""
+    config = make_config("parallel.pp=8", "run.dtype=bf16", "depth.partial_sum_dtype=fp32")
+    report = plan_report(config)
+    assert report["totals"]["least"] > report["proven_minimum"]
+    assert "reaches" not in stage_table(config)
+
+
+def test_compare_covers_each_pattern_and_policy() -> None:
+    config = make_config("parallel.pp=4", "depth.pattern=last:3")
+    costs = compare_report(config)
+    assert [(cost["pattern"], cost["policy"]) for cost in costs] == [
+        (pattern, policy) for pattern in (*COMPARED_PATTERNS, "last:3") for policy in POLICIES
+    ]
+    lines = compare_table(config).splitlines()
+    assert [tuple(line.split()[:2]) for line in lines[1:]] == [(cost["pattern"], cost["policy"]) for cost in costs]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_compare_agrees_with_the_report(policy: str) -> None:
+    config = make_config("parallel.pp=4", "depth.pattern=stride:2", f"depth.policy={policy}")
+    (cost,) = (cost for cost in compare_report(config) if (cost["pattern"], cost["policy"]) == ("stride:2", policy))
+    report = plan_report(config)
+    bundles = [boundary["bundle_bytes"] for boundary in report["boundaries"]]
+    assert cost["crossings"] == report["totals"][policy]
+    assert (cost["largest_bundle_bytes"], cost["bytes_per_microbatch"]) == (max(bundles), sum(bundles))
+    assert cost["ratio_to_residual"] == max(boundary["ratio_to_residual"] for boundary in report["boundaries"])
+    tensors = logical_tensors(config.model, config.pattern).values()
+    assert cost["router_parameters"] == sum(prod(each.shape) for each in tensors if each.role is Role.ROUTER)
+
+
+def test_compare_without_a_router_and_with_one_stage() -> None:
+    patterns = [cost["pattern"] for cost in compare_report(make_config("parallel.pp=2", "depth.router=none"))]
+    assert patterns == [pattern for pattern in COMPARED_PATTERNS for _ in POLICIES]
+    assert all(cost["largest_bundle_bytes"] == 0 for cost in compare_report(make_config("parallel.pp=1")))
