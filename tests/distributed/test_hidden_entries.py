@@ -38,6 +38,7 @@ LAYOUTS = (
     "pp=3 layers=6 split=[3,1,2] micro=3 recompute gpipe policy=relay",
     "pp=3 tp=2 layers=5 micro=2 pattern=stride:2 dynamic seq=5 batch=2",
     "pp=4 layers=7 split=[1,3,2,1] micro=3 pattern=last:2",
+    "pp=2 layers=6 split=[2,4] micro=2 pattern=block:2 dynamic tp=2",
     "pp=4 micro=3 dynamic zero=0 dp=2",
 )
 
