@@ -43,8 +43,9 @@ def run_local(
 ) -> list[Any]:
     """Run `function(*args)` on `world_size` forked ranks with torchrun's environment set; results by rank.
 
-    Results travel by pickle; `describe` says of a rank what it is, for the error. Raises: the `LimeDistError` of a rank as it is; RankFailed for anything else,
-    among it a rank killed by a signal and a run longer than `timeout`. No rank outlives the call.
+    Results travel by pickle; `describe` says of a rank what it is, for the error. No rank outlives the call.
+    Raises: the `LimeDistError` of a rank as it is; RankFailed for anything else, among it a rank killed by a
+    signal and a run longer than `timeout`.
     """
     context = multiprocessing.get_context("fork")
     port = free_port()
