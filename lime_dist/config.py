@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
+from lime_dist.depth.routing import Routing
 from lime_dist.errors import ConfigError, LayoutError, one_line
 from lime_dist.layout import Layout
 from lime_dist.pipeline.partition import plan_partition
@@ -51,14 +52,20 @@ class ModelConfig:
 class DepthConfig:
     """Who reads whom, and how it travels."""
 
-    router: str = "static"  # static (LIMe v2) | none (LLaMA)
-    entry: str = "kv"  # kv: raw keys and values
+    router: str = "static"  # static: learned weights | dynamic: weights from the reader's input | none (LLaMA)
+    entry: str = "kv"  # kv: raw keys and values (LIMe v2) | hidden: hidden states (LIMe v1)
     pattern: str | dict[int, list[int]] = "full"  # see depth/pattern.py; or reader: [earlier layers]
     pattern_name: str | None = None  # what edges in `pattern` are called; set when a text is resolved to them
     switch_at: dict[int, str | dict[int, list[int]]] = field(default_factory=dict)  # updates done: pattern from then on
     weights_from: str | None = None  # a checkpoint whose routers choose the edges of budget and top_p
     policy: str = "least"  # least: the fewest tensors cross | relay: raw entries only
     partial_sum_dtype: str = "bundle"  # bundle: run.dtype | fp32
+
+    @property
+    def routing(self) -> Routing:
+        if self.entry == "kv" or self.router == "none":
+            return Routing.KEY_VALUE
+        return Routing.HIDDEN_DYNAMIC if self.router == "dynamic" else Routing.HIDDEN_STATIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +170,11 @@ class Config:
         if self.depth.router == "none":
             return none_pattern(self.model.num_layers)
         if isinstance(self.depth.pattern, dict):
-            return pattern_of_edges(self.depth.pattern, self.model.num_layers, self.depth.pattern_name or "edges")
-        return parse_pattern(self.depth.pattern, self.model.num_layers, self.stages)
+            name = self.depth.pattern_name or "edges"
+            pattern = pattern_of_edges(self.depth.pattern, self.model.num_layers, name)
+        else:
+            pattern = parse_pattern(self.depth.pattern, self.model.num_layers, self.stages)
+        return dataclasses.replace(pattern, routing=self.depth.routing)
 
     def at_step(self, step: int) -> Config:
         """The config after `step` updates, with the pattern that `depth.switch_at` says for the next one."""
@@ -370,6 +380,7 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     """
     _check_model(config.model)
     _check_choices(config)
+    _check_depth(config.depth)
     _check_numbers(config)
     config = _settle_dp(config, world_size)
     _check_tensor_parallel(config)
@@ -400,8 +411,8 @@ def _check_model(model: ModelConfig) -> None:
 
 
 _CHOICES = {
-    "depth.router": ("static", "none"),
-    "depth.entry": ("kv",),
+    "depth.router": ("static", "dynamic", "none"),
+    "depth.entry": ("kv", "hidden"),
     "depth.policy": ("least", "relay"),
     "depth.partial_sum_dtype": ("bundle", "fp32"),
     "parallel.recompute": ("none", "layer"),
@@ -422,6 +433,20 @@ def _check_choices(config: Config) -> None:
         value = _lookup(config, key)
         _require(value in known, f"{key}: {value!r} is unknown; use {' or '.join(known)}")
     _require(config.parallel.virtual_stages == 1, "parallel.virtual_stages: only 1 is supported; set it to 1")
+
+
+def _check_depth(depth: DepthConfig) -> None:
+    if depth.router != "dynamic":
+        return
+    _require(
+        depth.entry == "hidden",
+        f"depth.router: dynamic with depth.entry={depth.entry}; set depth.entry=hidden, or depth.router=static",
+    )
+    for key, pattern in (("pattern", depth.pattern), *((f"switch_at.{at}", p) for at, p in depth.switch_at.items())):
+        _require(
+            not str(pattern).startswith("top_p"),
+            f"depth.{key}: {pattern} with depth.router=dynamic, whose weights are different for each token; use another pattern",
+        )
 
 
 _AT_LEAST = {

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lime_dist.config import Config, OptimConfig
+from lime_dist.depth.routing import Routing
 from lime_dist.lime.model import LimeStage
-from lime_dist.lime.parameters import Role
+from lime_dist.lime.parameters import ROUTER_ROLES, Role
 from lime_dist.lime.weights import specified_parameters
 
 DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
@@ -19,23 +20,31 @@ DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
 def build_optimizer(stage: LimeStage, config: Config, placeholder: nn.Parameter | None = None) -> torch.optim.AdamW:
     """torch's AdamW over three groups: decayed, undecayed, routers. Each group keeps its own peak rate as `peak_lr`.
 
+    Of routers only dynamic ones are decayed (arXiv 2502.09245v1), and a model has routers of one kind.
+
     placeholder: stands in for the routers of a stage that has none.
     """
     optim = config.optim
     return torch.optim.AdamW(
-        _parameter_groups(stage, optim, placeholder), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, foreach=True
+        _parameter_groups(stage, config, placeholder),
+        lr=optim.lr,
+        betas=tuple(optim.betas),
+        eps=optim.eps,
+        foreach=True,
     )
 
 
-def _parameter_groups(stage: LimeStage, optim: OptimConfig, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
+def _parameter_groups(stage: LimeStage, config: Config, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
+    optim = config.optim
+    router_decay = optim.weight_decay if config.depth.routing is Routing.HIDDEN_DYNAMIC else 0.0
     decayed, undecayed, routers = [], [], [] if placeholder is None else [placeholder]
     for spec, parameter in specified_parameters(stage):
-        group = routers if spec.role is Role.ROUTER else decayed if spec.role in DECAYED_ROLES else undecayed
+        group = routers if spec.role in ROUTER_ROLES else decayed if spec.role in DECAYED_ROLES else undecayed
         group.append(parameter)
     groups = [
         {"name": "decayed", "params": decayed, "peak_lr": optim.lr, "weight_decay": optim.weight_decay},
         {"name": "undecayed", "params": undecayed, "peak_lr": optim.lr, "weight_decay": 0.0},
-        {"name": "routers", "params": routers, "peak_lr": optim.router_lr, "weight_decay": 0.0},
+        {"name": "routers", "params": routers, "peak_lr": optim.router_lr, "weight_decay": router_decay},
     ]
     return [group for group in groups if group["params"]]
 

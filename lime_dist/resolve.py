@@ -14,7 +14,8 @@ import yaml
 from lime_dist.checkpoint.files import CheckpointReader
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.depth.pattern import Pattern, pattern_of_edges
-from lime_dist.depth.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p
+from lime_dist.depth.routing import Routing
+from lime_dist.depth.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
 from lime_dist.errors import CheckpointError, PlanError, one_line
 from lime_dist.lime.parameters import logical_tensors
 from lime_dist.pipeline.bundle import plan_run_transfer, plan_shape
@@ -68,7 +69,7 @@ def _budget(config: Config, argument: str, weights_from: Path | None) -> Pattern
     return select_budget(
         weights,
         config.stages,
-        policy=config.depth.policy,
+        policy=config.depth.policy if config.depth.routing.presummable else "relay",
         bundle_bytes=plan_shape(config).bundle_bytes,
         budget_bytes=int(number) * units[unit],
     )
@@ -90,9 +91,9 @@ _KINDS: dict[str, Callable[[Config, str, Path | None], Pattern]] = {"edges": _ed
 
 
 def router_weights(folder: Path, config: Config) -> EdgeWeights:
-    """Mean |R| of every edge of a checkpoint; edges that it does not have count nothing.
+    """Mean |R| of every edge of a checkpoint, or its mean share of the softmax; edges that it does not have count nothing.
 
-    Raises: CheckpointError when it has no routers or another number of layers.
+    Raises: CheckpointError when it has no fixed routers or another number of layers.
     """
     reader = CheckpointReader(folder)
     saved = saved_config(reader)
@@ -102,12 +103,18 @@ def router_weights(folder: Path, config: Config) -> EdgeWeights:
             f"name a LIMe checkpoint of {config.model.num_layers} layers"
         )
     pattern = saved.pattern
+    if pattern.routing is Routing.HIDDEN_DYNAMIC:
+        raise CheckpointError(
+            f"depth.weights_from: the routers of {folder} have other weights for each token; name a checkpoint of router static"
+        )
     tensors = logical_tensors(saved.model, pattern)
     routers = {
         layer: reader.array("weight", tensors[f"layers.{layer}.self_attn.lime_router.weight"])
         for layer in range(pattern.num_layers)
         if pattern.has_router(layer)
     }
+    if pattern.routing is Routing.HIDDEN_STATIC:
+        routers = {layer: softmax(router) for layer, router in routers.items()}
     return dict.fromkeys(prior_weights(pattern.num_layers), 0.0) | mean_magnitudes(
         routers, dict(enumerate(pattern.sources))
     )

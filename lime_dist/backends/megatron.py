@@ -17,7 +17,9 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     all_to_all,
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
@@ -201,6 +203,14 @@ class MegatronParts:
             return kv
         blocks = all_to_all(self._group, kv.unflatten(0, (self.tp_size, -1)))
         return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def residual_to_tokens(self, residual: Tensor) -> Tensor:
+        if self.tp_size == 1 or self._sequence_parallel:
+            return residual
+        return scatter_to_sequence_parallel_region(residual, group=self._group)
+
+    def gather_heads(self, projection: Tensor) -> Tensor:
+        return gather_from_sequence_parallel_region(projection, group=self._group) if self.tp_size > 1 else projection
 
     def for_residual(self, parameter: Tensor) -> Tensor:
         return self.for_tokens(parameter) if self._sequence_parallel else parameter

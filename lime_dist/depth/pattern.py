@@ -1,8 +1,8 @@
 """Depth patterns: which earlier entries each layer reads. Pure data.
 
-An *entry* is what layer l leaves for later layers. A pattern maps every reader to its sources, in
-ascending order with the reader's own layer last, which is the order of the router's middle axis
-(LIMe v2, arXiv 2502.09245v2, section 3; selective patterns: its appendix D and beyond).
+An *entry* is what layer l leaves for later layers; which of its tensors that is says `routing`. A pattern
+maps every reader to its sources, in ascending order with the reader's own layer last, which is the order of
+the router's second axis (LIMe v2, arXiv 2502.09245v2, section 3; selective patterns: its appendix D and beyond).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from lime_dist.depth.routing import Routing
 from lime_dist.errors import PlanError
 
 # The edges of a pattern as a config holds them once it is resolved: reader -> earlier sources.
@@ -28,6 +29,7 @@ class Pattern:
     name: str
     sources: tuple[tuple[int, ...], ...]
     blocks: tuple[range, ...] = ()
+    routing: Routing = Routing.KEY_VALUE
 
     @property
     def num_layers(self) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy
+
 from lime_dist.depth.pattern import Pattern, parse_pattern, pattern_of_edges
 from lime_dist.depth.transfer import BoundaryPlan, plan_transfer
 from lime_dist.errors import PlanError
@@ -89,12 +91,16 @@ def _last_true(holds: Callable[[int], bool], highest: int) -> int:
     return low
 
 
-def mean_magnitudes(
-    routers: Mapping[int, Sequence[Sequence[Sequence[float]]]], sources: Mapping[int, Sequence[int]]
-) -> dict:
-    """(reader, source) -> mean |R| over heads. routers[j]: array [H_kv, sources, H_kv], own layer last."""
-    import numpy
+def softmax(router: numpy.ndarray) -> numpy.ndarray:
+    """Over the sources, the last axis: how v1's router weighs them (arXiv 2502.09245v1)."""
+    powers = numpy.exp(router - router.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
 
+
+def mean_magnitudes(
+    routers: Mapping[int, numpy.ndarray], sources: Mapping[int, Sequence[int]]
+) -> dict[tuple[int, int], float]:
+    """(reader, source) -> mean |R| over heads. routers[j]: array [H_kv, sources] or [H_kv, sources, H_kv], own layer last."""
     return {
         (reader, source): float(numpy.abs(router[:, position]).mean())
         for reader, router in routers.items()

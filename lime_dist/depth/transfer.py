@@ -120,7 +120,7 @@ def plan_transfer(
     boundary_cost: Sequence[float] | None = None,
     sum_cost: int = 1,
 ) -> TransferPlan:
-    """Plan by `policy`: relay or least.
+    """Plan by `policy`: relay or least, which are the same where sums cannot cross in place of entries.
 
     boundary_cost: what a byte over each boundary counts; equal if None. sum_cost: bytes of a partial sum
     over those of an entry.
@@ -133,7 +133,7 @@ def plan_transfer(
                 f"depth.pattern: the block of layers {block[0]} to {block[-1]} spans a stage boundary; "
                 "choose pipeline.partition so that stages end where blocks do"
             )
-    if policy == "relay":
+    if policy == "relay" or (policy == "least" and not pattern.routing.presummable):
         raw_until, sum_from = _relay(pattern, stage_of)
     elif policy == "least":
         raw_until, sum_from = _least(pattern, stage_of, _integer_costs(boundary_cost, len(stages) - 1), sum_cost)

@@ -1,7 +1,7 @@
-"""The decoder layer: RMSNorm, RoPE, grouped-query attention over routed keys and values, SwiGLU.
+"""The decoder layer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-LLaMA's layer, save that the keys and values of a layer with a router are read from the depth memory
-(arXiv 2502.09245v2, section 3). Written against `Parts`; knows no process group.
+LLaMA's layer, save that the keys and values of a layer with a router come from the depth memory, as `key_value`
+and `hidden` say. Written against `Parts`; knows no process group.
 """
 
 from __future__ import annotations
@@ -82,45 +82,30 @@ class RMSNorm(nn.Module):
         return F.rms_norm(residual, self.weight.shape, self._parts.for_residual(self.weight), self.eps)
 
 
-class Router(nn.Module):
-    """R of one reader over the sources that are added on this stage: [H_kv (reader head), sources, H_kv (source head)].
-
-    Static, signed, unnormalised (arXiv 2502.09245v2, section 3). `received` and `own` split the sources,
-    ascending, into entries that came from earlier stages and those made here.
-    """
-
-    def __init__(self, num_kv_heads: int, sources: tuple[int, ...], first_own: int, parts: Parts):
-        super().__init__()
-        shape = (num_kv_heads, len(sources), num_kv_heads)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=parts.dtype, device=parts.device))
-        self.received = tuple(source for source in sources if source < first_own)
-        self.own = tuple(source for source in sources if source >= first_own)
-        self._parts = parts
-
-    def received_weight(self) -> Tensor:
-        return self._parts.for_tokens(self.weight[:, : len(self.received)])
-
-    def own_weight(self) -> Tensor:
-        return self._parts.for_tokens(self.weight[:, len(self.received) :])
-
-
 class Attention(nn.Module):
-    """Grouped-query attention whose keys and values come through the layer's router."""
+    """Grouped-query attention. Where queries, keys and values come from is for a subclass to say."""
 
-    def __init__(self, model: ModelConfig, layer: int, router: Router | None, in_memory: bool, parts: Parts):
+    def __init__(self, model: ModelConfig, layer: int, parts: Parts):
         super().__init__()
         self.layer, self.head_dim, self._parts = layer, model.head_dim, parts
         self.query_heads, self.kv_heads = model.num_heads // parts.tp_size, model.kv_heads // parts.tp_size
-        self.in_memory = in_memory
-        self.qkv_proj = parts.column_linear(model.hidden_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim)
-        self.lime_router = router
         self.o_proj = parts.row_linear(model.num_heads * model.head_dim, model.hidden_size)
 
-    def forward(self, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        """Residual [rows, hidden] and the depth memory's token -> the same."""
-        heads = self.qkv_proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-        queries, kv = heads[: self.query_heads], heads[self.query_heads :].unflatten(0, (2, self.kv_heads))
-        kv, token = self._through_depth(kv.transpose(0, 1), token, run)
+    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """From the residual [rows, hidden], as it is and normed, and the depth memory's token:
+
+        queries [H / tp, tokens, head_dim], keys and values [H_kv / tp, 2, tokens, head_dim], the next token.
+        """
+        raise NotImplementedError
+
+    def split_heads(self, projected: Tensor) -> Tensor:
+        """[tokens, heads * head_dim] -> [heads, tokens, head_dim]."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+
+    def forward(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """What the layer adds to the residual [rows, hidden], and the depth memory's next token."""
+        queries, kv, token = self.project(residual, normed, token, run)
+        padding = queries.shape[1] - run.num_tokens  # rows that fill up the tensor group's last share
         cos, sin = run.cos, run.sin
         queries = rotate(run.to_sequences(queries), cos, sin)
         keys, values = rotate(run.to_sequences(kv[:, 0]), cos, sin), run.to_sequences(kv[:, 1])
@@ -128,20 +113,20 @@ class Attention(nn.Module):
             keys, values = run.cache.extend(self.layer, keys, values)
         mixed = _attend(queries, keys, values)
         mixed = mixed.permute(0, 2, 1, 3).reshape(run.num_tokens, -1)
-        padding = heads.shape[1] - run.num_tokens  # rows that fill up the tensor group's last share
         return self.o_proj(F.pad(mixed, (0, 0, 0, padding)) if padding else mixed), token
 
-    def _through_depth(self, kv: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        """Leave this layer's raw keys and values [H_kv, 2, tokens, head_dim] as its entry and read the mix of all."""
-        if not self.in_memory:
-            return kv, token
-        entry = self._parts.heads_to_tokens(kv)
-        token = run.memory.write(self.layer, entry, token)
-        if self.lime_router is None:
-            return kv, token
-        router = self.lime_router
-        routed = run.memory.read(self.layer, router.own_weight(), router.own, token)
-        return self._parts.tokens_to_heads(routed.view(entry.shape)), token
+
+class OwnAttention(Attention):
+    """LLaMA's: all from the layer's own normed input."""
+
+    def __init__(self, model: ModelConfig, layer: int, parts: Parts):
+        super().__init__(model, layer, parts)
+        self.qkv_proj = parts.column_linear(model.hidden_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim)
+
+    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.split_heads(self.qkv_proj(normed))
+        queries, kv = heads[: self.query_heads], heads[self.query_heads :].unflatten(0, (2, self.kv_heads))
+        return queries, kv.transpose(0, 1), token
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -168,14 +153,14 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, model: ModelConfig, layer: int, router: Router | None, in_memory: bool, parts: Parts):
+    def __init__(self, model: ModelConfig, attention: Attention, parts: Parts):
         super().__init__()
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
-        self.self_attn = Attention(model, layer, router, in_memory, parts)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
         self.mlp = MLP(model, parts)
 
     def forward(self, residual: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        mixed, token = self.self_attn(self.input_layernorm(residual), token, run)
+        mixed, token = self.self_attn(residual, self.input_layernorm(residual), token, run)
         residual = residual + mixed
         return residual + self.mlp(self.post_attention_layernorm(residual)), token

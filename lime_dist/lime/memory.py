@@ -86,8 +86,9 @@ class Buffer:
 class DepthMemory:
     """Entries (received ones first) and sums (by reader) of one microbatch.
 
-    An entry is [H_kv, 2 (K, V), tokens, head_dim], flattened behind the heads, so that routing over
-    (layer, head) is one [H_kv, n * H_kv] x [n * H_kv, 2 * tokens * head_dim] product.
+    An entry of keys and values is [H_kv, 2 (K, V), tokens, head_dim], flattened behind the heads, so that routing
+    over (layer, head) is one [H_kv, n * H_kv] x [n * H_kv, 2 * tokens * head_dim] product. One of a hidden state is
+    [tokens, hidden] under a single head; `hidden.MixAndProject` reads it, and there are no sums.
     """
 
     def __init__(
@@ -115,12 +116,16 @@ class DepthMemory:
         return self.entries.values.new_empty(0)
 
     def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
-        """Put `entry` ([H_kv, 2, tokens, head_dim], any strides) in its slot; returns the next token."""
+        """Put `entry` (of an entry's elements, any strides) in its slot; returns the next token."""
         token = _Write.apply(entry, token, self.entries, self.entries.slot_of[self._own_key(layer)])
         if layer not in self._blocks:
             return token
         members = [self.entries.slot_of[self._own_key(member)] for member in self._blocks[layer]]
         return _SumBlock.apply(token, self.entries, members, self.entries.slot_of[layer])
+
+    def slots_read(self, reader: int, sources: tuple[int, ...]) -> Runs:
+        """Where a layer's `sources` lie among the entries; of a block that it ends it reads its own entry."""
+        return self.entries.runs([self._own_key(source) if source == reader else source for source in sources])
 
     def _own_key(self, layer: int) -> int:
         """Under which a layer's own entry lies."""
@@ -145,8 +150,7 @@ class DepthMemory:
         """sum_{i, h'} router[h, i, h'] * entry_i[h'] over own `sources`, plus the reader's sum if it has one
         (arXiv 2502.09245v2, eq. 3): [H_kv, row_size].
         """
-        keys = [self._own_key(source) if source == reader else source for source in sources]
-        return _Read.apply(router, token, self, self.entries.runs(keys), self.sums.slot_of.get(reader))
+        return _Read.apply(router, token, self, self.slots_read(reader, sources), self.sums.slot_of.get(reader))
 
     def _row_runs(self, readers: tuple[int, ...], fresh: tuple[bool, ...]) -> tuple[tuple[int, int, bool], ...]:
         """Runs of neighbouring rows that are all fresh or all begun."""
@@ -166,6 +170,8 @@ def _apart(layer: int) -> int:
 
 def summed_readers(transfer: StageTransfer) -> tuple[int, ...]:
     """The readers, ascending, that have a row in a stage's sums: what arrives or leaves as a partial sum, or reads received entries."""
+    if not transfer.pattern.routing.presummable:
+        return ()
     received = set(transfer.received.raw_entries)
     reading = {reader for reader, sources in transfer.reads.items() if received & set(sources)}
     return tuple(sorted({*transfer.received.partial_sums, *transfer.sent.partial_sums, *reading}))

@@ -12,8 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
+from lime_dist.depth.routing import Routing
 from lime_dist.depth.transfer import StageTransfer, plan_transfer
-from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, Router, rope_tables
+from lime_dist.lime.hidden import HiddenDepth
+from lime_dist.lime.key_value import KeyValueDepth
+from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, rope_tables
 from lime_dist.lime.memory import DepthMemory
 from lime_dist.lime.parameters import ParameterSpec, plan_parameters
 from lime_dist.lime.parts import Parts, PlainParts
@@ -43,19 +46,14 @@ class LimeStage(nn.Module):
         self.is_first_stage, self.is_last_stage = layers.start == 0, layers.stop == model.num_layers
         self.entries = transfer.own_entries(layers)
         self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first_stage else None
-        routers = {
-            reader: Router(model.kv_heads, sources, layers.start, parts) for reader, sources in transfer.reads.items()
-        }
+        depth = KeyValueDepth if transfer.pattern.routing is Routing.KEY_VALUE else HiddenDepth
+        self._depth = depth(model, transfer, layers, parts)
         self.layers = nn.ModuleDict(
-            {
-                str(layer): DecoderLayer(model, layer, routers.get(layer), layer in self.entries, parts)
-                for layer in layers
-            }
+            {str(layer): DecoderLayer(model, self._depth.attention(layer), parts) for layer in layers}
         )
         self.partial_routers = nn.ModuleDict(
-            {str(reader): router for reader, router in routers.items() if reader not in layers}
+            {str(reader): router for reader, router in self._depth.partial_routers.items()}
         )
-        self._routers = routers
         if self.is_last_stage:
             self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
             tied = self.embed_tokens.weight if model.tie_embeddings and self.is_first_stage else None
@@ -79,12 +77,17 @@ class LimeStage(nn.Module):
 
     def new_memory(self, num_tokens: int) -> DepthMemory:
         """An empty depth memory for one microbatch of `num_tokens` tokens."""
-        row_size = 2 * self.rows(num_tokens) // self._parts.tp_size * self.config.head_dim
+        heads, row_size = self.transfer.pattern.routing.entry_shape(
+            rows=self.rows(num_tokens) // self._parts.tp_size,
+            hidden_size=self.config.hidden_size,
+            num_kv_heads=self.config.kv_heads,
+            head_dim=self.config.head_dim,
+        )
         return DepthMemory(
             self.transfer,
             self.entries,
             self.transfer.own_blocks(self.stage_layers),
-            self.config.kv_heads,
+            heads,
             row_size,
             dtype=self.dtype,
             sum_dtype=self._sum_dtype,
@@ -111,7 +114,7 @@ class LimeStage(nn.Module):
         cos, sin = rope_tables(start, seq_length, self.config.head_dim, self.config.rope_theta, self.device)
         run = Pass(batch_size, seq_length, cos.to(self.dtype), sin.to(self.dtype), memory, cache)
         residual = self.embed_tokens(self._padded(inputs.flatten())) if self.is_first_stage else inputs
-        token = self._add_received(memory, memory.start())
+        token = self._depth.add_received(memory, memory.start())
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
                 residual, token = checkpoint(layer, residual, token, run, use_reentrant=False, preserve_rng_state=False)
@@ -119,21 +122,7 @@ class LimeStage(nn.Module):
                 residual, token = layer(residual, token, run)
         if targets is not None and self.is_last_stage:
             return self._loss(residual, targets), token
-        return residual, self._add_own(memory, token)
-
-    def _add_received(self, memory: DepthMemory, token: Tensor) -> Tensor:
-        """All that this stage reads of the received entries, for its own layers and for partial sums: one product."""
-        routers = {reader: router for reader, router in self._routers.items() if router.received}
-        weights = {reader: router.received_weight() for reader, router in routers.items()}
-        sources = {reader: router.received for reader, router in routers.items()}
-        return memory.add_to_sums(weights, sources, memory.received, token)
-
-    def _add_own(self, memory: DepthMemory, token: Tensor) -> Tensor:
-        """What this stage's own entries add to the sums of later stages' layers: one product."""
-        routers = {int(reader): router for reader, router in self.partial_routers.items() if router.own}
-        weights = {reader: router.own_weight() for reader, router in routers.items()}
-        sources = {reader: router.own for reader, router in routers.items()}
-        return memory.add_to_sums(weights, sources, memory.own, token)
+        return residual, self._depth.add_own(memory, token)
 
     def logits(self, residual: Tensor) -> Tensor:
         """[tokens, padded vocabulary / tp], rows past the tokens included. Last stage only."""

@@ -8,13 +8,14 @@ Initial weights, checkpoints and comparisons speak of logical tensors, so they m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
+from lime_dist.depth.routing import Routing
 from lime_dist.depth.transfer import StageTransfer, plan_transfer
 
 VOCABULARY_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by, per tensor rank
@@ -27,7 +28,12 @@ class Role(Enum):
     NORM = "norm"
     KEY_VALUE = "key_value"
     PROJECTION = "projection"
-    ROUTER = "router"
+    ROUTER = "router"  # of keys and values
+    HIDDEN_ROUTER = "hidden_router"
+    DYNAMIC_ROUTER = "dynamic_router"
+
+
+ROUTER_ROLES = (Role.ROUTER, Role.HIDDEN_ROUTER, Role.DYNAMIC_ROUTER)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def logical_tensors(model: ModelConfig, pattern: Pattern) -> dict[str, LogicalTe
 def plan_parameters(
     model: ModelConfig, transfer: StageTransfer, layers: range, *, tp: int, tp_rank: int, vocab_rows: int
 ) -> tuple[ParameterSpec, ...]:
-    """The parameters that tensor rank `tp_rank` of the stage with `layers` holds, in module order.
+    """The parameters that tensor rank `tp_rank` of the stage with `layers` holds.
 
     vocab_rows: rows of the embedding over the whole tensor group, padding included.
     """
@@ -136,7 +142,7 @@ def _parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer
         yield from _layer_parameters(cut, model, transfer, layer)
     for reader in transfer.reads:
         if reader not in layers:
-            yield _router(f"partial_routers.{reader}.weight", model, transfer, reader)
+            yield _key_value_router(f"partial_routers.{reader}.weight", model, transfer, reader)
     if not is_last:
         return
     yield cut.whole("norm.weight", (model.hidden_size,), Role.NORM)
@@ -149,23 +155,10 @@ def _parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer
 
 def _layer_parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer: int) -> Iterator[ParameterSpec]:
     prefix, hidden, inner = f"layers.{layer}.", model.hidden_size, model.intermediate_size
-    query_size, kv_size = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
-
-    def matrix(name: str, outputs: int, inputs: int, role: Role = Role.PROJECTION) -> LogicalTensor:
-        return LogicalTensor(f"{prefix}{name}.weight", (outputs, inputs), role)
-
+    matrix = _matrices_of(prefix)
     yield cut.whole(f"{prefix}input_layernorm.weight", (hidden,), Role.NORM)
-    yield cut.columns(
-        f"{prefix}self_attn.qkv_proj.weight",
-        [
-            matrix("self_attn.q_proj", query_size, hidden),
-            matrix("self_attn.k_proj", kv_size, hidden, Role.KEY_VALUE),
-            matrix("self_attn.v_proj", kv_size, hidden, Role.KEY_VALUE),
-        ],
-    )
-    if layer in transfer.reads:
-        yield _router(f"{prefix}self_attn.lime_router.weight", model, transfer, layer)
-    yield cut.rows(matrix("self_attn.o_proj", hidden, query_size))
+    yield from _attention_inputs(cut, model, transfer, layer)
+    yield cut.rows(matrix("self_attn.o_proj", hidden, model.num_heads * model.head_dim))
     yield cut.whole(f"{prefix}post_attention_layernorm.weight", (hidden,), Role.NORM)
     yield cut.columns(
         f"{prefix}mlp.gate_up_proj.weight",
@@ -174,7 +167,39 @@ def _layer_parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer,
     yield cut.rows(matrix("mlp.down_proj", hidden, inner))
 
 
-def _router(name: str, model: ModelConfig, transfer: StageTransfer, reader: int) -> ParameterSpec:
+def _matrices_of(prefix: str) -> Callable[..., LogicalTensor]:
+    def matrix(name: str, outputs: int, inputs: int, role: Role = Role.PROJECTION) -> LogicalTensor:
+        return LogicalTensor(f"{prefix}{name}.weight", (outputs, inputs), role)
+
+    return matrix
+
+
+def _attention_inputs(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer: int) -> Iterator[ParameterSpec]:
+    """Q, K and V, and what mixes the entries that they are made of. A reader of hidden states makes Q of something else than K and V."""
+    prefix, hidden, kv_size = f"layers.{layer}.self_attn.", model.hidden_size, model.kv_heads * model.head_dim
+    matrix = _matrices_of(prefix)
+    queries = matrix("q_proj", model.num_heads * model.head_dim, hidden)
+    keys_values = [matrix(name, kv_size, hidden, Role.KEY_VALUE) for name in ("k_proj", "v_proj")]
+    is_reader, reads_hidden = layer in transfer.reads, transfer.pattern.routing is not Routing.KEY_VALUE
+    if not (is_reader and reads_hidden):
+        yield cut.columns(f"{prefix}qkv_proj.weight", [queries, *keys_values])
+        if is_reader:
+            yield _key_value_router(f"{prefix}lime_router.weight", model, transfer, layer)
+        return
+    yield cut.columns(queries.name, [queries])
+    yield cut.columns(f"{prefix}kv_proj.weight", keys_values)
+    yield cut.whole(f"{prefix}depth_norm.weight", (hidden,), Role.NORM)
+    yield _hidden_router(cut, f"{prefix}lime_router.weight", model, transfer, layer)
+
+
+def _hidden_router(cut: _Cutter, name: str, model: ModelConfig, transfer: StageTransfer, reader: int) -> ParameterSpec:
+    num_heads, num_sources = model.kv_heads, len(transfer.reads[reader])
+    if transfer.pattern.routing is Routing.HIDDEN_DYNAMIC:
+        return cut.whole(name, (num_heads * num_sources, model.hidden_size), Role.DYNAMIC_ROUTER)
+    return cut.whole(name, (num_heads, num_sources), Role.HIDDEN_ROUTER)
+
+
+def _key_value_router(name: str, model: ModelConfig, transfer: StageTransfer, reader: int) -> ParameterSpec:
     """The slice of a reader's router over the sources that this stage adds: one owner for each slice."""
     all_sources, here = transfer.pattern.sources[reader], transfer.reads[reader]
     shape = (model.kv_heads, len(all_sources), model.kv_heads)

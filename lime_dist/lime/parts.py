@@ -48,6 +48,15 @@ class Parts(Protocol):
     def tokens_to_heads(self, kv: Tensor) -> Tensor:
         """The inverse of `heads_to_tokens`. Collective: tp group."""
 
+    def residual_to_tokens(self, residual: Tensor) -> Tensor:
+        """Residual [rows, width] -> this rank's share of the tokens, [tokens / tp, width], in either layout of the residual."""
+
+    def gather_heads(self, projection: Tensor) -> Tensor:
+        """Weights of this rank's heads, [H_kv / tp, ...], -> of all, [H_kv, ...], to be used on this rank's tokens.
+
+        Their gradients are summed over the tensor group. Collective: tp group.
+        """
+
     def for_residual(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used on the residual: its gradient is summed where ranks hold different rows."""
 
@@ -92,6 +101,12 @@ class PlainParts:
 
     def tokens_to_heads(self, kv: Tensor) -> Tensor:
         return kv
+
+    def residual_to_tokens(self, residual: Tensor) -> Tensor:
+        return residual
+
+    def gather_heads(self, projection: Tensor) -> Tensor:
+        return projection
 
     def for_residual(self, parameter: Tensor) -> Tensor:
         return parameter

@@ -12,13 +12,15 @@ from lime_dist.lime.model import LimeStage
 from lime_dist.lime.parameters import LogicalTensor, ParameterSpec, Piece, Role
 
 NORMAL_STD = 0.02
+HIDDEN_ROUTER_STD = 0.1
 
 
 def initial_values(tensor: LogicalTensor, seed: int) -> Tensor:
     """The initial fp32 values of one logical tensor: a function of (seed, name) alone, so the same under every layout.
 
     As in the authors' code (arXiv 2502.09245v2): router identity on its own layer, elsewhere uniform(-b, b),
-    b = sqrt(3 / (sources * H_kv)); K and V kaiming_uniform(a = sqrt 5); other matrices normal(0, 0.02).
+    b = sqrt(3 / (sources * H_kv)); K and V kaiming_uniform(a = sqrt 5); other matrices normal(0, 0.02), dynamic
+    routers among them. Static routers of hidden states normal(0, 0.1) (arXiv 2502.09245v1).
     """
     digest = hashlib.sha256(f"{seed}:{tensor.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -30,7 +32,8 @@ def initial_values(tensor: LogicalTensor, seed: int) -> Tensor:
     if tensor.role is Role.KEY_VALUE:
         bound = tensor.shape[1] ** -0.5
         return values.uniform_(-bound, bound, generator=generator)
-    return values.normal_(0.0, NORMAL_STD, generator=generator)
+    std = HIDDEN_ROUTER_STD if tensor.role is Role.HIDDEN_ROUTER else NORMAL_STD
+    return values.normal_(0.0, std, generator=generator)
 
 
 def _router_values(values: Tensor, generator: torch.Generator) -> Tensor:

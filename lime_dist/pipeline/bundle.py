@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lime_dist.config import Config
+from lime_dist.depth.routing import Routing
 from lime_dist.depth.transfer import BoundaryPlan, StageTransfer, TransferPlan, plan_transfer
 from lime_dist.pipeline.schedule import Action, peak_in_flight, plan_schedule
 
@@ -24,11 +25,15 @@ class BundleShape:
     head_dim: int
     element_bytes: int
     sum_element_bytes: int
+    routing: Routing = Routing.KEY_VALUE
 
     @property
-    def row_size(self) -> int:
-        """Elements of an entry behind its heads axis: K and V."""
-        return 2 * self.rows * self.head_dim
+    def entry_elements(self) -> int:
+        """K and V of all KV heads, or the normalised hidden state."""
+        heads, row_size = self.routing.entry_shape(
+            rows=self.rows, hidden_size=self.hidden_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+        return heads * row_size
 
     @property
     def residual_bytes(self) -> int:
@@ -36,11 +41,11 @@ class BundleShape:
 
     @property
     def entry_bytes(self) -> int:
-        return self.num_kv_heads * self.row_size * self.element_bytes
+        return self.entry_elements * self.element_bytes
 
     @property
     def sum_bytes(self) -> int:
-        return self.num_kv_heads * self.row_size * self.sum_element_bytes
+        return self.entry_elements * self.sum_element_bytes
 
     def bundle_bytes(self, boundary: BoundaryPlan) -> int:
         return (
@@ -125,6 +130,7 @@ def plan_shape(config: Config) -> BundleShape:
         head_dim=config.model.head_dim,
         element_bytes=DTYPE_BYTES[config.run.dtype],
         sum_element_bytes=DTYPE_BYTES[config.partial_sum_dtype],
+        routing=config.depth.routing,
     )
 
 

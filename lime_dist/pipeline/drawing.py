@@ -202,7 +202,9 @@ class _Drawing:
         if boundaries:
             lines.append((RESIDUAL, f"residual stream, {format_bytes(shape.residual_bytes)}"))
         if any(boundary.raw_entries for boundary in boundaries):
-            lines.append((RAW, f"raw entry: a layer’s keys and values, carried to where they are read, {entry}"))
+            lines.append(
+                (RAW, f"raw entry: a layer’s {shape.routing.entry_name}, carried to where they are read, {entry}")
+            )
         if any(boundary.partial_sums for boundary in boundaries):
             lines.append((SUM, f"partial sum: entries added up early for one later layer, {partial_sum}"))
         if self.transfer.num_crossings < self.relay.num_crossings:

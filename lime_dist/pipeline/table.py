@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from lime_dist.config import Config, ModelConfig
 from lime_dist.depth.pattern import Pattern
+from lime_dist.depth.routing import Routing
 from lime_dist.depth.transfer import StageTransfer
-from lime_dist.lime.parameters import count_parameters, padded_vocab_size, plan_parameters
+from lime_dist.lime.parameters import (
+    ROUTER_ROLES,
+    count_parameters,
+    logical_tensors,
+    padded_vocab_size,
+    plan_parameters,
+)
 from lime_dist.pipeline.bundle import StagePlan, plan_run_transfer, plan_shape, plan_stages
 
 POLICIES = ("least", "relay")
@@ -76,17 +84,24 @@ def _parameters_per_tp_rank(config: Config, stage: StagePlan) -> int:
 def routing_flops_per_token(model: ModelConfig, transfer: StageTransfer) -> int:
     """Forward, over the whole tensor group: what a stage adds to its own readers' sums and to partial sums.
 
-    n sources of one reader are a product [H_kv, n * H_kv] x [n * H_kv, 2 * head_dim] a token
-    (arXiv 2502.09245v2, eq. 3), two operations for each of its multiply-adds.
+    n sources of one reader are a product [H_kv, n * source heads] x [n * source heads, elements of each] a token
+    (arXiv 2502.09245v2, eq. 3), two operations for each of its multiply-adds. A dynamic router's weights are a
+    product of their own.
     """
+    routing = transfer.pattern.routing
+    source_heads, elements = routing.entry_shape(
+        rows=1, hidden_size=model.hidden_size, num_kv_heads=model.kv_heads, head_dim=model.head_dim
+    )
+    if routing is Routing.HIDDEN_DYNAMIC:
+        elements += model.hidden_size
     num_reads = sum(len(sources) for sources in transfer.reads.values())
-    return 2 * num_reads * model.kv_heads**2 * 2 * model.head_dim
+    return 2 * num_reads * model.kv_heads * source_heads * elements
 
 
 def least_crossings(pattern: Pattern, first_layer: int) -> int:
     """Entries and partial sums that any plan must take over the boundary before `first_layer`.
 
-    Of every edge that spans it, the raw entry or the partial sum crosses: a vertex cover of the bipartite graph
+    Without partial sums these are the entries that are read behind it. With them, of every edge that spans it, the raw entry or the partial sum crosses: a vertex cover of the bipartite graph
     of these edges, and the smallest has as many vertices as the largest matching has edges (König).
     """
     import networkx  # slow to import
@@ -99,6 +114,8 @@ def least_crossings(pattern: Pattern, first_layer: int) -> int:
         if source < first_layer
     )
     entries = [layer for layer in graph if layer < first_layer]
+    if not pattern.routing.presummable:
+        return len(entries)
     return len(networkx.bipartite.hopcroft_karp_matching(graph, entries)) // 2  # it holds each pair both ways
 
 
@@ -131,7 +148,8 @@ def compare_report(config: Config) -> list[dict[str, Any]]:
 
 
 def _with_depth(config: Config, pattern: Any, policy: str) -> Config:
-    return replace(config, depth=replace(config.depth, router="static", pattern=pattern, policy=policy))
+    router = "static" if config.depth.router == "none" else config.depth.router
+    return replace(config, depth=replace(config.depth, router=router, pattern=pattern, policy=policy))
 
 
 def _cost_report(config: Config) -> dict[str, Any]:
@@ -150,9 +168,8 @@ def _cost_report(config: Config) -> dict[str, Any]:
 
 
 def _router_parameters(model: ModelConfig, pattern: Pattern) -> int:
-    """[H_kv, n, H_kv] for each reader of n sources."""
-    routed = [len(sources) for reader, sources in enumerate(pattern.sources) if pattern.has_router(reader)]
-    return model.kv_heads**2 * sum(routed)
+    tensors = logical_tensors(model, pattern).values()
+    return sum(prod(tensor.shape) for tensor in tensors if tensor.role in ROUTER_ROLES)
 
 
 # ---- text

@@ -54,6 +54,9 @@ SHORT = {
     "unclipped": "optim.max_grad_norm=0",
     "lr": "optim.lr",
     "eps": "optim.eps",
+    "hidden": "depth.entry=hidden",
+    "dynamic": "depth.router=dynamic",
+    "policy": "depth.policy",
 }
 
 

@@ -1,0 +1,246 @@
+"""LIMe v1: a layer's keys and values are projected from a mix of earlier layers' inputs (arXiv 2502.09245v1).
+
+For KV head h of reader j, over its sources i, with the reader's own RMSNorm of gain g_j, and with weights
+w that are a softmax over the sources:
+
+    K_h, V_h = (W_K,h, W_V,h) sum_i w[h, i] RMSNorm_j(x_i),   RMSNorm_j(x) = g_j * x / rms(x)
+
+x_i is the residual stream that enters layer i, so x_0 is the embedding. An entry is x_i / rms(x_i): the gain is
+linear, so each reader folds its own into its projections, and one copy of an entry serves all readers.
+
+Entries are in the *tokens* layout, where a rank makes keys and values of its own tokens for all heads.
+Each step that uses a parameter is the forward of the module that holds it, as ZeRO 3 asks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lime_dist.config import ModelConfig
+from lime_dist.depth.routing import Routing
+from lime_dist.depth.transfer import StageTransfer
+from lime_dist.lime.layers import Attention, OwnAttention, Pass
+from lime_dist.lime.memory import Buffer, DepthMemory, Runs
+from lime_dist.lime.parts import Parts
+
+
+def _empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=parts.dtype, device=parts.device))
+
+
+# ---- what a reader holds
+
+
+class StaticRouter(nn.Module):
+    """Softmax of learned weights [H_kv, sources], the same for all tokens."""
+
+    def __init__(self, model: ModelConfig, num_sources: int, parts: Parts):
+        super().__init__()
+        self.weight, self._parts = _empty_parameter(parts, model.kv_heads, num_sources), parts
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """[H_kv, sources]."""
+        return _softmax(self._parts.for_tokens(self.weight))
+
+
+class DynamicRouter(nn.Module):
+    """Softmax of a linear map of the reader's normed input, for each token; weight [H_kv * sources, hidden]."""
+
+    def __init__(self, model: ModelConfig, num_sources: int, parts: Parts):
+        super().__init__()
+        self.weight = _empty_parameter(parts, model.kv_heads * num_sources, model.hidden_size)
+        self._num_sources, self._parts = num_sources, parts
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Residual [rows, hidden] -> [tokens / tp, H_kv, sources]."""
+        scores = F.linear(self._parts.residual_to_tokens(normed), self._parts.for_tokens(self.weight))
+        return _softmax(scores.unflatten(1, (-1, self._num_sources)))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+class KeyValueProjection(nn.Module):
+    """W_K and W_V: this rank holds the rows of its heads, K above V, and uses those of all heads on its own tokens."""
+
+    def __init__(self, model: ModelConfig, parts: Parts):
+        super().__init__()
+        self._head_dim, self._parts = model.head_dim, parts
+        rows = 2 * model.kv_heads // parts.tp_size * model.head_dim
+        self.weight = _empty_parameter(parts, rows, model.hidden_size)
+
+    def forward(self) -> Tensor:
+        """[H_kv, 2 (K, V) * head_dim, hidden], always a copy. Collective: tp group."""
+        by_head = self.weight.unflatten(0, (2, -1, self._head_dim)).transpose(0, 1)
+        return self._parts.gather_heads(by_head.clone(memory_format=torch.contiguous_format)).flatten(1, 2)
+
+
+class DepthNorm(nn.Module):
+    """The gain g_j of the reader's own norm, folded into its projections."""
+
+    def __init__(self, model: ModelConfig, parts: Parts):
+        super().__init__()
+        self.weight, self._parts = _empty_parameter(parts, model.hidden_size), parts
+
+    def forward(self, projection: Tensor) -> Tensor:
+        """[..., hidden] -> the same."""
+        return projection * self._parts.for_tokens(self.weight)
+
+
+# ---- attention
+
+
+class _EntryWriter:
+    """Leaves x_l / rms(x_l) of this rank's tokens [tokens / tp, hidden] in the depth memory."""
+
+    def __init__(self, model: ModelConfig, layer: int, parts: Parts):
+        self._eps, self._layer, self._parts = model.rms_norm_eps, layer, parts
+
+    def write(self, residual: Tensor, token: Tensor, run: Pass) -> Tensor:
+        tokens = self._parts.residual_to_tokens(residual)
+        return run.memory.write(self._layer, F.rms_norm(tokens, tokens.shape[-1:], None, self._eps), token)
+
+
+class SourceAttention(OwnAttention):
+    """An ordinary layer whose input later layers read."""
+
+    def __init__(self, model: ModelConfig, layer: int, parts: Parts):
+        super().__init__(model, layer, parts)
+        self._entry = _EntryWriter(model, layer, parts)
+
+    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        token = self._entry.write(residual, token, run)
+        return super().project(residual, normed, token, run)
+
+
+class HiddenAttention(Attention):
+    """Queries from the layer's normed input, keys and values from the mix of its sources."""
+
+    def __init__(self, model: ModelConfig, layer: int, sources: tuple[int, ...], routing: Routing, parts: Parts):
+        super().__init__(model, layer, parts)
+        self._entry, self._sources = _EntryWriter(model, layer, parts), sources
+        self.q_proj = parts.column_linear(model.hidden_size, model.num_heads * model.head_dim)
+        self.kv_proj = KeyValueProjection(model, parts)
+        self.depth_norm = DepthNorm(model, parts)
+        router = DynamicRouter if routing is Routing.HIDDEN_DYNAMIC else StaticRouter
+        self.lime_router = router(model, len(sources), parts)
+
+    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        token = self._entry.write(residual, token, run)
+        weights, projection = self.lime_router(normed), self.depth_norm(self.kv_proj())
+        slots = run.memory.slots_read(self.layer, self._sources)
+        kv = MixAndProject.apply(weights, projection, token, run.memory.entries, slots)
+        kv = self._parts.tokens_to_heads(kv.unflatten(-1, (2, self.head_dim)).transpose(1, 2))
+        return self.split_heads(self.q_proj(normed)), kv, token
+
+
+class HiddenDepth:
+    """The readers of one stage. Entries cross stages as they are, so there are no sums to begin or to go on with."""
+
+    def __init__(self, model: ModelConfig, transfer: StageTransfer, layers: range, parts: Parts):
+        self._model, self._transfer, self._parts = model, transfer, parts
+        self._entries = transfer.own_entries(layers)
+        self.partial_routers: dict[int, nn.Module] = {}
+
+    def attention(self, layer: int) -> Attention:
+        if layer in self._transfer.reads:
+            sources, routing = self._transfer.reads[layer], self._transfer.pattern.routing
+            return HiddenAttention(self._model, layer, sources, routing, self._parts)
+        attention = SourceAttention if layer in self._entries else OwnAttention
+        return attention(self._model, layer, self._parts)
+
+    def add_received(self, memory: DepthMemory, token: Tensor) -> Tensor:
+        return token
+
+    def add_own(self, memory: DepthMemory, token: Tensor) -> Tensor:
+        return token
+
+
+# ---- the read
+
+
+class MixAndProject(torch.autograd.Function):
+    """Keys and values [H_kv, tokens, 2 * head_dim] from entries in a buffer: kv[h] = (sum_i w[h, i] x_i) @ projection[h]^T.
+
+    weights: [H_kv, sources], or [tokens, H_kv, sources] where each token has its own.
+    projection: [H_kv, 2 * head_dim, hidden].
+
+    The mix [H_kv, tokens, hidden] is as large as H_kv entries, so it is not kept but made again in the backward
+    pass, at sources / (2 * head_dim) of the projection's operations. As with the memory's own operations, the
+    buffer is kept on ctx, as later layers write to other slots, and gradients add up in one buffer.
+    """
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, projection: Tensor, token: Tensor, entries: Buffer, runs: Runs) -> Tensor:
+        ctx.save_for_backward(weights, projection)
+        ctx.entries, ctx.runs = entries, runs
+        mixed = _mix(weights, entries.values, runs, projection.shape[-1])
+        return torch.bmm(mixed, projection.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        weights, projection = ctx.saved_tensors
+        entries, hidden_size = ctx.entries, projection.shape[-1]
+        mixed = _mix(weights, entries.values, ctx.runs, hidden_size)
+        projection_gradient = torch.bmm(gradient.transpose(1, 2), mixed)
+        del mixed
+        mixed_gradient, way = torch.bmm(gradient, projection), _way(weights)
+        weights_gradient = torch.empty_like(weights)
+        for target, values in _per_run(weights_gradient, entries.values, ctx.runs, hidden_size):
+            target.copy_(way.weights_gradient(mixed_gradient, values))
+        for part, gradients in _per_run(weights, entries.gradients, ctx.runs, hidden_size):
+            way.add_gradients(part, mixed_gradient, gradients)
+        return weights_gradient, projection_gradient, gradient.new_zeros(0), None, None
+
+
+def _mix(weights: Tensor, values: Tensor, runs: Runs, hidden_size: int) -> Tensor:
+    """[H_kv, tokens, hidden]."""
+    parts = [_way(weights).mix(part, rows) for part, rows in _per_run(weights, values, runs, hidden_size)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _per_run(weights: Tensor, buffer: Tensor, runs: Runs, hidden_size: int) -> list[tuple[Tensor, Tensor]]:
+    """For each run of slots, the weights [..., k] and the buffer's rows [k, tokens, hidden]."""
+    parts = weights.split([stop - first for first, stop in runs], dim=-1)
+    return [(part, buffer[first:stop].view(stop - first, -1, hidden_size)) for part, (first, stop) in zip(parts, runs)]
+
+
+class _SharedWeights:
+    """weights [H_kv, k]: one product over all tokens."""
+
+    @staticmethod
+    def mix(weights: Tensor, values: Tensor) -> Tensor:
+        """values [k, tokens, hidden] -> [H_kv, tokens, hidden]."""
+        return torch.mm(weights, values.flatten(1)).unflatten(1, values.shape[1:])
+
+    @staticmethod
+    def weights_gradient(mixed_gradient: Tensor, values: Tensor) -> Tensor:
+        return torch.mm(mixed_gradient.flatten(1), values.flatten(1).t())
+
+    @staticmethod
+    def add_gradients(weights: Tensor, mixed_gradient: Tensor, gradients: Tensor) -> None:
+        gradients.flatten(1).addmm_(weights.t(), mixed_gradient.flatten(1))
+
+
+class _TokenWeights:
+    """weights [tokens, H_kv, k]: a product for each token."""
+
+    @staticmethod
+    def mix(weights: Tensor, values: Tensor) -> Tensor:
+        """values [k, tokens, hidden] -> [H_kv, tokens, hidden]."""
+        return torch.bmm(weights, values.transpose(0, 1)).transpose(0, 1)
+
+    @staticmethod
+    def weights_gradient(mixed_gradient: Tensor, values: Tensor) -> Tensor:
+        return torch.bmm(mixed_gradient.transpose(0, 1), values.permute(1, 2, 0))
+
+    @staticmethod
+    def add_gradients(weights: Tensor, mixed_gradient: Tensor, gradients: Tensor) -> None:
+        gradients.transpose(0, 1).baddbmm_(weights.transpose(1, 2), mixed_gradient.transpose(0, 1))
+
+
+def _way(weights: Tensor) -> type[_SharedWeights] | type[_TokenWeights]:
+    return _SharedWeights if weights.dim() == 2 else _TokenWeights
