@@ -45,6 +45,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         # Without ZeRO the engine does not tell the norm, so it is taken, and clipped by, here.
         "gradient_clipping": config.optim.max_grad_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.run.dtype == "bf16"},
+        # From ZeRO 2 on the engine sums the microbatches; below, `_add_in_fp32` does.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if config.zero_stage >= 2 else {}),
         "zero_allow_untested_optimizer": True,
     }
 
