@@ -555,3 +555,7 @@ def _check_deepspeed(config: Config) -> None:
         f"deepspeed.zero_optimization.stage: {stage!r} with parallel.pp={config.parallel.pp}; use 0 to {highest}"
         + (" (2 and 3 need parallel.pp=1)" if highest == 1 else ""),
     )
+    _require(
+        stage < 3 or config.pipeline.schedule != "gpipe" or config.pipeline.num_microbatches == 1,
+        "pipeline.schedule: gpipe under ZeRO 3 would keep the last microbatch's gradient only; use 1f1b",
+    )

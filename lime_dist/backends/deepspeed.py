@@ -155,9 +155,10 @@ class ZeroOptimizer:
         for parameter in parameters:
             dist.all_reduce(parameter.grad.div_(self._groups.layout.dp), group=self._groups.dp)
         counted = [parameter.grad for parameter in parameters if getattr(parameter, "model_parallel", False)]
-        norm = torch.nn.utils.get_total_norm(counted).to(torch.float32).square()
-        dist.all_reduce(norm, group=self._groups.model)
-        norm = norm.sqrt()
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in counted]
+        squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        dist.all_reduce(squares, group=self._groups.model)
+        norm = squares.sqrt()
         if self._config.optim.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._config.optim.max_grad_norm, norm)
         self.engine.step()

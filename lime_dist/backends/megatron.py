@@ -57,7 +57,7 @@ def create_groups(layout: Layout, device: torch.device, timeout: timedelta) -> G
         pipeline_model_parallel_size=layout.pp,
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     forward, backward = (_pipeline_group(layout, timeout) for _ in range(2))
     return Groups(

@@ -20,7 +20,8 @@ LOSS_TOLERANCE = 1e-3
 LAYOUTS = (
     "pp=3 tp=2 layers=6 micro=4",
     "pp=3 tp=2 layers=6 micro=4 zero=0 sp",
-    "pp=3 layers=6 micro=4 zero=0 untied",
+    "pp=3 layers=6 micro=4 zero=0 untied relay",
+    "pp=3 layers=6 split=[3,2,1] micro=2 sums32 recompute",
     "dp=2 layers=6 micro=3 zero=2",
     "dp=2 layers=6 micro=3 zero=3",
 )
@@ -43,11 +44,11 @@ def far_off(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
 
 @pytest.mark.parametrize("text", ["pp=2 zero=1", "pp=2 tp=2 zero=0", "zero=2", "zero=3"])
 def test_equal_microbatches_sum_to_one_of_them_bit_for_bit(text: str) -> None:
-    """64 equal microbatches of weight 1/64: their sum is exact in fp32, and off by 6 % when each addition rounds to bf16."""
+    """16 equal microbatches of weight 1/16: their sum is exact in fp32, and not when each addition rounds to bf16."""
     row = make_batches(make_config())[0][:1]
     one, many = (
         assemble(run_ranks(make_config(f"{text} bf16 batch={count} micro={count}"), gradients, row.repeat(count, 1)))
-        for count in (1, 64)
+        for count in (1, 16)
     )
     assert {name for name in one if not torch.equal(one[name], many[name])} == set()
 

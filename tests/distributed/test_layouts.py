@@ -2,7 +2,7 @@
 
 The words of a row are those of `common.SHORT`; a word that is missing has the default of `common.BASE`:
 four layers, four heads (MHA), a vocabulary of 96 that is padded to 128 rows a tensor rank, tied embeddings,
-twelve sequences of six tokens in one microbatch, one stage, ZeRO 1, 1f1b, full pattern.
+twelve sequences of six tokens in one microbatch, one stage, ZeRO 1, 1f1b, full pattern, least traffic.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ LAYOUTS = (
     "micro=3 gpipe recompute zero=0",
     "zero=2 micro=2 recompute",
     "zero=3 micro=2",
+    "zero=3 micro=2",
+    "zero=2 micro=3 gpipe",
     # tensor ranks
     "tp=2",
     "tp=2 sp micro=2",
@@ -44,37 +46,52 @@ LAYOUTS = (
     "dp=2 tp=4 zero=1 sp recompute heads=8 kv=4",
     # two stages
     "pp=2 micro=1",
-    "pp=2 micro=4 gpipe untied zero=0",
+    "pp=2 micro=4 gpipe untied zero=0 relay",
     "pp=2 micro=2 recompute pattern=first:2",
-    "pp=2 split=[1,3] micro=3",  # the first stage has no router
+    "pp=2 split=[1,3] micro=3",  # the first stage has no router of its own
     "pp=2 split=[3,1] micro=3 llama",
+    "pp=2 split=[3,1] micro=3 recompute",  # one partial sum against three entries
     "pp=2 layers=2 micro=2 zero=0 heads=4 kv=2",  # a layer a stage
-    "pp=2 tp=2 sp micro=3 seq=5 batch=3",
-    "pp=2 tp=2 micro=2 seq=5 batch=2 zero=0",
+    "pp=2 tp=2 sp micro=3 seq=5 batch=3 layers=6 split=[4,2]",
+    "pp=2 tp=2 micro=2 seq=5 batch=2 zero=0 relay",
     "pp=2 tp=4 sp untied heads=8 kv=4 vocab=300 micro=2",
     "pp=2 tp=4 micro=3 seq=5 batch=3 pattern=stride:2 recompute",
-    "pp=2 dp=2 micro=3 pattern=stride:2",
+    "pp=2 dp=2 micro=3 pattern=stride:2 relay",
     "pp=2 dp=2 micro=2 split=[1,3] zero=0 unclipped",
-    "pp=2 tp=2 dp=2 sp micro=3 recompute",
-    "pp=2 tp=2 dp=2 micro=2 split=[1,3] gpipe untied zero=0",
+    "pp=2 tp=2 dp=2 sp micro=3 recompute split=[3,1]",
+    "pp=2 tp=2 dp=2 micro=2 split=[1,3] gpipe untied zero=0 relay",
     # three stages: the middle one has neither embedding nor head
     "pp=3 layers=5 micro=4",
+    "pp=3 layers=5 micro=4 relay",
     "pp=3 layers=5 split=[1,3,1] micro=6 pattern=first:2 untied",
     "pp=3 layers=6 split=[3,1,2] micro=3 gpipe recompute heads=4 kv=2",
     "pp=3 layers=5 micro=2 llama zero=0",
     "pp=3 layers=5 micro=1 pattern=last:2 gpipe",
-    "pp=3 tp=2 sp layers=5 split=[1,2,2] micro=6 recompute",
+    "pp=3 tp=2 sp layers=6 split=[3,2,1] micro=6 recompute",
     "pp=3 tp=2 layers=6 micro=4 pattern=last:2 seq=5 batch=4 heads=4 kv=2",
-    "pp=3 dp=2 layers=5 micro=3 zero=0 untied pattern=stride:2",
+    "pp=3 dp=2 layers=6 micro=3 zero=0 untied pattern=stride:2",
+    "pp=3 layers=8 split=[3,3,2] micro=2 pattern=block:3+first:1 tp=2 recompute",
+    "pp=2 layers=6 split=[2,4] micro=3 pattern=block:2 relay heads=4 kv=2",
     # four stages
     "pp=4 micro=6",
+    "pp=4 layers=8 micro=4 cost=[1,5,1]",
+    "pp=4 layers=8 micro=3 relay pattern=stride:3 recompute",
     "pp=4 micro=4 gpipe pattern=first:2 zero=0",
-    "pp=4 layers=7 split=[1,3,2,1] micro=2 pattern=last:2",
+    "pp=4 layers=7 split=[1,3,2,1] micro=2 pattern=last:3",
     "pp=4 layers=6 micro=3 pattern=stride:3 untied recompute",
-    "pp=4 tp=2 sp micro=4 seq=5 batch=4 recompute",
+    "pp=4 layers=8 micro=4 pattern=within_stage+first:1 recompute",
+    "pp=4 layers=8 micro=2 pattern=first:1+last:2 untied",
+    "pp=2 tp=2 layers=5 micro=2 pattern=within_stage",  # nothing but the residual crosses
+    "pp=4 tp=2 sp layers=5 split=[2,1,1,1] micro=4 seq=5 batch=4 recompute",
     "pp=4 tp=2 layers=6 micro=6 heads=4 kv=2 untied zero=0 vocab=256",
-    "pp=4 dp=2 layers=5 micro=3 gpipe",
+    "pp=4 dp=2 layers=6 split=[1,1,3,1] micro=3 gpipe pattern=first:2",
     "pp=4 dp=2 micro=2 llama",
+    # hidden states as entries (LIMe v1)
+    "hidden tp=2 sp micro=2 heads=4 kv=2",
+    "hidden pp=3 layers=5 micro=4 untied",
+    "hidden pp=2 tp=2 micro=3 seq=5 batch=3 recompute pattern=first:2",
+    "hidden dynamic pp=3 tp=2 layers=5 micro=3 sp",
+    "hidden dynamic pp=2 dp=2 micro=2 zero=0 pattern=last:2 recompute",
 )
 
 
