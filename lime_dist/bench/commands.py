@@ -16,6 +16,38 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("bench", help="measure what things cost on this machine")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_depth(commands)
+    _add_patterns(commands)
+    _add_precision(commands)
+
+
+def _add_patterns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "patterns", help="train with several depth patterns: bundle, step time, held-out loss after equal tokens"
+    )
+    _add_runs(parser)
+    parser.add_argument(
+        "--patterns",
+        nargs="+",
+        default=["full", "none", "first:2", "last:2"],
+        metavar="P",
+        help="the first is what the others are compared with; none is LLaMA (default: full none first:2 last:2)",
+    )
+    parser.set_defaults(run=_patterns)
+
+
+def _add_precision(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "precision", help="train in bf16 across stages: distance to fp32 of relayed entries and of partial sums"
+    )
+    _add_runs(parser)
+    parser.add_argument("--stages", type=_positive, default=4, metavar="N", help="default: 4")
+    parser.set_defaults(run=_precision)
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as run.steps=200")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
 
 
 def _add_depth(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,6 +85,20 @@ def _depth(args: argparse.Namespace) -> int:
     print(report.to_markdown())
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    return 0
+
+
+def _patterns(args: argparse.Namespace) -> int:
+    from lime_dist.bench.runs import pattern_table
+
+    print(pattern_table(args.config, args.overrides, args.patterns, args.seeds))
+    return 0
+
+
+def _precision(args: argparse.Namespace) -> int:
+    from lime_dist.bench.runs import precision_table
+
+    print(precision_table(args.config, args.overrides, args.seeds, args.stages))
     return 0
 
 

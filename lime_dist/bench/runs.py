@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lime_dist.config import Config, load_config
+from lime_dist.launcher import find_place
 from lime_dist.local import run_local
 from lime_dist.pipeline.bundle import plan_stages
 from lime_dist.preflight import check_files
 from lime_dist.resolve import ready_config
+from lime_dist.train import train  # before forking: each rank would import it again
 
 _WARM_UP_STEPS = 5  # not timed
 
@@ -138,9 +140,6 @@ def _run(path: Path, overrides: Sequence[str], name: str, seed: int) -> Outcome:
 
 
 def _train(config: Config) -> None:
-    from lime_dist.launcher import find_place
-    from lime_dist.train import train
-
     train(config, find_place())
 
 
