@@ -1,0 +1,39 @@
+"""One run, one YAML: frozen dataclasses, dotted overrides, and one function that checks across fields.
+
+Knows no framework: it answers on a login node in milliseconds.
+"""
+
+from lime_dist.config.checking import check_config
+from lime_dist.config.reading import dump_yaml, load_config, parse_config, to_dict
+from lime_dist.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DepthConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PipelineConfig,
+    RunConfig,
+    Source,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DepthConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PipelineConfig",
+    "RunConfig",
+    "Source",
+    "check_config",
+    "dump_yaml",
+    "load_config",
+    "parse_config",
+    "to_dict",
+]

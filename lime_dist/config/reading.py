@@ -1,0 +1,177 @@
+"""YAML and dotted overrides to dataclasses and back. An unknown key is refused with the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lime_dist.config.schema import Config, Source
+from lime_dist.errors import ConfigError, one_line
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML). Does not `check_config`.
+
+    Raises: ConfigError.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror or error}; give the path of a YAML file") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: must hold sections such as `model:` and `run:`")
+    return parse_config(tree, overrides)
+
+
+def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Build the dataclasses from nested mappings. Raises: ConfigError."""
+    tree = {name: dict(section) if isinstance(section, Mapping) else section for name, section in tree.items()}
+    for override in overrides:
+        _apply_override(tree, override)
+    return _build(Config, tree, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same `Config`."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: {one_line(error)}") from None
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = {}
+        elif not isinstance(child, Mapping):
+            raise ConfigError(f"override {key}: {section} is not a section")
+        node[section] = dict(child)
+        node = node[section]
+    node[name] = value
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: must be a section with keys, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{prefix}{name}: unknown key{_nearest(str(name), fields)}")
+    missing = [
+        name
+        for name, item in fields.items()
+        if name not in values and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]}: missing; add it")
+    return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, f"{key}.")
+    if hint == list[Source]:
+        return [_source(item, f"{key}[{index}]") for index, item in enumerate(_as_list(value))]
+    converted = _convert_any(_options(hint), value)
+    if converted is _MISMATCH:
+        raise ConfigError(f"{key}: {value!r} is not {' or '.join(map(_type_name, _options(hint)))}")
+    return converted
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _convert_any(options: tuple[Any, ...], value: Any) -> Any:
+    """`value` as the first of `options` that fits, or _MISMATCH."""
+    converted = (_convert_plain(option, value) for option in options)
+    return next((result for result in converted if result is not _MISMATCH), _MISMATCH)
+
+
+_MISMATCH = object()
+
+
+def _convert_plain(option: Any, value: Any) -> Any:
+    """`value` as `option`, or _MISMATCH. YAML reads 1e-3 as text, so numbers are tried for text as well."""
+    if option is type(None):
+        return None if value is None else _MISMATCH
+    if option is bool or isinstance(value, bool):
+        return value if option is bool and isinstance(value, bool) else _MISMATCH
+    if option is float:
+        try:
+            return float(value) if isinstance(value, (int, float, str)) else _MISMATCH
+        except ValueError:
+            return _MISMATCH
+    if typing.get_origin(option) is list:
+        (item_type,) = typing.get_args(option)
+        items = [_convert_plain(item_type, item) for item in value] if isinstance(value, (list, tuple)) else [_MISMATCH]
+        return _MISMATCH if any(item is _MISMATCH for item in items) else items
+    if typing.get_origin(option) is dict:
+        return _convert_mapping(typing.get_args(option), value)
+    return value if isinstance(value, option) else _MISMATCH
+
+
+def _convert_mapping(types_: tuple[Any, Any], value: Any) -> Any:
+    """A mapping whose keys and values fit; JSON makes text of whole-number keys, so these are turned back."""
+    if value is None or not isinstance(value, Mapping):
+        return {} if value is None else _MISMATCH
+    key_type, value_type = types_
+    if key_type is int:
+        value = {int(key) if str(key).isdigit() else key: item for key, item in value.items()}
+    if value_type is Any:
+        return dict(value)
+    items = {key: _convert_any(_options(value_type), item) for key, item in value.items()}
+    fits = all(isinstance(key, key_type) for key in items) and not any(item is _MISMATCH for item in items.values())
+    return items if fits else _MISMATCH
+
+
+def _type_name(option: Any) -> str:
+    if typing.get_origin(option) is not None:
+        return str(option)
+    return {
+        "int": "a whole number",
+        "float": "a number",
+        "str": "a text",
+        "bool": "true or false",
+        "NoneType": "null",
+    }.get(option.__name__, option.__name__)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _source(item: Any, key: str) -> Source:
+    if isinstance(item, str):
+        return Source(path=item)
+    return _build(Source, item, f"{key}.")

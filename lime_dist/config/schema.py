@@ -1,0 +1,189 @@
+"""The keys of a run's configuration: frozen dataclasses with their defaults, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
+from lime_dist.depth.routing import Routing
+from lime_dist.layout import Layout
+from lime_dist.pipeline.partition import plan_partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the decoder; the names are those of Hugging Face's LLaMA where it has one."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    vocab_size: int
+    num_kv_heads: int | None = None  # None: as many as num_heads (MHA)
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """Who reads whom, and how it travels."""
+
+    router: str = "static"  # static: learned weights | dynamic: weights from the reader's input | none (LLaMA)
+    entry: str = "kv"  # kv: raw keys and values (LIMe v2) | hidden: hidden states (LIMe v1)
+    pattern: str | dict[int, list[int]] = "full"  # see depth/pattern.py; or reader: [earlier layers]
+    pattern_name: str | None = None  # what edges in `pattern` are called; set when a text is resolved to them
+    switch_at: dict[int, str | dict[int, list[int]]] = field(default_factory=dict)  # updates done: pattern from then on
+    weights_from: str | None = None  # a checkpoint whose routers choose the edges of budget and top_p
+    policy: str = "least"  # least: the fewest tensors cross | relay: raw entries only
+    partial_sum_dtype: str = "bundle"  # bundle: run.dtype | fp32
+
+    @property
+    def routing(self) -> Routing:
+        if self.entry == "kv" or self.router == "none":
+            return Routing.KEY_VALUE
+        return Routing.HIDDEN_DYNAMIC if self.router == "dynamic" else Routing.HIDDEN_STATIC
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tp: int = 1
+    pp: int = 1
+    dp: int | None = None  # None: as many replicas as the ranks allow, one when started alone
+    virtual_stages: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"  # none | layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    schedule: str = "1f1b"
+    num_microbatches: int = 1
+    partition: str | list[int] = "auto"
+    boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW; the defaults are the paper's (arXiv 2502.09245, appendix)."""
+
+    lr: float = 1e-3
+    router_lr: float = 1e-2
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0  # 0: no clipping
+    lr_schedule: str = "cosine"  # cosine | constant
+    warmup_steps: int = 200
+    min_lr_ratio: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One token file (the prefix of a .bin/.idx pair) and its weight in the blend."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: list[Source] = field(default_factory=list)
+    valid: list[Source] = field(default_factory=list)  # empty: the last valid_fraction of train's documents
+    valid_fraction: float = 0.0
+    tokenizer: str | None = None
+    seq_length: int = 2048
+    global_batch_size: int = 1  # sequences a step, over all replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = 0  # steps; 0: only at the end
+    batches: int = 8  # global batches of held-out text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 0  # steps; 0: only at the end
+    keep: int = 2
+    resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a checkpoint's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str = "runs/default"
+    steps: int = 100
+    seed: int = 0
+    dtype: str = "fp32"  # fp32 | bf16
+    device: str = "auto"  # auto | cpu | cuda
+    timeout_seconds: float = 600.0  # a rank that waits longer for another ends the job
+    log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig
+    depth: DepthConfig = DepthConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, passed through
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(tp=self.parallel.tp, pp=self.parallel.pp, dp=self.parallel.dp or 1)
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences that one replica puts through the stages at a time."""
+        return self.data.global_batch_size // (self.layout.dp * self.pipeline.num_microbatches)
+
+    @property
+    def pattern(self) -> Pattern:
+        if self.depth.router == "none":
+            return none_pattern(self.model.num_layers)
+        if isinstance(self.depth.pattern, dict):
+            name = self.depth.pattern_name or "edges"
+            pattern = pattern_of_edges(self.depth.pattern, self.model.num_layers, name)
+        else:
+            pattern = parse_pattern(self.depth.pattern, self.model.num_layers, self.stages)
+        return dataclasses.replace(pattern, routing=self.depth.routing)
+
+    def at_step(self, step: int) -> Config:
+        """The config after `step` updates, with the pattern that `depth.switch_at` says for the next one."""
+        due = [switch for switch in self.depth.switch_at if switch <= step]
+        return self.with_pattern(self.depth.switch_at[max(due)]) if due else self
+
+    def with_pattern(self, pattern: str | dict[int, list[int]], name: str | None = None) -> Config:
+        return dataclasses.replace(self, depth=dataclasses.replace(self.depth, pattern=pattern, pattern_name=name))
+
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """The layers of each stage."""
+        return plan_partition(self.model.num_layers, self.parallel.pp, self.pipeline.partition)
+
+    @property
+    def partial_sum_dtype(self) -> str:
+        return self.run.dtype if self.depth.partial_sum_dtype == "bundle" else self.depth.partial_sum_dtype
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 1)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.global_batch_size * self.data.seq_length
