@@ -12,12 +12,14 @@ up across stages, what has been added so far; it arrives and leaves in the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lime_dist.depth.transfer import StageTransfer
+
+_CACHE_LINE_BYTES = 64
 
 Runs = tuple[tuple[int, int], ...]  # half-open ranges of neighbouring slots
 
@@ -26,19 +28,34 @@ class Buffer:
     """Rows [H_kv, row_size] by layer in one tensor [rows, H_kv, row_size], and their gradients in another."""
 
     def __init__(
-        self, layers: Sequence[int], num_kv_heads: int, row_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[int],
+        num_kv_heads: int,
+        row_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        spaced: bool = False,
     ):
+        """spaced: leave a cache line between rows. On a CPU rows a power of two apart evict each other, which can
+        double the time of a product; but only neighbouring rows can be sent as they are.
+        """
         self.slot_of = {layer: slot for slot, layer in enumerate(layers)}
         self._shape = len(layers), num_kv_heads, row_size
         self._options = {"dtype": dtype, "device": device}
-        self.values: Tensor = torch.empty(self._shape, **self._options)
+        self._gap = _CACHE_LINE_BYTES // dtype.itemsize if spaced else 0
+        self.values = self._new(torch.empty)
         self._gradients: Tensor | None = None
+
+    def _new(self, make: Callable[..., Tensor]) -> Tensor:
+        rows, num_kv_heads, row_size = self._shape
+        return make(rows, num_kv_heads, row_size + self._gap, **self._options)[..., :row_size]
 
     @property
     def gradients(self) -> Tensor:
         """Same shape as `values`; zero where nothing has been added."""
         if self._gradients is None:
-            self._gradients = torch.zeros(self._shape, **self._options)
+            self._gradients = self._new(torch.zeros)
         return self._gradients
 
     def release_values(self) -> None:
@@ -107,7 +124,8 @@ class DepthMemory:
         # What the last layer of a block leaves is the block's sum, in that layer's slot; its own entry lies apart.
         self._blocks = {block[-1]: block for block in blocks}
         slots = (*self.received, *self.own, *map(_apart, self._blocks))
-        self.entries = Buffer(slots, num_kv_heads, row_size, dtype, device)
+        travelling = transfer.received.raw_entries or transfer.sent.raw_entries
+        self.entries = Buffer(slots, num_kv_heads, row_size, dtype, device, spaced=not travelling)
         self.sums = Buffer(summed_readers(transfer), num_kv_heads, row_size, sum_dtype, device)
         self._begun = set(transfer.received.partial_sums)  # rows that hold a sum already
 
