@@ -103,7 +103,7 @@ def run(*arguments: object) -> int:
 
 def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "depth.json"
-    sizes = "--layers 3 --hidden-size 64 --tokens 4 --repeats 2 --device cpu"
+    sizes = "--layers 3 --hidden-size 64 --tokens 64 --repeats 2 --device cpu"
     assert run(*sizes.split(), "--json", path) == 0
     printed = capsys.readouterr()
     rows = printed.out.splitlines()[:10]
