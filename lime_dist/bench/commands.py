@@ -27,10 +27,10 @@ def _add_patterns(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_runs(parser)
     parser.add_argument(
         "--patterns",
-        nargs="+",
+        type=_listed,
         default=["full", "none", "first:2", "last:2"],
-        metavar="P",
-        help="the first is what the others are compared with; none is LLaMA (default: full none first:2 last:2)",
+        metavar="P,...",
+        help="the first is what the others are compared with; none is LLaMA (default: full,none,first:2,last:2)",
     )
     parser.set_defaults(run=_patterns)
 
@@ -47,7 +47,7 @@ def _add_precision(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as run.steps=200")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    parser.add_argument("--seeds", type=_seeds, default=[1, 2, 3], metavar="N,...", help="default: 1,2,3")
 
 
 def _add_depth(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -104,6 +104,16 @@ def _precision(args: argparse.Namespace) -> int:
 
 def _say(progress: str) -> None:
     print(progress, file=sys.stderr, flush=True)
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(item.isdecimal() for item in _listed(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
+    return [int(item) for item in _listed(text)]
 
 
 def _positive(text: str) -> int:
