@@ -41,11 +41,14 @@ def torch_order(name: str, num_stages: int, num_microbatches: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", SCHEDULE_NAMES)
-@pytest.mark.parametrize(("num_stages", "num_microbatches"), SHAPES)
+# torch refuses 1F1B of fewer microbatches than stages
+KNOWN_TO_TORCH = [
+    (name, *shape) for name in SCHEDULE_NAMES for shape in SHAPES if name != "1f1b" or shape[1] >= shape[0]
+]
+
+
+@pytest.mark.parametrize(("name", "num_stages", "num_microbatches"), KNOWN_TO_TORCH)
 def test_order_is_torchs(name: str, num_stages: int, num_microbatches: int) -> None:
-    if name == "1f1b" and num_microbatches < num_stages:
-        pytest.skip("torch refuses fewer microbatches than stages")
     ours = [
         "".join(action.kind.value for action in actions) for actions in plan_all(name, num_stages, num_microbatches)
     ]
