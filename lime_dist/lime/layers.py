@@ -6,6 +6,7 @@ and `hidden` say. Written against `Parts`; knows no process group.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(residual, self.weight.shape, self._parts.for_residual(self.weight), self.eps)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Grouped-query attention. Where queries, keys and values come from is for a subclass to say."""
 
     def __init__(self, model: ModelConfig, layer: int, parts: Parts):
@@ -91,12 +92,12 @@ class Attention(nn.Module):
         self.query_heads, self.kv_heads = model.num_heads // parts.tp_size, model.kv_heads // parts.tp_size
         self.o_proj = parts.row_linear(model.num_heads * model.head_dim, model.hidden_size)
 
+    @abstractmethod
     def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """From the residual [rows, hidden], as it is and normed, and the depth memory's token:
 
         queries [H / tp, tokens, head_dim], keys and values [H_kv / tp, 2, tokens, head_dim], the next token.
         """
-        raise NotImplementedError
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """[tokens, heads * head_dim] -> [heads, tokens, head_dim]."""
