@@ -85,10 +85,6 @@ def _pipeline_group(layout: Layout, timeout: timedelta) -> ProcessGroup:
     return group
 
 
-def destroy_groups() -> None:
-    parallel_state.destroy_model_parallel()
-
-
 class DeepSpeedMpu:
     """The groups as DeepSpeed asks for them; "model parallel" is tensor x pipeline, over which it clips."""
 
