@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from lime_dist import __version__, commands
 from lime_dist.bench import commands as bench_commands
 from lime_dist.data import commands as data_commands
-from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError, one_line
+from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
+from lime_dist.errors import LimeDistError, one_line
 from lime_dist.local import RankFailed
 
 
@@ -45,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return args.run(args)
     except LimeDistError as error:
         print(f"lime-dist: {one_line(error)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        write_outcome(NEVER_RESTART, error)
+        return NEVER_RESTART
     except RankFailed as error:
         print(f"{error.detail}\nlime-dist: {one_line(error)}".lstrip(), file=sys.stderr)
-        return 1
+        write_outcome(FAILED, error)
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.config import Config, dump_yaml, load_config
-from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
+from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
+from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, find_place, require_rendezvous
 from lime_dist.resolve import ready_config
+from lime_dist.stopping import stop_request
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -127,12 +129,13 @@ def _plot(config: Config, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
+    if find_place() is not None:
+        stop_request()  # before the slow imports: a signal in the meantime must not end the rank
     from lime_dist.preflight import check_files
 
     config = _resolve(args)
     check_files(config)
-    _on_ranks(config, "train")
-    return 0
+    return _on_ranks(config, "train")
 
 
 def _dry_run(args: argparse.Namespace) -> int:
@@ -203,12 +206,14 @@ def _as_launched_rank(function: Callable[..., Any], config: Config, place: Place
         return function(config, place, *args)
     except LimeDistError as error:
         print(f"lime-dist: {one_line(error)}", file=sys.stderr)
-        leave(USER_ERROR_EXIT_CODE)
+        write_outcome(NEVER_RESTART, error)
+        leave(NEVER_RESTART)
     except Exception as error:
         traceback.print_exc()
-        where = config.layout.coordinate(place.rank)
-        print(f"lime-dist: rank {place.rank} ({where}) failed: {one_line(error)}", file=sys.stderr)
-        leave(1)
+        reason = f"rank {place.rank} ({config.layout.coordinate(place.rank)}) failed: {one_line(error)}"
+        print(f"lime-dist: {reason}", file=sys.stderr)
+        write_outcome(FAILED, reason)
+        leave(FAILED)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -16,13 +16,15 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
+from lime_dist.stopping import STOP_SIGNALS
 
 TERMINATE_GRACE = timedelta(seconds=5)
 FAILURE_WINDOW = timedelta(seconds=1)  # after the first failure, how long to wait for its cause to show
@@ -46,6 +48,7 @@ def run_local(
     """Run `function(*args)` on `world_size` forked ranks with torchrun's environment set; results by rank.
 
     Results travel by pickle; `describe` says of a rank what it is, for the error. No rank outlives the call.
+    Signals that ask to stop are passed on to the ranks, which know what to do; call on the main thread.
     Raises: the `LimeDistError` of a rank as it is; RankFailed for anything else, among it a rank killed by a
     signal and a run longer than `timeout`.
     """
@@ -61,7 +64,8 @@ def run_local(
             sender.close()
             pipes.append(receiver)
             processes.append(process)
-        return _collect(pipes, processes, timeout, describe)
+        with _stop_signals_passed_on(processes):
+            return _collect(pipes, processes, timeout, describe)
     finally:
         _stop(processes)
 
@@ -190,6 +194,21 @@ def _exit_reason(exit_code: int) -> str:
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
     return f"exit code {exit_code}"
+
+
+@contextmanager
+def _stop_signals_passed_on(processes: list) -> Iterator[None]:
+    def pass_on(number: int, _: object) -> None:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(processes: list) -> None:

@@ -56,10 +56,14 @@ class Metrics:
         if step % self._log_every == 0 or step == self._num_steps:
             print(self._progress(record), flush=True)
 
-    def evaluation(self, *, step: int, eval_loss: float) -> None:
-        self._write({"step": step, "eval_loss": eval_loss})
+    def evaluation(self, *, step: int, eval_loss: float, eval_seconds: float) -> None:
+        self._write({"step": step, "eval_loss": eval_loss, "eval_seconds": eval_seconds})
         self._board.add_scalar("eval/loss", eval_loss, step)
         print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  held-out loss {eval_loss:.4f}", flush=True)
+
+    def saved(self, *, step: int, folder: Path, save_seconds: float) -> None:
+        self._write({"step": step, "save_seconds": save_seconds})
+        print(f"saved {folder} in {save_seconds:.1f} s", flush=True)
 
     def close(self) -> None:
         self._file.close()
@@ -101,12 +105,13 @@ def _clock(seconds: float) -> str:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep what led to `step`; nothing led to a start from the beginning, whose first record is of step 0."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if step > 0 and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the line that a killed run was writing

@@ -15,12 +15,15 @@ from lime_dist.checkpoint.files import find_latest, read_meta, step_folder
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
+from lime_dist.ending import DONE, REQUEUE, write_outcome
 from lime_dist.errors import CheckpointError, ConfigError
 from lime_dist.launcher import Place
 from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
+from lime_dist.ownership import Ownership
 from lime_dist.rank import Rank, join_world
 from lime_dist.resolve import resolve_pattern
+from lime_dist.stopping import StopRequest, stop_request
 
 
 class LossNotFinite(RuntimeError):
@@ -75,9 +78,14 @@ def checkpoints_of(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def train(config: Config, place: Place) -> None:
-    """Train to `run.steps` on this rank."""
-    TrainingRun(config, *join_world(config, place)).train()
+def train(config: Config, place: Place) -> int:
+    """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`ending.py`)."""
+    stop = stop_request()
+    run = TrainingRun(config, *join_world(config, place), stop)
+    code, reason = run.train()
+    if run.rank.is_logger:
+        write_outcome(code, reason)
+    return code
 
 
 def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> dict[str, Any] | None:
@@ -104,8 +112,8 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> di
 class TrainingRun:
     """One rank's part in the run; counts the steps and samples done."""
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device):
-        self.config, self._groups, self._device = config, groups, device
+    def __init__(self, config: Config, groups: Groups, device: torch.device, stop: StopRequest):
+        self.config, self._groups, self._device, self._stop = config, groups, device, stop
         self._samples = open_training_data(config)
         self._held_out = open_held_out_data(config)
         self.step = self.samples_seen = self._saved_step = self._pattern_since = 0
@@ -114,7 +122,9 @@ class TrainingRun:
             self.rank = Rank(config, groups, device)
         else:
             self._load(folder)
-        self._metrics = self._open_run_folder(folder) if self.rank.is_logger else None
+        self._metrics = self._owner = None
+        if self.rank.is_logger:
+            self._open_run_folder(folder)
 
     def _load(self, folder: Path) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached."""
@@ -123,11 +133,12 @@ class TrainingRun:
         self.step = self._saved_step = self._pattern_since = meta.step
         self.samples_seen = meta.samples_seen
 
-    def train(self) -> None:
-        config, watch = self.config, Stopwatch()
+    def train(self) -> tuple[int, str]:
+        """The exit code, and the reason in a few words."""
+        config, watch, code = self.config, Stopwatch(), DONE
         if self.step == 0:
             self._evaluate()
-        while self.step < config.run.steps:
+        while self.step < config.run.steps and code == DONE:
             if self.step in config.depth.switch_at and self._pattern_since < self.step:
                 self._switch_pattern()
             watch.lap()
@@ -135,11 +146,20 @@ class TrainingRun:
             is_last = self.step == config.run.steps
             if is_last or _is_due(self.step, config.eval.every):
                 self._evaluate()
-            if is_last or _is_due(self.step, config.checkpoint.every):
+            code = REQUEUE if self._agree_to_stop() and not is_last else DONE
+            if is_last or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
                 self._save()
         if self._metrics is not None:
             self._metrics.close()
         dist.barrier()
+        asked = f"{self._stop.signal_name or 'stop asked of another rank'} at " if code == REQUEUE else ""
+        return code, f"{asked}step {self.step} of {config.run.steps}"
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop, so that all leave behind the same step. Collective: world."""
+        asked = torch.tensor(int(self._stop.signal_name is not None), device=self._device)
+        dist.all_reduce(asked)
+        return bool(asked.item())
 
     def _switch_pattern(self) -> None:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
@@ -180,24 +200,29 @@ class TrainingRun:
     def _evaluate(self) -> None:
         if self._held_out is None:
             return
+        watch = Stopwatch()
         loss = evaluate_batches(self.rank, self._held_out)
         if self._metrics is not None:
-            self._metrics.evaluation(step=self.step, eval_loss=loss)
+            self._metrics.evaluation(step=self.step, eval_loss=loss, eval_seconds=watch.lap())
 
     def _save(self) -> Path:
+        watch = Stopwatch()
+        if self._owner is not None:
+            self._owner.check()
         folder = save_checkpoint(self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen)
         self._saved_step = self.step
-        if self.rank.is_logger:
-            print(f"saved {folder}", flush=True)
+        if self._metrics is not None:
+            self._metrics.saved(step=self.step, folder=folder, save_seconds=watch.lap())
         return folder
 
-    def _open_run_folder(self, resumed_from: Path | None) -> Metrics:
+    def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._owner = Ownership(run_dir)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
-        return Metrics(
+        self._metrics = Metrics(
             run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
         )
 

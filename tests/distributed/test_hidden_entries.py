@@ -87,14 +87,24 @@ def saved(config: Config, folder: Path) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_loads_on_another_layout_and_with_fewer_edges(router: str, tmp_path: Path) -> None:
     writer = make_config(f"hidden {router} pp=2 tp=2 micro=2")
     weights = saved(writer, tmp_path)
-    whole = run_ranks(make_config(f"hidden {router} pp=3 sp tp=2 split=[1,1,2] micro=3"), load_and_step, make_batches(writer), tmp_path / "step_000001")
+    whole = run_ranks(
+        make_config(f"hidden {router} pp=3 sp tp=2 split=[1,1,2] micro=3"),
+        load_and_step,
+        make_batches(writer),
+        tmp_path / "step_000001",
+    )
     loaded = assemble([pieces for pieces, _ in whole])
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     again = run_ranks(writer, load_and_step, make_batches(writer), tmp_path / "step_000001")
     assert whole[0][1] == pytest.approx(again[0][1], rel=TOLERANCE)
 
-    fewer = run_ranks(make_config(f"hidden {router} pp=2 pattern=last:1"), load_and_step, make_batches(writer), tmp_path / "step_000001")
+    fewer = run_ranks(
+        make_config(f"hidden {router} pp=2 pattern=last:1"),
+        load_and_step,
+        make_batches(writer),
+        tmp_path / "step_000001",
+    )
     cut = assemble([pieces for pieces, _ in fewer])["layers.3.self_attn.lime_router.weight"]
     full = weights["layers.3.self_attn.lime_router.weight"]
     by_source = full.view(4, 4, -1)[:, 2:]
@@ -119,5 +129,7 @@ def test_top_p_takes_the_largest_shares_and_dynamic_routers_choose_nothing(tmp_p
     dynamic = make_config("hidden dynamic")
     saved(dynamic, tmp_path / "dynamic")
     budget = replace(config, depth=replace(config.depth, pattern="budget:1MiB"))
-    with pytest.raises(CheckpointError, match="depth.weights_from: the routers of .* have other weights for each token"):
+    with pytest.raises(
+        CheckpointError, match="depth.weights_from: the routers of .* have other weights for each token"
+    ):
         resolve_pattern(budget, weights_from=tmp_path / "dynamic" / "step_000001")

@@ -32,9 +32,12 @@ from lime_dist.checkpoint.files import CheckpointReader, find_latest
 from lime_dist.cli import main
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
+from lime_dist.ending import DONE, FAILED, NEVER_RESTART, OUTCOME_VARIABLE, REQUEUE, read_outcome
 from lime_dist.lime.parameters import logical_tensors
+from lime_dist.ownership import Ownership
 from lime_dist.pipeline.table import plan_report
 from lime_dist.resolve import ready_config
+from lime_dist.stopping import REPEAT_WINDOW_SECONDS, STOP_SIGNALS
 
 # eps lies above most gradients and rates are large, so that weights, moments and losses move visibly (see `common.BASE`).
 BASE = {
@@ -204,7 +207,10 @@ def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
         assert line["tokens_per_second"] == pytest.approx(12 * 12 / line["step_seconds"])
     assert [line["lr"] for line in steps(run_dir)] == pytest.approx([0.025, 0.05, 0.05, 0.0375, 0.0125])
     assert list(evaluations(run_dir)) == [0, 3, 5]
-    assert all(line.keys() == {"step", "eval_loss"} for line in lines(run_dir) if "loss" not in line)
+    others = [line for line in lines(run_dir) if "loss" not in line]
+    assert [line["step"] for line in others] == [0, 3, 3, 5, 5]
+    for line in others:
+        assert line.keys() in ({"step", "eval_loss", "eval_seconds"}, {"step", "save_seconds"})
 
 
 def test_tensorboard_holds_the_losses(whole: Callable[[str], Path]) -> None:
@@ -302,6 +308,71 @@ def test_killed_rank(tmp_path: Path) -> None:
     assert not alive
     last = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert last == "lime-dist: rank 1 (pp=1 dp=0 tp=0) failed: killed by SIGKILL"
+
+
+UNTIL_STOPPED = "eval.every=0", "checkpoint.every=0", "optim.lr_schedule=constant"
+LONG = *UNTIL_STOPPED, "run.steps=100000"
+
+
+def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    """A training command of its own, whose third step is done when this returns."""
+    command = [sys.executable, "-m", "lime_dist.cli", "train", "run.yaml", "parallel.pp=3", f"run.dir={run_dir}", *more]
+    environment = os.environ | {OUTCOME_VARIABLE: str(run_dir / "outcome")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while not (run_dir / "metrics.jsonl").exists() or len(steps(run_dir)) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_saves_and_asks_for_a_restart(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, *LONG)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE, errors
+    at = steps(tmp_path)[-1]["step"]
+    assert find_latest(tmp_path / "checkpoints").name == f"step_{at:06d}"
+    assert read_outcome(tmp_path / "outcome") == (REQUEUE, f"{number.name} at step {at} of 100000")
+
+    uninterrupted, more = tmp_path / "uninterrupted", (*UNTIL_STOPPED, f"run.steps={at + 2}")
+    assert train(uninterrupted, "pp=3", *more) == train(tmp_path, "pp=3", *more) == DONE
+    for key in ("step", "loss", "grad_norm", "lr"):
+        assert [line[key] for line in steps(tmp_path)] == [line[key] for line in steps(uninterrupted)]
+
+
+def test_one_rank_that_is_asked_stops_all(folder: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, *LONG)
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
+    ranks[1].send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    code, reason = read_outcome(tmp_path / "outcome")
+    assert (process.returncode, code) == (REQUEUE, REQUEUE) and reason.startswith("stop asked of another rank at step")
+
+
+def test_a_second_signal_leaves_at_once(folder: Path, tmp_path: Path) -> None:
+    """Even a rank that stands in a collective, which no Python signal handler reaches."""
+    process = start(tmp_path, *LONG)
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
+    ranks[1].suspend()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(REPEAT_WINDOW_SECONDS + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == FAILED and "SIGTERM again: leaving at once" in errors
+    assert find_latest(tmp_path / "checkpoints") is None
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_a_start_that_was_replaced_does_not_save(folder: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, *LONG)
+    Ownership(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == NEVER_RESTART
+    assert re.search(r"^lime-dist: run.dir: .* was taken over by process \d+ on", errors, re.MULTILINE)
+    assert find_latest(tmp_path / "checkpoints") is None
 
 
 def test_torchrun(whole: Callable[[str], Path], tmp_path: Path) -> None:

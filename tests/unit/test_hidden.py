@@ -225,13 +225,20 @@ def test_entries_cross_raw_under_every_policy(pattern: str) -> None:
     least, relay = plan_run_transfer(config, "least"), plan_run_transfer(config, "relay")
     assert (least.raw_until, least.sum_from) == (relay.raw_until, relay.sum_from)
     assert not any(boundary.partial_sums for boundary in least.boundaries)
-    of_keys = plan_transfer(make_config(f"depth.entry=kv depth.pattern={pattern} model.num_layers=6").pattern, config.stages, policy="relay")
+    of_keys = plan_transfer(
+        make_config(f"depth.entry=kv depth.pattern={pattern} model.num_layers=6").pattern, config.stages, policy="relay"
+    )
     assert least.boundaries == of_keys.boundaries
 
 
 @pytest.mark.parametrize(
     ("text", "rows", "width"),
-    [("", 14, 4), ("run.dtype=bf16", 14, 2), ("parallel.tp=2", 7, 4), ("parallel.tp=2 data.seq_length=3 data.global_batch_size=1", 2, 4)],
+    [
+        ("", 14, 4),
+        ("run.dtype=bf16", 14, 2),
+        ("parallel.tp=2", 7, 4),
+        ("parallel.tp=2 data.seq_length=3 data.global_batch_size=1", 2, 4),
+    ],
 )
 def test_an_entry_is_a_hidden_state_of_this_ranks_tokens(text: str, rows: int, width: int) -> None:
     plans = plan_stages(make_config(f"parallel.pp=2 pipeline.partition=[2,3] {text}"))

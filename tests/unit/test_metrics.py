@@ -27,7 +27,7 @@ def record(run_dir: Path, steps: range, *, loss: float, num_steps: int = 6, log_
             boundary_bytes=[1500, 2_000_000],
         )
         if step % 2 == 0:
-            metrics.evaluation(step=step, eval_loss=loss)
+            metrics.evaluation(step=step, eval_loss=loss, eval_seconds=0.5)
     metrics.close()
 
 
@@ -42,7 +42,7 @@ def test_a_line_a_step(tmp_path: Path) -> None:
     assert first | {"step": 2} == second
     assert (first["loss"], first["grad_norm"], first["lr"], first["step_seconds"]) == (4.5, 2.0, 0.5, 0.25)
     assert first["tokens_per_second"] == 4000 and first["boundary_bytes"] == [1500, 2_000_000]
-    assert evaluation == {"step": 2, "eval_loss": 4.5}
+    assert evaluation == {"step": 2, "eval_loss": 4.5, "eval_seconds": 0.5}
 
 
 def test_lines_after_the_resumed_step_go(tmp_path: Path) -> None:

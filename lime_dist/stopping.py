@@ -1,0 +1,55 @@
+"""The wish to stop: SIGTERM and SIGUSR1 only set a flag, which the training loop reads at step boundaries. No torch.
+
+A Python signal handler waits for the interpreter, which a rank that stands in a collective does not reach. The
+signal's byte in the wakeup pipe does not wait, so a thread reads it there and a second signal can end a rank that hangs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+REPEAT_WINDOW_SECONDS = 2.0  # schedulers send one wish several times over: to the process, its parent and its group
+
+
+class StopRequest:
+    """What this process was asked by signals; one a process, made by `stop_request`."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._asked_at = 0.0
+        receiver, sender = os.pipe()
+        os.set_blocking(sender, False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, _leave_to_the_thread)
+        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(receiver,), name="stop-request", daemon=True).start()
+
+    def _watch(self, receiver: int) -> None:
+        while True:
+            for number in os.read(receiver, 64):
+                if number in STOP_SIGNALS:
+                    self._ask(signal.Signals(number))
+
+    def _ask(self, number: signal.Signals) -> None:
+        if self.signal_name is None:
+            self.signal_name, self._asked_at = number.name, time.monotonic()
+            print(f"{number.name}: stopping behind this step", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._asked_at > REPEAT_WINDOW_SECONDS:
+            print(f"{number.name} again: leaving at once", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+
+def _leave_to_the_thread(*_: object) -> None:
+    """Present so that the signal's default, to end the process, does not happen."""
+
+
+@functools.cache
+def stop_request() -> StopRequest:
+    """This process's wish to stop; the first call, on the main thread, begins to catch the signals."""
+    return StopRequest()
