@@ -18,7 +18,7 @@ from lime_dist.cli import main
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := why_not_here():
         pytest.skip(reason)
-    with Cluster.start(tmp_path_factory.mktemp("cluster"), Site(nodes=8, cpus=2)) as cluster:
+    with Cluster.start(tmp_path_factory.mktemp("cluster"), Site(nodes=10, cpus=2)) as cluster:
         yield cluster
 
 

@@ -29,6 +29,7 @@ CONFIG = {
 
 def write_training(folder: Path) -> None:
     """run.yaml and the token file that it reads, by names relative to `folder`."""
+    folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(5)
     # A Zipf-like text: its loss falls.
     documents = [np.minimum(generator.zipf(1.3, generator.integers(200, 600)), 95) for _ in range(120)]
