@@ -7,20 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import assert_close, make_batches, make_config, run_layout, run_plain, weight_of
+from common import TOLERANCE, assert_equals_the_single_process, make_batches, make_config, weight_of
 
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config
 from lime_dist.errors import CheckpointError
 from lime_dist.generate import load_model
 from lime_dist.lime.model import model_loss
-from lime_dist.pipeline.bundle import plan_stages
 from lime_dist.rank import Rank
 from lime_dist.resolve import resolve_pattern
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
-
-# As in test_layouts: a layout only changes the order of fp32 sums.
-TOLERANCE = 1e-5
 
 LAYOUTS = (
     "micro=3 recompute zero=0",
@@ -45,20 +41,7 @@ LAYOUTS = (
 
 @pytest.mark.parametrize("text", LAYOUTS)
 def test_layout_equals_the_single_process(text: str) -> None:
-    config = make_config(f"hidden {text}")
-    expected = run_plain(config)
-    actual, ranks = run_layout(config)
-
-    assert min(expected.grad_norms) > config.optim.max_grad_norm, "clipping would not show"
-    assert actual.losses == pytest.approx(expected.losses, rel=TOLERANCE)
-    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
-    assert_close(actual.gradients, expected.gradients, TOLERANCE)
-    assert_close(actual.weights, expected.weights, TOLERANCE)
-
-    planned = [config.pipeline.num_microbatches * stage.sent_bytes for stage in plan_stages(config)[:-1]]
-    for rank in ranks:
-        assert (rank.losses, rank.grad_norms) == (actual.losses, actual.grad_norms), "ranks disagree"
-        assert rank.boundary_bytes == [planned] * len(rank.losses)
+    assert_equals_the_single_process(make_config(f"hidden {text}"))
 
 
 # ---- checkpoints
