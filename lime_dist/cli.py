@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lime_dist import __version__, commands
 from lime_dist.bench import commands as bench_commands
+from lime_dist.cluster import commands as cluster_commands
 from lime_dist.data import commands as data_commands
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError, one_line
 from lime_dist.local import RankFailed
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parsers(subparsers)
     data_commands.add_parser(subparsers)
     bench_commands.add_parser(subparsers)
+    cluster_commands.add_parser(subparsers)
     return parser
 
 
