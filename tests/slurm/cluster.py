@@ -131,7 +131,7 @@ class Cluster:
         *,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
-        timeout: float = 120,
+        timeout: float = 300,
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         """Run on the controller's host. Raises: CalledProcessError (with `check`); code 124 is a timeout (seconds)."""

@@ -27,7 +27,7 @@ class Site:
     features: str = ""
     partitions: tuple[str, ...] = LOW_AND_HIGH
     slurmd_timeout: int = 10  # seconds; a silent node is DOWN after about 26
-    kill_wait: int = 5  # seconds between TERM and KILL
+    kill_wait: int = 15  # seconds between TERM and KILL
 
     @property
     def node_names(self) -> tuple[str, ...]:

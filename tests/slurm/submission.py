@@ -63,9 +63,9 @@ class Submission:
 
     def reach(self, step: int) -> None:
         """Wait until the run has done `step` updates in all."""
-        self.cluster.wait_until(lambda: steps_done(self.dir) >= step, f"step {step}", job_id=self.job, timeout=120)
+        self.cluster.wait_until(lambda: steps_done(self.dir) >= step, f"step {step}", job_id=self.job, timeout=300)
 
-    def ended(self, timeout: float = 180) -> dict[str, str]:
+    def ended(self, timeout: float = 400) -> dict[str, str]:
         """The job in its last state."""
         return self.cluster.wait_for(self.job, ENDED, timeout=timeout)
 

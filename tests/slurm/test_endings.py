@@ -17,6 +17,7 @@ from training import PP3, STEPS, TP2_PP2, steps_done, write_training
 
 from lime_dist.ending import NEVER_RESTART, REQUEUE
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine; an idle one needs under a minute for each
 Curve = list[tuple[int, float]]
 
 

@@ -23,7 +23,7 @@ CONFIG = {
     "optim": {"lr": 0.01, "router_lr": 0.05, "eps": 1e-3, "max_grad_norm": 0.5, "warmup_steps": 2},
     "data": {"train": "train", "seq_length": 32, "global_batch_size": 16},
     "checkpoint": {"every": 10, "keep": 9},
-    "run": {"device": "cpu", "steps": STEPS, "timeout_seconds": 60},
+    "run": {"device": "cpu", "log_every": 20, "steps": STEPS, "timeout_seconds": 60},
 }  # fmt: skip
 
 
