@@ -92,7 +92,9 @@ def submit(prepared: Prepared) -> str:
     """Write the files, call sbatch, note it in the history; the job's id. Raises: ConfigError."""
     submission, cluster = prepared.submission, prepared.cluster
     if shutil.which("sbatch") is None:
-        raise ConfigError("environment: sbatch is not on PATH; submit on a login node, or read the script with --dry-run")
+        raise ConfigError(
+            "environment: sbatch is not on PATH; submit on a login node, or read the script with --dry-run"
+        )
     _refuse_queued(submission)
     _write_files(prepared)
     bad_hosts = read_bad_hosts(submission.exclude_file(cluster))
@@ -101,7 +103,10 @@ def submit(prepared: Prepared) -> str:
     if answer.returncode:
         raise ConfigError(f"sbatch: {' '.join(answer.stderr.split())}; mend the key of the cluster file that it names")
     job = answer.stdout.strip().split(";")[0]
-    step = max((int(path.name.removeprefix("step_")) for path in find_checkpoints(submission.run_dir / "checkpoints")), default=0)
+    step = max(
+        (int(path.name.removeprefix("step_")) for path in find_checkpoints(submission.run_dir / "checkpoints")),
+        default=0,
+    )
     append_submitted(submission.history, job, step)
     return job
 
