@@ -31,7 +31,12 @@ def _parse(line: str) -> Event | None:
     try:
         time, job, restart, kind, step, detail = line.split("\t")
         return Event(
-            time=time, job=job, restart=int(restart) if restart != "-" else None, kind=kind, step=int(step), detail=detail
+            time=time,
+            job=job,
+            restart=int(restart) if restart != "-" else None,
+            kind=kind,
+            step=int(step),
+            detail=detail,
         )
     except ValueError:
         return None

@@ -87,7 +87,7 @@ start_again() { # sets decision
   fi
 }
 
-finish() { # CODE REASON: decide unless a signal has, record, leave
+finish() { # CODE REASON: decide and record, unless a signal has, and leave
   local code=$1 reason=$2
   if [ -z "$decision" ]; then
     case $code in
@@ -96,7 +96,7 @@ finish() { # CODE REASON: decide unless a signal has, record, leave
       *) start_again ;;
     esac
   fi
-  record end "$code ${term_cause:+$term_cause: }$reason -> $decision"
+  [ -n "$term_cause" ] || record end "$code $reason -> $decision"
   say "exit code $code (${term_cause:+$term_cause: }$reason): $decision"
   exit "$code"
 }
@@ -130,7 +130,7 @@ find_term_cause() {
   fi
 }
 
-on_term() { # decided at once: SLURM kills this script KillWait seconds from now, ended or not
+on_term() { # decides and records at once: SLURM kills this script in KillWait seconds, whether the ranks have left or not
   trap '' TERM
   term_cause=$(find_term_cause)
   say "TERM from SLURM: $term_cause"
@@ -139,6 +139,7 @@ on_term() { # decided at once: SLURM kills this script KillWait seconds from now
     "requeued by SLURM") decision=requeued ;;
     *) start_again ;;
   esac
+  record end "75 $term_cause -> $decision"
 }
 
 # ---- steps ----

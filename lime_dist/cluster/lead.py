@@ -33,9 +33,7 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def plan_stop_lead(
-    records: Iterable[dict[str, Any]], first_steps: Iterable[int], time_seconds: int
-) -> tuple[int, str]:
+def plan_stop_lead(records: Iterable[dict[str, Any]], first_steps: Iterable[int], time_seconds: int) -> tuple[int, str]:
     """Seconds before the limit, and where they come from.
 
     first_steps: the first step of each start, which is slower than others (compilation, first allocations).
@@ -44,7 +42,10 @@ def plan_stop_lead(
     steps = [record for record in records if record.get("step") not in slow]
     step_seconds = _values(steps, "step_seconds")[-_RECENT_STEPS:]
     if step_seconds:
-        save, evaluate = max(_values(records, "save_seconds"), default=0), max(_values(records, "eval_seconds"), default=0)
+        save, evaluate = (
+            max(_values(records, "save_seconds"), default=0),
+            max(_values(records, "eval_seconds"), default=0),
+        )
         lead = math.ceil(2 * max(step_seconds) + 2 * save + evaluate + GRID_SECONDS)
         source = f"2 steps of {max(step_seconds):.1f} s, 2 saves of {save:.1f} s, evaluation {evaluate:.1f} s, 30 s"
     else:

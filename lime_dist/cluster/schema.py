@@ -172,7 +172,9 @@ def _check_numbers(cluster: ClusterConfig) -> None:
         cluster.ranks_per_node >= 1,
         f"cluster.tasks_per_node: {cluster.tasks_per_node} with gpus_per_node={cluster.gpus_per_node}; set it to at least 1",
     )
-    _require(parse_time(str(cluster.time)) > 0, f"cluster.time: {cluster.time!r} is no time; write 12:00:00 or 2-12:00:00")
+    _require(
+        parse_time(str(cluster.time)) > 0, f"cluster.time: {cluster.time!r} is no time; write 12:00:00 or 2-12:00:00"
+    )
     lead = cluster.stop_lead_seconds or 0
     _require(
         lead < min(cluster.time_seconds, _LONGEST_LEAD),

@@ -23,6 +23,7 @@ from lime_dist.cluster.schema import ClusterConfig, load_cluster
 from lime_dist.cluster.script import Submission, check_paths, render_script
 from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.errors import ConfigError, LayoutError, one_line
+from lime_dist.pipeline.table import format_bytes
 from lime_dist.preflight import check_files
 from lime_dist.resolve import ready_config
 
@@ -47,6 +48,7 @@ def prepare(config_file: Path, cluster_file: Path, overrides: Sequence[str]) -> 
         load_config(config_file, [text for text in overrides if not text.startswith("cluster.")]), cluster.world_size
     )
     check_fit(config, cluster)
+    check_memory(config, cluster)
     check_files(config)
     submission, lead_source = _plan_submission(config, cluster)
     return Prepared(
@@ -72,6 +74,21 @@ def check_fit(config: Config, cluster: ClusterConfig) -> None:
         raise LayoutError(f"cluster.tasks_per_node: {ranks} ranks for gpus_per_node={gpus}; set it to {gpus}")
 
 
+def check_memory(config: Config, cluster: ClusterConfig) -> None:
+    """Raises: LayoutError when a stage is estimated to need more than `cluster.gpu_memory`."""
+    if cluster.gpu_memory_bytes is None or not cluster.gpus_per_node:
+        return
+    from lime_dist.pipeline.memory import estimate_memory
+
+    needs = [stage.total_bytes for stage in estimate_memory(config)]
+    worst = max(range(len(needs)), key=needs.__getitem__)
+    if needs[worst] > cluster.gpu_memory_bytes:
+        raise LayoutError(
+            f"cluster.gpu_memory: {cluster.gpu_memory}, but a rank of stage {worst} needs about {format_bytes(needs[worst])}; "
+            "raise parallel.pp, parallel.tp or pipeline.num_microbatches, or set parallel.recompute=layer"
+        )
+
+
 def _plan_submission(config: Config, cluster: ClusterConfig) -> tuple[Submission, str]:
     submission = Submission(
         run_dir=Path(os.path.abspath(config.run.dir)),
@@ -92,7 +109,9 @@ def submit(prepared: Prepared) -> str:
     """Write the files, call sbatch, note it in the history; the job's id. Raises: ConfigError."""
     submission, cluster = prepared.submission, prepared.cluster
     if shutil.which("sbatch") is None:
-        raise ConfigError("environment: sbatch is not on PATH; submit on a login node, or read the script with --dry-run")
+        raise ConfigError(
+            "environment: sbatch is not on PATH; submit on a login node, or read the script with --dry-run"
+        )
     _refuse_queued(submission)
     _write_files(prepared)
     bad_hosts = read_bad_hosts(submission.exclude_file(cluster))
@@ -101,7 +120,10 @@ def submit(prepared: Prepared) -> str:
     if answer.returncode:
         raise ConfigError(f"sbatch: {' '.join(answer.stderr.split())}; mend the key of the cluster file that it names")
     job = answer.stdout.strip().split(";")[0]
-    step = max((int(path.name.removeprefix("step_")) for path in find_checkpoints(submission.run_dir / "checkpoints")), default=0)
+    step = max(
+        (int(path.name.removeprefix("step_")) for path in find_checkpoints(submission.run_dir / "checkpoints")),
+        default=0,
+    )
     append_submitted(submission.history, job, step)
     return job
 
