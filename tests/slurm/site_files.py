@@ -24,6 +24,7 @@ class Site:
     cpus: int = 4  # for each node; bookkeeping only, nothing is bound
     memory_mib: int = 4000
     gpus: int = 0
+    gpu_type: str = ""
     features: str = ""
     partitions: tuple[str, ...] = LOW_AND_HIGH
     slurmd_timeout: int = 10  # seconds; a silent node is DOWN after about 26
@@ -43,7 +44,8 @@ def hosts_file(site: Site) -> str:
 
 
 def gres_conf(site: Site, folder: Path) -> str:
-    return f"NodeName=n[1-{site.nodes}] Name=gpu File={folder}/dev/nvidia[0-{site.gpus - 1}]\n" if site.gpus else ""
+    kind = f"Type={site.gpu_type} " if site.gpu_type else ""
+    return f"NodeName=n[1-{site.nodes}] Name=gpu {kind}File={folder}/dev/nvidia[0-{site.gpus - 1}]\n"
 
 
 def slurm_conf(site: Site, folder: Path) -> str:
@@ -52,7 +54,7 @@ def slurm_conf(site: Site, folder: Path) -> str:
     if site.features:
         resources += f" Feature={site.features}"
     if site.gpus:
-        resources += f" Gres=gpu:{site.gpus}"
+        resources += f" Gres=gpu:{site.gpu_type + ':' if site.gpu_type else ''}{site.gpus}"
     nodes = [f"NodeName={node} NodeAddr={site.address(node)} Port={PORT + 1}" for node in site.node_names]
     return "\n".join(
         [
