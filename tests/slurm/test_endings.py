@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, Process
-from submission import Submission
+from submission import RANK, Submission
 from training import PP3, STEPS, TP2_PP2, steps_done, write_training
 
 from lime_dist.ending import NEVER_RESTART, REQUEUE
@@ -201,23 +201,28 @@ def test_lost_nodes(new_run: Callable[..., Submission], finishes: Callable[..., 
     """Three jobs lose a node each, in three ways. SLURM declares the nodes down and starts the jobs again elsewhere."""
     slurmd_dies, power_fails, cut_off = runs = [new_run(name) for name in ("_slurmd", "_power", "_cut_off")]
     cluster = slurmd_dies.cluster
-    lost = [lose(slurmd_dies, 1, cluster.kill_slurmd), lose(power_fails, 0, cluster.power_off)]
-    lost.append(lose(cut_off, 0, cluster.cut_off))
-    orphans = [process for process in cut_off.ranks() if process.node == lost[2]]
-    assert orphans
+    lost = [lose(slurmd_dies, 1, cluster.kill_slurmd)]
+    held = slurmd_dies.ranks()
+    send(held, signal.SIGSTOP)  # a long step: without slurmd a job goes on, and could be through before it is missed
+    lost += [lose(power_fails, 0, cluster.power_off), lose(cut_off, 0, cluster.cut_off)]
+    orphans = [rank for rank in held + cut_off.ranks() if rank.node in lost]
+    assert len(orphans) == 4
     for run in runs:
         run.hurry()
-    cluster.wait_until(lambda: steps_done(cut_off.dir) >= 25, "the run that was cut off goes on", job_id=cut_off.job)
-    cluster.join(lost[2])  # the ranks and the script of the first start see the cluster again, while the second runs
+    for run in (slurmd_dies, cut_off):
+        cluster.wait_until(lambda run=run: steps_done(run.dir) >= 25, "the second start's steps", job_id=run.job)
+    # While the second starts run, ranks and script of the first ones awake again.
+    cluster.join(lost[2])
+    send([rank for rank in orphans if rank.node == lost[0]], signal.SIGCONT)
     for run in runs:
         finishes(run)
-        assert run.events("start")[1].step == 10
+        assert [event.step for event in run.events("start")] == [0, 10]
         assert not set(run.nodes) & set(lost)
         assert cluster.job(run.job)["Restarts"] == "1"
     cluster.start_slurmd(lost[0])
     cluster.power_on(lost[1])
     cluster.wait_for_nodes(lost, "idle")
-    assert not {process.pid for process in orphans} & {process.pid for process in cluster.processes("")}
+    assert not {rank.pid for rank in orphans} & {process.pid for process in cluster.processes(RANK)}
 
 
 def lose(run: Submission, index: int, fail: Callable[[str], None]) -> str:
