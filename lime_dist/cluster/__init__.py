@@ -1,0 +1,1 @@
+"""Running on SLURM: describe a cluster, submit a run to it."""
