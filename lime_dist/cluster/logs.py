@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from lime_dist.cluster.history import last_job, read_history
+from lime_dist.cluster.history import read_history
 from lime_dist.cluster.run_folder import find_config
+from lime_dist.cluster.starts import last_job
 from lime_dist.errors import ConfigError
 
 _NAME = re.compile(r"(?P<job>\d+)\.(?P<restart>\d+)\.(?P<kind>rank|node)_(?P<index>\d+)\.log")

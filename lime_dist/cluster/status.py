@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lime_dist.cluster.history import Event, Start, begun, last_job, read_history, starts
+from lime_dist.cluster.history import read_history
 from lime_dist.cluster.queue import Job, find_job
 from lime_dist.cluster.run_folder import LastCheckpoint, Progress, find_config, read_last_checkpoint, read_progress
+from lime_dist.cluster.starts import Start, last_job, last_start_time, list_starts
 from lime_dist.formats import format_clock, format_si
 from lime_dist.layout import Layout
-from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats
+from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, written_since
 from lime_dist.watch.silence import describe_silence, is_stale
 
 SILENT_SECONDS = 30.0  # without a heartbeat; they come once a second, and network disks show them late
 _SHOWN = 8  # silent ranks, of however many
-_CLOCK_SKEW = 5.0  # seconds by which hosts' clocks may differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,10 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     events = read_history(run_dir / "slurm" / "history.tsv")
     job_id = last_job(events)
     job = find_job(job_id) if job_id else None
-    beats = _of_this_start(read_heartbeats(heartbeat_folder(run_dir), config.layout.world_size), events)
+    beats = read_heartbeats(heartbeat_folder(run_dir), config.layout.world_size)
+    beats = written_since(beats, last_start_time(events) or 0.0)
     is_running = job.is_running if job is not None else _state_of(beats, now) == "running"
-    history = starts(events, still_running=is_running)
+    history = list_starts(events, still_running=is_running)
     progress = read_progress(run_dir / "metrics.jsonl")
     return Status(
         run=str(run_dir),
@@ -82,13 +82,6 @@ def _seconds_left(progress: Progress, num_steps: int) -> float | None:
 
 
 # ---- heartbeats
-
-
-def _of_this_start(beats: Sequence[Heartbeat | None], events: Sequence[Event]) -> list[Heartbeat | None]:
-    """Without those that an earlier start has left."""
-    starts_begun = begun(events)
-    since = starts_begun[-1].time.timestamp() - _CLOCK_SKEW if starts_begun else 0.0
-    return [beat if beat is not None and beat.alive >= since else None for beat in beats]
 
 
 def _state_of(beats: Sequence[Heartbeat | None], now: float) -> str:
@@ -117,14 +110,6 @@ def _pulses(layout: Layout, beats: Sequence[Heartbeat | None], now: float, is_ov
 # ---- showing
 
 
-def to_json(status: Status) -> dict[str, Any]:
-    """Plain values; times as in the history."""
-    values = asdict(status)
-    for start, shown in zip(status.starts, values["starts"]):
-        shown["time"] = _time(start)
-    return values
-
-
 def to_text(status: Status) -> str:
     rows = [
         ("run", status.run),
@@ -135,7 +120,7 @@ def to_text(status: Status) -> str:
         ("heartbeats", _heartbeat_line(status.heartbeats)),
         *(("silent", line) for line in _shortened(status.heartbeats.silent)),
         ("restarts", str(status.restarts)),
-        *(("", f"{_time(start)}  job {start.job}.{start.restart}  {_ending(start)}") for start in status.starts),
+        *(("", f"{start.time}  job {start.job}.{start.restart}  {_ending(start)}") for start in status.starts),
     ]
     return "\n".join(f"{name:<10}  {text}".rstrip() for name, text in rows)
 
@@ -175,10 +160,6 @@ def _heartbeat_line(pulses: Pulses) -> str:
 
 def _shortened(lines: list[str]) -> list[str]:
     return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more"]
-
-
-def _time(start: Start) -> str:
-    return start.time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _ending(start: Start) -> str:

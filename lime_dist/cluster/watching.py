@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from lime_dist.errors import ConfigError
@@ -44,10 +45,10 @@ def _add_logs(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _status(args: argparse.Namespace) -> int:
-    from lime_dist.cluster.status import read_status, to_json, to_text
+    from lime_dist.cluster.status import read_status, to_text
 
     status = read_status(args.run_dir)
-    print(json.dumps(to_json(status)) if args.json else to_text(status))
+    print(json.dumps(asdict(status)) if args.json else to_text(status))
     return 0
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lime_dist.layout import Coordinate
+
+CLOCK_SKEW = 5.0  # seconds by which hosts' clocks may differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,11 @@ def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:
 def read_heartbeats(folder: Path, world_size: int) -> list[Heartbeat | None]:
     """By global rank; None where there is no file, or none that can be read."""
     return [_read(_path(folder, rank)) for rank in range(world_size)]
+
+
+def written_since(heartbeats: Sequence[Heartbeat | None], start: float) -> list[Heartbeat | None]:
+    """Without those that a start of the run before the one at `start`, in seconds since the epoch, left behind."""
+    return [beat if beat is not None and beat.alive > start - CLOCK_SKEW else None for beat in heartbeats]
 
 
 def _path(folder: Path, global_rank: int) -> Path:

@@ -20,7 +20,7 @@ from lime_dist.config import Config
 from lime_dist.ending import FAILED, write_outcome
 from lime_dist.launcher import Place
 from lime_dist.local import leave_because_of
-from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, write_heartbeat
+from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, write_heartbeat, written_since
 from lime_dist.watch.pulse import Moment, Pulse
 from lime_dist.watch.silence import describe_silence, first_silent
 
@@ -40,7 +40,7 @@ class Watchdog:
         self._timeout = config.run.timeout_seconds
         self._interval, self._grace = min(_INTERVAL, self._timeout / 10), min(_GRACE, self._timeout / 4)
         self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        self._disk_failed = False
+        self._began, self._disk_failed = time.time(), False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -96,11 +96,8 @@ class Watchdog:
         )
 
     def _give_up(self) -> NoReturn:
-        heartbeats, now, stale_after = (
-            read_heartbeats(self._folder, self._layout.world_size),
-            time.time(),
-            self._timeout / 2,
-        )
+        heartbeats = written_since(read_heartbeats(self._folder, self._layout.world_size), self._began)
+        now, stale_after = time.time(), self._timeout / 2
         rank = first_silent(heartbeats, now, stale_after)
         first = describe_silence(self._layout, heartbeats, rank, now, stale_after)
         reason = f"no progress for {self._timeout:.0f} s; first silent: {first}"

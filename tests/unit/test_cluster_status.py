@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lime_dist.cli import main
-from lime_dist.cluster.history import UNRECORDED_END
 from lime_dist.cluster.queue import Job
+from lime_dist.cluster.starts import UNRECORDED_END
 from lime_dist.cluster.status import read_status, to_text
 from lime_dist.config import Config, dump_yaml, parse_config
 from lime_dist.layout import Layout

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lime_dist.layout import Layout
-from lime_dist.watch.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
+from lime_dist.watch.heartbeat import Heartbeat, read_heartbeats, write_heartbeat, written_since
 from lime_dist.watch.pulse import Pulse
 from lime_dist.watch.silence import describe_silence, first_silent
 
@@ -97,6 +97,11 @@ def test_heartbeats_read_back_by_rank(tmp_path: Path) -> None:
     assert read_heartbeats(folder, 4) == [heartbeat(0), None, heartbeat(2, step=42), None]
     assert '"coordinate": {"pp": 1, "dp": 0, "tp": 0}' in (folder / "rank_00002.json").read_text()
     assert not list(folder.glob("*.tmp"))
+
+
+def test_what_an_earlier_start_left_is_no_heartbeat_of_this_one() -> None:
+    beats = [heartbeat(0, alive=NOW - 20), heartbeat(1, alive=NOW - 1), heartbeat(2, alive=NOW + 3), None]
+    assert written_since(beats, NOW) == [None, beats[1], beats[2], None], "clocks of hosts differ by a second"
 
 
 # ---- who was first; the skew of a second makes the others seem earlier
