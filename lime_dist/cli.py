@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lime_dist import __version__, commands
 from lime_dist.bench import commands as bench_commands
 from lime_dist.cluster import commands as cluster_commands
+from lime_dist.cluster import watching
 from lime_dist.data import commands as data_commands
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import LimeDistError, one_line
@@ -26,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_commands.add_parser(subparsers)
     bench_commands.add_parser(subparsers)
     cluster_commands.add_parser(subparsers)
+    watching.add_parsers(subparsers)
     return parser
 
 

@@ -88,21 +88,35 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+_to_parent: Connection | None = None  # of a forked rank
+
+
 def _rank_main(function: Callable[..., Any], args: tuple, environment: dict[str, str], sender: Connection) -> None:
+    global _to_parent
+    _to_parent = sender
     _die_with_parent()
     os.environ.update(environment)
+    rank = int(environment["RANK"])
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environment["WORLD_SIZE"])))
     try:
         _send(sender, "result", function(*args))
     except LimeDistError as error:
-        _send(sender, "failure", (time.monotonic(), error, ""))
+        _send(sender, "failure", (rank, time.monotonic(), error, ""))
         leave(USER_ERROR_EXIT_CODE)
     except BaseException as error:
-        _send(sender, "failure", (time.monotonic(), f"{type(error).__name__}: {error}", traceback.format_exc()))
+        reason = f"{type(error).__name__}: {error}"
+        _send(sender, "failure", (rank, time.monotonic(), reason, traceback.format_exc()))
         leave(1)
     leave(0)
+
+
+def leave_because_of(rank: int, reason: str) -> NoReturn:
+    """End this process, from any of its threads, as failed for what another rank does; `run_local` then names that one."""
+    if _to_parent is not None:
+        _send(_to_parent, "failure", (rank, time.monotonic(), reason, ""))
+    leave(1)
 
 
 def _send(sender: Connection, kind: str, value: Any) -> None:
@@ -179,9 +193,9 @@ def _receive(pipe: Connection, rank: int, process: Any) -> Any:
         return _Failure(rank, time.monotonic(), _exit_reason(code), by_signal=code < 0)
     if kind == "result":
         return value
-    moment, error, detail = value
+    cause, moment, error, detail = value
     is_user_error = isinstance(error, LimeDistError)
-    return _Failure(rank, moment, str(error), detail, error if is_user_error else None)
+    return _Failure(cause, moment, str(error), detail, error if is_user_error else None)
 
 
 def _raise(failure: _Failure, describe: Callable[[int], str]) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-_RECENT_STEPS = 20  # the time left is judged by these
+from lime_dist.formats import RECENT_STEPS, format_clock, format_si
 
 
 class Metrics:
@@ -24,7 +24,7 @@ class Metrics:
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._num_steps, self._log_every = num_steps, log_every
-        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def step(
         self,
@@ -76,32 +76,18 @@ class Metrics:
         step = record["step"]
         seconds_left = (self._num_steps - step) * sum(self._recent) / len(self._recent)
         crossing = " ".join(
-            f"{index}>{index + 1} {_si(count)}B" for index, count in enumerate(record["boundary_bytes"])
+            f"{index}>{index + 1} {format_si(count)}B" for index, count in enumerate(record["boundary_bytes"])
         )
         parts = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
             f"loss {record['loss']:.4f}",
             f"grad {record['grad_norm']:.3f}",
             f"lr {record['lr']:.2e}",
-            f"{_si(record['tokens_per_second'])} tokens/s",
+            f"{format_si(record['tokens_per_second'])} tokens/s",
             *([f"sent {crossing}"] if crossing else []),
-            f"left {_clock(seconds_left)}",
+            f"left {format_clock(seconds_left)}",
         ]
         return "  ".join(parts)
-
-
-def _si(value: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if value < 1000:
-            return f"{value:.0f}{unit}" if unit == "" else f"{value:.1f}{unit}"
-        value /= 1000
-    return f"{value:.1f}T"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

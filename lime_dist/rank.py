@@ -23,8 +23,10 @@ from lime_dist.pipeline.bundle import StagePlan, plan_stages
 from lime_dist.pipeline.executor import Executor
 from lime_dist.pipeline.schedule import plan_forward_only
 from lime_dist.pipeline.transport import ResidualShare, Transport
+from lime_dist.watch.pulse import Pulse
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WATCHDOG_MARGIN = timedelta(seconds=60)  # the groups' timeouts are longer by this: the watchdog names the cause
 
 
 class Batch(Protocol):
@@ -53,7 +55,9 @@ class StepResult:
 class Rank:
     """Everything one rank holds. Collective: the constructor and every method, over all ranks."""
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device):
+    def __init__(self, config: Config, groups: Groups, device: torch.device, pulse: Pulse | None = None):
+        self.pulse = pulse or Pulse()
+        self.pulse.beat("load")
         self.config, self.groups, self.device = config, groups, device
         self.plan: StagePlan = plan_stages(config)[groups.coordinate.pp_rank]
         parts = MegatronParts(
@@ -78,8 +82,8 @@ class Rank:
             self.plan,
             self._transport,
             ResidualShare(groups.tp, config.parallel.sequence_parallel),
-            call=self.optimizer.call,
-            backward=self.optimizer.backward,
+            call=self.pulse.around("forward", self.optimizer.call),
+            backward=self.pulse.around("backward", self.optimizer.backward),
         )
 
     @property
@@ -93,7 +97,9 @@ class Rank:
         blocks = range(
             self.groups.coordinate.dp_rank, config.layout.dp * config.pipeline.num_microbatches, config.layout.dp
         )
-        return [batch[block * size : (block + 1) * size].to(self.device) for block in blocks]
+        found = [batch[block * size : (block + 1) * size].to(self.device) for block in blocks]
+        self.pulse.finish()
+        return found
 
     def accumulate(self, batch: Batch) -> tuple[float, list[int]]:
         """Add the gradients of a global batch's mean loss; returns the loss and the bytes over each boundary."""
@@ -106,6 +112,7 @@ class Rank:
     def train_step(self, batch: Batch, lr_factor: float) -> StepResult:
         """One update from a global batch."""
         loss, boundary_bytes = self.accumulate(batch)
+        self.pulse.beat("update")
         return StepResult(loss, self.optimizer.step(lr_factor), boundary_bytes)
 
     @torch.no_grad()
@@ -114,6 +121,7 @@ class Rank:
         self.stage.eval()
         total = 0.0
         for batch in batches:
+            self.pulse.beat("evaluate")
             actions = plan_forward_only(self.config.pipeline.num_microbatches)
             losses = self._executor.run(actions, self.microbatches(batch))
             total += self._share(losses, self._transport.take_bytes_sent()[0])[0]
@@ -158,7 +166,7 @@ class Rank:
 def join_world(config: Config, place: Place) -> tuple[Groups, torch.device]:
     """Take this process's place among the ranks. Collective: world."""
     device = pick_device(config, place.local_rank)
-    timeout = timedelta(seconds=config.run.timeout_seconds)
+    timeout = timedelta(seconds=config.run.timeout_seconds) + WATCHDOG_MARGIN
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:

@@ -24,6 +24,8 @@ from lime_dist.ownership import Ownership
 from lime_dist.rank import Rank, join_world
 from lime_dist.resolve import resolve_pattern
 from lime_dist.stopping import StopRequest, stop_request
+from lime_dist.watch.pulse import Pulse
+from lime_dist.watch.watchdog import Watchdog
 
 
 class LossNotFinite(RuntimeError):
@@ -81,8 +83,10 @@ def checkpoints_of(config: Config) -> Path:
 def train(config: Config, place: Place) -> int:
     """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`ending.py`)."""
     stop = stop_request()
-    run = TrainingRun(config, *join_world(config, place), stop)
-    code, reason = run.train()
+    pulse = Pulse()
+    with Watchdog(config, place, pulse):
+        run = TrainingRun(config, *join_world(config, place), stop, pulse)
+        code, reason = run.train()
     if run.rank.is_logger:
         write_outcome(code, reason)
     return code
@@ -112,14 +116,14 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> di
 class TrainingRun:
     """One rank's part in the run; counts the steps and samples done."""
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device, stop: StopRequest):
-        self.config, self._groups, self._device, self._stop = config, groups, device, stop
+    def __init__(self, config: Config, groups: Groups, device: torch.device, stop: StopRequest, pulse: Pulse):
+        self.config, self._groups, self._device, self._stop, self._pulse = config, groups, device, stop, pulse
         self._samples = open_training_data(config)
         self._held_out = open_held_out_data(config)
         self.step = self.samples_seen = self._saved_step = self._pattern_since = 0
         folder = resume_folder(config)
         if folder is None:
-            self.rank = Rank(config, groups, device)
+            self.rank = Rank(config, groups, device, pulse)
         else:
             self._load(folder)
         self._metrics = self._owner = None
@@ -128,7 +132,8 @@ class TrainingRun:
 
     def _load(self, folder: Path) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached."""
-        self.rank = Rank(_config_at(self.config, read_meta(folder).step, folder), self._groups, self._device)
+        config = _config_at(self.config, read_meta(folder).step, folder)
+        self.rank = Rank(config, self._groups, self._device, self._pulse)
         meta = load_checkpoint(self.rank, folder)
         self.step = self._saved_step = self._pattern_since = meta.step
         self.samples_seen = meta.samples_seen
@@ -175,6 +180,7 @@ class TrainingRun:
 
     def _train_step(self, watch: Stopwatch) -> None:
         config = self.config
+        self._pulse.begin_step(self.step + 1)
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
@@ -207,6 +213,7 @@ class TrainingRun:
 
     def _save(self) -> Path:
         watch = Stopwatch()
+        self._pulse.beat("save")
         if self._owner is not None:
             self._owner.check()
         folder = save_checkpoint(self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen)

@@ -44,6 +44,7 @@ def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: i
 def _write_slices(rank: Rank, folder: Path) -> None:
     tensors, places = {}, {}
     for spec, parameter in specified_parameters(rank.stage):
+        rank.pulse.touch()
         for kind in KINDS:
             state = get_state(rank.optimizer, parameter, kind)  # all replicas take part
             for key, place, part in _owned_slices(rank, spec, kind, state):
@@ -99,6 +100,7 @@ def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     saved = SavedWeights(folder, rank.config)
     set_num_updates(rank.optimizer, saved.meta.step)
     for spec, parameter in specified_parameters(rank.stage):
+        rank.pulse.touch()
         for kind in KINDS:
             local = assemble_local(spec, lambda tensor, kind=kind: saved.tensor(kind, tensor))
             set_state(rank.optimizer, parameter, kind, local)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -155,7 +156,9 @@ def test_a_killed_rank_is_named_and_ends_the_job(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", FAILING)
-def test_a_stalled_rank_makes_the_others_give_up_after_the_timeout(text: str) -> None:
+def test_a_stalled_rank_makes_the_others_give_up_after_the_timeout(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process groups' own timeouts: what runs without a folder has no watchdog to wait for."""
+    monkeypatch.setattr("lime_dist.rank.WATCHDOG_MARGIN", timedelta(0))  # ranks are forked, so they have it
     config = make_config(text, timeout_seconds=3)
     with fails_promptly(r"(?i)timed? ?out") as failure:
         run_ranks(config, misbehave, make_batches(config)[0], "stall")

@@ -1,0 +1,85 @@
+"""What a run's folder tells of its progress: config, newest steps and checkpoint. Reads only; needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lime_dist.checkpoint.files import find_latest
+from lime_dist.config import Config, load_config
+from lime_dist.errors import ConfigError
+from lime_dist.formats import RECENT_STEPS
+
+_TAIL_BYTES = 1 << 16  # of metrics.jsonl: more than the recent steps take
+
+
+def find_config(run_dir: Path) -> Config:
+    """The run's resolved config, or what was submitted. Raises: ConfigError where there is no run."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"RUN: {run_dir} is no folder; name a run's folder (its run.dir)")
+    for path in (run_dir / "config.yaml", run_dir / "slurm" / "config.yaml"):
+        if path.is_file():
+            return load_config(path)
+    raise ConfigError(
+        f"RUN: {run_dir} holds no config.yaml, so no run has begun there; name a run's folder (its run.dir)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The newest step that was written down; None of each before the first."""
+
+    step: int = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None  # of the recent steps
+    step_seconds: float | None = None  # likewise
+
+
+def read_progress(path: Path) -> Progress:
+    """Of a metrics.jsonl."""
+    recent = [record for record in _newest_records(path) if "loss" in record][-RECENT_STEPS:]
+    if not recent:
+        return Progress()
+    last, seconds = recent[-1], [record["step_seconds"] for record in recent]
+    tokens = sum(record["tokens_per_second"] * record["step_seconds"] for record in recent)
+    return Progress(
+        step=last["step"],
+        loss=last["loss"],
+        tokens_per_second=tokens / sum(seconds),
+        step_seconds=sum(seconds) / len(seconds),
+    )
+
+
+def _newest_records(path: Path) -> list[dict[str, Any]]:
+    """What is whole of the file's end; its first and last line there may be cut."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    return [record for line in lines if isinstance(record := _parse(line), dict)]
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastCheckpoint:
+    step: int
+    age_seconds: float
+
+
+def read_last_checkpoint(run_dir: Path, now: float) -> LastCheckpoint | None:
+    """The newest whole one; `now` in seconds since the epoch."""
+    folder = find_latest(run_dir / "checkpoints")
+    if folder is None:
+        return None
+    written = (folder / "meta.json").stat().st_mtime
+    return LastCheckpoint(step=int(folder.name.removeprefix("step_")), age_seconds=max(0.0, now - written))

@@ -1,0 +1,116 @@
+"""The thread beside training: writes this rank's heartbeat, and ends the rank when training stands still.
+
+It speaks before the process groups' own timeouts do, since those name whoever waits. All ranks stand still together,
+so each has its own watchdog fire: every rank's stacks are in the logs, and the first to fire tells the launcher why.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from lime_dist.config import Config
+from lime_dist.ending import FAILED, write_outcome
+from lime_dist.launcher import Place
+from lime_dist.local import leave_because_of
+from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, write_heartbeat, written_since
+from lime_dist.watch.pulse import Moment, Pulse
+from lime_dist.watch.silence import describe_silence, first_silent
+
+_INTERVAL = 1.0  # seconds between heartbeats
+_GRACE = (
+    10.0  # seconds before a rank that has fired leaves: whoever moved a little later still fires and shows its stacks
+)
+
+
+class Watchdog:
+    """For the time of a `with`: heartbeats of `pulse` in the run's folder, and an end to the process after
+    `run.timeout_seconds` without a beat. A disk that fails does no harm but to the heartbeats."""
+
+    def __init__(self, config: Config, place: Place, pulse: Pulse):
+        self._layout, self._rank, self._pulse = config.layout, place.rank, pulse
+        self._folder = heartbeat_folder(Path(config.run.dir))
+        self._timeout = config.run.timeout_seconds
+        self._interval, self._grace = min(_INTERVAL, self._timeout / 10), min(_GRACE, self._timeout / 4)
+        self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._began, self._disk_failed = time.time(), False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(self._grace)  # no longer: a disk that hangs must not keep the rank
+
+    def _watch(self) -> None:
+        silent, seen, before = 0.0, self._pulse.last, time.monotonic()
+        self._write(seen)
+        while not self._stop.wait(self._interval):
+            moment, now = self._pulse.last, time.monotonic()
+            # Time in which this process did not run, as in a job that was suspended, is nobody's silence.
+            silent = silent + min(now - before, 10 * self._interval) if moment is seen else 0.0
+            seen, before = moment, now
+            self._write(moment)
+            if silent >= self._timeout:
+                self._give_up()
+        self._write(self._pulse.last, ended=True)
+
+    def _write(self, moment: Moment, ended: bool = False) -> None:
+        try:
+            write_heartbeat(self._folder, self._heartbeat(moment, ended))
+        except OSError as error:
+            if not self._disk_failed:
+                reason = error.strerror or error
+                print(
+                    f"lime-dist: rank {self._rank}: no heartbeat in {self._folder}: {reason}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._disk_failed = True
+
+    def _heartbeat(self, moment: Moment, ended: bool) -> Heartbeat:
+        return Heartbeat(
+            global_rank=self._rank,
+            coordinate=self._layout.coordinate(self._rank),
+            host=self._host,
+            pid=os.getpid(),
+            job=os.environ.get("SLURM_JOB_ID"),
+            step=moment.step,
+            phase=moment.phase,
+            microbatch=moment.microbatch,
+            busy=moment.busy,
+            done=moment.done,
+            moved=moment.time,
+            alive=time.time(),
+            ended=ended,
+        )
+
+    def _give_up(self) -> NoReturn:
+        heartbeats = written_since(read_heartbeats(self._folder, self._layout.world_size), self._began)
+        now, stale_after = time.time(), self._timeout / 2
+        rank = first_silent(heartbeats, now, stale_after)
+        first = describe_silence(self._layout, heartbeats, rank, now, stale_after)
+        reason = f"no progress for {self._timeout:.0f} s; first silent: {first}"
+        print(f"lime-dist: {reason}\nstacks of rank {self._rank}:\n{_stacks()}", file=sys.stderr, flush=True)
+        write_outcome(FAILED, reason)
+        time.sleep(self._grace)
+        leave_because_of(rank, reason)
+
+
+def _stacks() -> str:
+    """Of all threads; one text, so that those of ranks that share a terminal do not mix, and without a file, as disks fail."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "".join(
+        f"Thread {names.get(identity, identity)}:\n{''.join(traceback.format_stack(frame))}"
+        for identity, frame in sys._current_frames().items()
+    )

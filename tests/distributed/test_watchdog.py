@@ -1,0 +1,136 @@
+"""Runs that stand still: the rank that made them is named, whoever noticed first, and every rank that can shows its stacks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from test_train import BASE
+
+from lime_dist.cli import main
+from lime_dist.data.indexed import IndexedWriter
+from lime_dist.ending import FAILED, OUTCOME_VARIABLE, read_outcome
+from lime_dist.lime.layers import DecoderLayer
+from lime_dist.watch.heartbeat import heartbeat_folder, read_heartbeats
+
+TIMEOUT = 6  # seconds; long enough to build a rank on a busy machine
+PROMPT = (
+    TIMEOUT + 12
+)  # a quarter of it in which all fire, a second for the cause to show, five for a deaf rank to leave
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    with IndexedWriter(tmp_path / "train", vocab_size=96) as writer:
+        for document in np.random.default_rng(5).integers(0, 96, (40, 50)):
+            writer.add_document(document)
+        writer.commit({"vocab_size": 96, "tokens": 2000})
+    run = BASE["run"] | {"dir": str(tmp_path / "run"), "steps": 100000, "timeout_seconds": TIMEOUT}
+    data = BASE["data"] | {"train": str(tmp_path / "train"), "valid": None}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"run": run, "data": data, "checkpoint": {"every": 0}}))
+    return path
+
+
+def start(config: Path, *overrides: str) -> multiprocessing.Process:
+    def command() -> None:
+        sys.stderr = (config.parent / "stderr").open("w")
+        os.environ[OUTCOME_VARIABLE] = str(config.parent / "outcome")
+        sys.exit(main(["train", str(config), *overrides]))
+
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    return process
+
+
+def wait_until(condition: Callable[[], bool], process: multiprocessing.Process) -> None:
+    while not condition():
+        assert process.is_alive()
+        time.sleep(0.02)
+
+
+def steps_done(config: Path) -> int:
+    path = config.parent / "run" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def ended(process: multiprocessing.Process, config: Path, started: float) -> str:
+    """stderr of a run that ended in time and left no rank behind."""
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.join(PROMPT)
+    assert process.exitcode == FAILED
+    assert TIMEOUT - 1 < time.monotonic() - started < PROMPT
+    assert not psutil.wait_procs(ranks, timeout=0)[1]
+    return (config.parent / "stderr").read_text()
+
+
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_a_stopped_rank_is_named_by_the_others(stopped: int, config: Path) -> None:
+    process = start(config, "parallel.pp=4")
+    wait_until(lambda: steps_done(config) > 3, process)
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
+    ranks[stopped].suspend()
+    errors = ended(process, config, time.monotonic())
+
+    silent = rf"rank {stopped} \(pp={stopped} dp=0 tp=0\)"
+    line = rf"no progress for 6 s; first silent: {silent} on \S+, stage {stopped}, since step \d+ [a-z]+.*; no sign of life for \d+ s.*"
+    for rank in set(range(4)) - {stopped}:
+        assert re.search(
+            rf"^stacks of rank {rank}:\nThread (.|\n)*?, in (_train_step|accumulate)\n", errors, re.MULTILINE
+        )
+    assert len(re.findall(rf"^lime-dist: {line}$", errors, re.MULTILINE)) == 3
+    assert f"stacks of rank {stopped}:" not in errors
+    assert re.fullmatch(rf"lime-dist: {silent} failed: {line}", errors.splitlines()[-1])
+    code, reason = read_outcome(config.parent / "outcome")
+    assert code == FAILED and re.fullmatch(line, reason)
+
+
+@pytest.mark.parametrize("layout", ["pp=3 dp=2", "pp=3 tp=2"])
+def test_a_rank_asleep_inside_its_forward_is_named(layout: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = DecoderLayer.forward, []
+
+    def fall_asleep(layer: DecoderLayer, *args: object) -> object:
+        calls.append(None)
+        if os.environ["RANK"] == "2" and len(calls) == 20:
+            (config.parent / "asleep").touch()
+            time.sleep(PROMPT)
+        return forward(layer, *args)
+
+    monkeypatch.setattr(DecoderLayer, "forward", fall_asleep)  # ranks are forked, so they have it
+    process = start(config, *(f"parallel.{size}" for size in layout.split()))
+    wait_until((config.parent / "asleep").exists, process)
+    errors = ended(process, config, time.monotonic())
+
+    # Of two tensor ranks inside of the same layer it cannot be told which one waits for the other.
+    who = "rank [23]" if "tp=2" in layout else "rank 2"
+    named = rf"first silent: {who} \(pp=1 .*stage 1, since step \d+ forward microbatch \d; alive, and inside of it"
+    assert re.search(rf"^lime-dist: no progress for 6 s; {named}$", errors, re.MULTILINE)
+    assert re.search(rf"^lime-dist: {who} \(.*failed: .*{named}$", errors.splitlines()[-1])
+    assert all(f"stacks of rank {rank}:" in errors for rank in range(6))
+    assert re.search(r"in fall_asleep\n *time.sleep", errors)
+
+
+def test_heartbeats_tell_where_each_rank_is_and_that_it_left(config: Path) -> None:
+    assert main(["train", str(config), "parallel.pp=3", "run.steps=2"]) == 0
+    heartbeats = read_heartbeats(heartbeat_folder(config.parent / "run"), 3)
+    assert [beat.coordinate.pp_rank for beat in heartbeats] == [0, 1, 2]
+    assert all(beat.ended and beat.step == 2 and beat.phase == "save" for beat in heartbeats)
+    assert len({beat.done for beat in heartbeats}) == 1 and len({beat.pid for beat in heartbeats}) == 3
+
+
+def test_a_folder_that_takes_no_heartbeats_does_not_stop_training(
+    config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "run").mkdir()
+    (config.parent / "run" / "heartbeat").write_text("a file where the folder should be")
+    assert main(["train", str(config), "parallel.pp=2", "run.steps=30"]) == 0
+    assert capfd.readouterr().err.count("no heartbeat in") == 2, "once a rank"

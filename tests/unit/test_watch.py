@@ -1,0 +1,155 @@
+"""A rank's pulse, its file, and the judgement of who fell silent first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lime_dist.layout import Layout
+from lime_dist.watch.heartbeat import Heartbeat, read_heartbeats, write_heartbeat, written_since
+from lime_dist.watch.pulse import Pulse
+from lime_dist.watch.silence import describe_silence, first_silent
+
+LAYOUT = Layout(pp=4, tp=2)
+NOW, STALE_AFTER = 10_000.0, 300.0
+
+
+def heartbeat(rank: int, **values: object) -> Heartbeat:
+    """A rank that waits behind a backward pass and is alive."""
+    beat = Heartbeat(
+        global_rank=rank,
+        coordinate=LAYOUT.coordinate(rank),
+        host=f"n{rank // 2}",
+        pid=100 + rank,
+        job="12",
+        step=41,
+        phase="backward",
+        microbatch=2,
+        busy=False,
+        done=900,
+        moved=NOW - 600,
+        alive=NOW - 1,
+        ended=False,
+    )
+    return replace(beat, **values)
+
+
+def all_waiting(**special: Heartbeat | None) -> list[Heartbeat | None]:
+    """Eight ranks, of which `r3=...` is another."""
+    return [special.get(f"r{rank}", heartbeat(rank)) for rank in range(8)]
+
+
+def shown(pulse: Pulse) -> tuple[int, str, int | None, bool]:
+    return pulse.last.step, pulse.last.phase, pulse.last.microbatch, pulse.last.busy
+
+
+def test_a_pulse_tells_what_is_being_done_and_what_is_done() -> None:
+    pulse = Pulse()
+    assert shown(pulse) == (0, "start", None, True)
+    seen = []
+    forward = pulse.around("forward", lambda value: (seen.append(shown(pulse)), value)[1])
+    backward = pulse.around("backward", lambda: seen.append(shown(pulse)))
+    pulse.begin_step(41)
+    assert shown(pulse) == (41, "data", None, True)
+    pulse.finish()
+    assert shown(pulse) == (41, "data", None, False)
+    assert (forward("a"), forward("b")) == ("a", "b")
+    assert shown(pulse) == (41, "forward", 2, False)
+    backward()
+    assert seen == [(41, "forward", 1, True), (41, "forward", 2, True), (41, "backward", 1, True)]
+    pulse.beat("update")
+    assert shown(pulse) == (41, "update", None, True)
+    pulse.begin_step(42)
+    forward("c")
+    assert shown(pulse) == (42, "forward", 1, False), "microbatches are counted anew in each step"
+
+
+def test_a_pulse_counts_pieces_when_they_are_done() -> None:
+    pulse = Pulse()
+    before = pulse.last.done
+    assert pulse.around("forward", lambda: pulse.last.done)() == before
+    assert pulse.last.done == before + 1
+
+
+def test_work_that_fails_stays_begun() -> None:
+    pulse = Pulse()
+    with pytest.raises(ZeroDivisionError):
+        pulse.around("forward", lambda: 1 / 0)()
+    assert shown(pulse) == (0, "forward", 1, True)
+
+
+def test_a_touch_is_a_beat_of_the_same_piece() -> None:
+    pulse = Pulse()
+    pulse.beat("save")
+    before = pulse.last
+    pulse.touch()
+    assert pulse.last is not before and pulse.last[:5] == before[:5] and pulse.last.time >= before.time
+
+
+def test_heartbeats_read_back_by_rank(tmp_path: Path) -> None:
+    folder = tmp_path / "heartbeat"
+    for rank in (0, 2, 3):
+        write_heartbeat(folder, heartbeat(rank))
+    write_heartbeat(folder, heartbeat(2, step=42))
+    (folder / "rank_00003.json").write_text('{"global_rank": 3, "coord')
+    assert read_heartbeats(folder, 4) == [heartbeat(0), None, heartbeat(2, step=42), None]
+    assert '"coordinate": {"pp": 1, "dp": 0, "tp": 0}' in (folder / "rank_00002.json").read_text()
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_what_an_earlier_start_left_is_no_heartbeat_of_this_one() -> None:
+    beats = [heartbeat(0, alive=NOW - 20), heartbeat(1, alive=NOW - 1), heartbeat(2, alive=NOW + 3), None]
+    assert written_since(beats, NOW) == [None, beats[1], beats[2], None], "clocks of hosts differ by a second"
+
+
+# ---- who was first; the skew of a second makes the others seem earlier
+
+SKEWED = {"moved": NOW - 601.0, "alive": NOW - 2.0}
+CASES = [
+    ("a host that is gone, though it had done more", heartbeat(3, alive=NOW - 590, moved=NOW - 590, done=950)),
+    ("a rank that never wrote", None),
+    ("a rank that left", heartbeat(3, ended=True, done=950)),
+    ("fewer pieces done", heartbeat(3, done=899, moved=NOW - 599.5)),
+    ("inside of a piece while the others wait", heartbeat(3, busy=True, moved=NOW - 599.5, phase="forward")),
+    ("the earliest, all else equal", heartbeat(3, moved=NOW - 603)),
+]
+
+
+@pytest.mark.parametrize(("why", "beat"), CASES)
+def test_first_silent(why: str, beat: Heartbeat | None) -> None:
+    others = {f"r{rank}": heartbeat(rank, **SKEWED) for rank in (1, 5)}
+    assert first_silent(all_waiting(r3=beat, **others), NOW, STALE_AFTER) == 3
+
+
+def test_of_two_that_write_no_more_the_one_that_did_less_was_first() -> None:
+    gone = {"r2": heartbeat(2, alive=NOW - 500, done=890), "r6": heartbeat(6, alive=NOW - 590)}
+    assert first_silent(all_waiting(**gone), NOW, STALE_AFTER) == 2
+
+
+def test_a_heartbeat_a_little_late_is_no_dead_host() -> None:
+    """The others have fired and gone a few seconds ago, or a network disk shows their files late."""
+    late = {f"r{rank}": heartbeat(rank, alive=NOW - 40) for rank in (0, 7)}
+    assert first_silent(all_waiting(r3=heartbeat(3, busy=True), **late), NOW, STALE_AFTER) == 3
+
+
+TOLD = [
+    (
+        heartbeat(3, alive=NOW - 598, phase="forward"),
+        "rank 3 (pp=1 dp=0 tp=1) on n1, stage 1, since step 41 forward microbatch 2; "
+        "no sign of life for 598 s: stopped, or its host is gone",
+    ),
+    (heartbeat(3, busy=True), "rank 3 (pp=1 dp=0 tp=1) on n1, stage 1, since step 41 backward microbatch 2; alive, and inside of it"),
+    (
+        heartbeat(3, phase="save", microbatch=None),
+        "rank 3 (pp=1 dp=0 tp=1) on n1, stage 1, since step 41 save; alive, and waits behind it",
+    ),
+    (heartbeat(3, ended=True), "rank 3 (pp=1 dp=0 tp=1) on n1, stage 1, since step 41 backward microbatch 2; it has left"),
+    (None, "rank 3 (pp=1 dp=0 tp=1), stage 1, which never began"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("beat", "text"), TOLD)
+def test_what_is_told_of_a_silent_rank(beat: Heartbeat | None, text: str) -> None:
+    assert describe_silence(LAYOUT, all_waiting(r3=beat), 3, NOW, STALE_AFTER) == text
