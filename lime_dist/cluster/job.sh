@@ -55,7 +55,9 @@ queue_successor() { # chain: it waits in the queue now, so that it starts howeve
   successor=${successor%%;*}
 }
 
-cancel_successor() { [ -z "$successor" ] || scancel "$successor"; }
+cancel_successor() { # as long as it waits: on a node that was cut off this start may learn late that it runs already
+  [ -z "$successor" ] || scancel --state=PENDING "$successor"
+}
 
 exclude_bad_hosts() { # JOB
   local hosts
@@ -63,9 +65,16 @@ exclude_bad_hosts() { # JOB
   [ -z "$hosts" ] || scontrol update JobId="$1" ExcNodeList="$hosts"
 }
 
+show_job() { echo " $(timeout 10 scontrol show job "$SLURM_JOB_ID" -o) "; }
+
+was_requeued() { # JOB: without this script's doing, by preemption, a node's failure or scontrol requeue
+  [[ $1 =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0}))
+}
+
 requeue() {
+  if was_requeued "$(show_job)"; then return; fi # SLURM gave up this node; the job's next start must go on
   trap '' TERM # the requeue sends TERM; what follows needs a moment more
-  if ! scontrol requeue "$SLURM_JOB_ID"; then
+  if ! timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
     say "scontrol requeue was refused: this was the last start; cluster.requeue=chain does without it"
     return 1
   fi
@@ -116,11 +125,11 @@ on_usr1() { # the time limit is near
 
 find_term_cause() {
   local job
-  job=" $(timeout 10 scontrol show job "$SLURM_JOB_ID" -o) "
+  job=$(show_job)
   if [[ $job = *" Reason=TimeLimit "* ]]; then
     echo "time limit"
-  elif [[ $job =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0})); then
-    echo "requeued by SLURM" # preemption, a node's failure, or scontrol requeue
+  elif was_requeued "$job"; then
+    echo "requeued by SLURM"
   elif [[ $job = *" Reason=NodeDown "* || $job = *" Reason=NodeFail "* ]]; then
     echo "node failure" # of a job that SLURM may not requeue
   elif [[ $job =~ \ PreemptTime=[0-9] ]]; then

@@ -94,7 +94,8 @@ class Submission:
 
     @property
     def decisions(self) -> list[str]:
-        return [event.decision for event in self.events("end")]
+        """In the order of the starts. One whose node was cut off may tell its end after the next one's."""
+        return [event.decision for event in sorted(self.events("end"), key=lambda event: (int(event.job), event.restart))]
 
     @property
     def saved_step(self) -> int:

@@ -37,7 +37,7 @@ def test_decision(bash: Bash, mode: str, code: int) -> None:
         ["end", "0", "0", f"{code} exit code {code} -> {decision}"],
     ]
     assert ended.called("scontrol", "requeue") == ([REQUEUE] if decision == "requeued" else [])
-    assert ended.called("scancel") == ([["43"]] if mode == "chain" and code == 2 else [])
+    assert ended.called("scancel") == ([["--state=PENDING", "43"]] if mode == "chain" and code == 2 else [])
     assert len(ended.called("sbatch")) == (mode == "chain")
 
 
@@ -61,6 +61,15 @@ def test_requeue_refused(bash: Bash) -> None:
     ended = run.start(SRUN="exit 75", REQUEUE_CODE="1")
     assert ended.code == 75 and "scontrol requeue was refused" in ended.text
     assert run.history()[-1][-1].endswith("-> failed")
+
+
+def test_lost_start_leaves_the_next_one_alone(bash: Bash) -> None:
+    """Its node was cut off: when its ranks fail at last, SLURM has started the job again elsewhere."""
+    run = make_run(bash)
+    bash.add_client("scontrol", 'case "$1 $2" in "show job") echo "JobId=42 Restarts=2 Reason=None" ;; esac')
+    ended = run.start(SRUN="exit 1", SLURM_RESTART_COUNT="1")
+    assert run.history()[-1][-1] == "1 exit code 1 -> requeued"
+    assert not ended.called("scontrol", "requeue") and not ended.called("scontrol", "update")
 
 
 def test_chain_queues_its_successor_first(bash: Bash) -> None:
@@ -205,7 +214,7 @@ def test_term(bash: Bash, job: str, mode: str) -> None:
     assert [line[0] for line in run.history()].count("end") == 1
     by_us = decision == "requeued" and cause != "requeued by SLURM"
     assert ended.called("scontrol", "requeue") == ([REQUEUE] if by_us else [])
-    assert ended.called("scancel") == ([["43"]] if mode == "chain" and cause == "cancelled" else [])
+    assert ended.called("scancel") == ([["--state=PENDING", "43"]] if mode == "chain" and cause == "cancelled" else [])
 
 
 def test_usr1_before_the_ranks_start(bash: Bash) -> None:
