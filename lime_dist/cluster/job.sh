@@ -110,6 +110,14 @@ finish() { # CODE REASON: decide and record, unless a signal has, and leave
   exit "$code"
 }
 
+conclude() { # CODE REASON: unless the ranks know better than srun and torchrun, which make other codes of theirs
+  local code=$1 reason=$2 told told_reason
+  if [ -f "$outcome" ] && read -r told told_reason <"$outcome" && [[ $told =~ ^[0-9]+$ ]]; then
+    code=$told reason=$told_reason
+  fi
+  finish "$code" "$reason"
+}
+
 give_up() { # REASON: before anything was started
   decision=gave-up
   finish 2 "$1"
@@ -195,7 +203,7 @@ check_hosts() {
   run_step "${srun[@]}" "${container[@]}" "$python" -m lime_dist.cli preflight "$slurm_dir/config.yaml" \
     --exclude-file "$exclude_file"
   code=$?
-  ((code == 0)) || finish "$code" "preflight"
+  ((code == 0)) || conclude "$code" "preflight"
 }
 
 # Of one node, where launcher is torchrun. torchrun dies of USR1 and hands it to nobody, so it begins ignoring it and
@@ -212,11 +220,11 @@ node_script='
 '
 
 train() {
-  local code reason told told_reason log arguments=(train "$slurm_dir/config.yaml")
+  local code log arguments=(train "$slurm_dir/config.yaml")
   log=${slurm_dir//%/%%}/logs/$SLURM_JOB_ID.$restart # srun reads %t and the like in it
   # A restart goes on from this run's checkpoints, whatever its first start began from.
   if ((restart > 0)) && [ "$(newest_step)" != "${steps[0]}" ]; then arguments+=(checkpoint.resume=auto); fi
-  export LIME_DIST_OUTCOME_FILE=$outcome TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+  export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
   if [ "$launcher" = srun ]; then
     run_step "${srun[@]}" --output="$log.rank_%3t.log" "${container[@]}" "$python" -m lime_dist.cli "${arguments[@]}"
   else
@@ -224,12 +232,8 @@ train() {
       ${cpus_per_task:+--cpus-per-task="$((cpus_per_task * ranks_per_node))"} \
       "${container[@]}" bash -c "$node_script" node "$python" "$ranks_per_node" "${arguments[@]}"
   fi
-  code=$? reason="exit code $?"
-  # The ranks know better than srun and torchrun, which make other codes of theirs.
-  if [ -f "$outcome" ] && read -r told told_reason <"$outcome" && [[ $told =~ ^[0-9]+$ ]]; then
-    code=$told reason=$told_reason
-  fi
-  finish "$code" "$reason"
+  code=$?
+  conclude "$code" "exit code $code"
 }
 
 # ---- the start ----
@@ -247,6 +251,7 @@ fi
 record start "$SLURM_JOB_NODELIST"
 mkdir -p "$slurm_dir/logs" "$slurm_dir/outcomes"
 outcome=$slurm_dir/outcomes/$SLURM_JOB_ID.$restart
+export LIME_DIST_OUTCOME_FILE=$outcome
 if [[ $mode = chain ]] && ((restart < max_restarts)); then queue_successor; fi
 
 # Modules and setup are not written for `set -u`, and their variables must be global: hence no function.

@@ -95,7 +95,8 @@ class Submission:
     @property
     def decisions(self) -> list[str]:
         """In the order of the starts. One whose node was cut off may tell its end after the next one's."""
-        return [event.decision for event in sorted(self.events("end"), key=lambda event: (int(event.job), event.restart))]
+        ends = sorted(self.events("end"), key=lambda event: (int(event.job), event.restart))
+        return [event.decision for event in ends]
 
     @property
     def saved_step(self) -> int:

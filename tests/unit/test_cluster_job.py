@@ -152,6 +152,14 @@ def test_preflight_ends_the_start(bash: Bash, code: int, decision: str) -> None:
     assert len(run.start().called("srun")) == 2
 
 
+def test_outcome_of_the_preflight_is_believed_too(bash: Bash) -> None:
+    """srun says 143 of the ranks that it stopped behind the one with the user's mistake."""
+    run = make_run(bash, preflight=True)
+    bash.add_client("srun", 'echo "2 run.device: no GPU" >"$LIME_DIST_OUTCOME_FILE"; exit 143')
+    assert run.start().code == 2
+    assert run.history()[-1][-1] == "2 run.device: no GPU -> failed"
+
+
 def test_ports_and_addresses(bash: Bash) -> None:
     run = make_run(bash)
     tell = 'echo "at $MASTER_ADDR:$MASTER_PORT rank ${RANK-none}" >>ports; exit 1'
