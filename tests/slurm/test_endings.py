@@ -75,32 +75,27 @@ def test_three_stages_on_three_nodes(run: Submission, finishes: Callable[..., No
 # ---- asked to stop: a checkpoint, and on from there
 
 
-def test_time_limit(run: Submission, finishes: Callable[..., None]) -> None:
-    """The true clock. A step is so long that the signal ahead of the limit comes within it."""
-    run.submit(time="00:01:00", stop_lead_seconds=20)
+@pytest.mark.parametrize("warned", [True, False])
+def test_time_limit(warned: bool, run: Submission, finishes: Callable[..., None]) -> None:
+    """SLURM's clock ticks every 30 s. With the limit 35 s ahead the script's signal comes a tick before TERM, within a
+    long step; with 1 s both come at once, and the ranks still save."""
+    run.submit(stop_lead_seconds=20)
     run.reach(5)
-    long_step(run, until=lambda: "USR1" in run.log)
-    finishes(run)
-    assert run.decisions == ["requeued", "finished"]
-    assert run.events("start")[1].step == run.events("end")[0].step == stopped_at(run)
-
-
-def test_time_limit_without_warning(run: Submission, finishes: Callable[..., None]) -> None:
-    """TERM and the limit in one: the ranks still save, and the script requeues the job itself."""
-    run.submit()
-    run.reach(5)
-    long_step(run, until=lambda: update_job(run, "EndTime=now+1") or "TERM" in run.log)
+    update_job(run, f"EndTime=now+{35 if warned else 1}")
+    long_step(run, until="asked to stop" if warned else "TERM from SLURM: time limit")
+    run.pending()
+    update_job(run, "TimeLimit=10")  # the shorter one would hold for the next start too
     finishes(run)
     assert run.decisions == ["requeued", "finished"]
     assert run.events("start")[1].step == stopped_at(run)
 
 
-def long_step(run: Submission, until: Callable[[], object]) -> None:
-    """Hold all ranks, as a step of minutes would, until something is there."""
+def long_step(run: Submission, until: str) -> None:
+    """Hold all ranks, as a step of minutes would, until the script has said something."""
     ranks = run.ranks()
     assert len(ranks) == 4
     send(ranks, signal.SIGSTOP)
-    run.cluster.wait_until(until, "the end of the long step", job_id=run.job, timeout=90)
+    run.cluster.wait_until(lambda: until in run.log, until, job_id=run.job, timeout=90)
     send(ranks, signal.SIGCONT)
 
 
