@@ -149,7 +149,8 @@ def test_time_in_which_a_job_was_suspended_is_no_silence(config: Path) -> None:
     def rank() -> None:
         with Watchdog(loaded, Place(rank=0, local_rank=0, world_size=1), Pulse()):
             began.set()
-            time.sleep(0.6)
+            time.sleep(0.3)  # it is suspended in this
+            time.sleep(0.45)  # a watchdog that counts that has fired by now
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=rank)
