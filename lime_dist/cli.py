@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lime_dist import __version__, commands
 from lime_dist.bench import commands as bench_commands
+from lime_dist.cluster import commands as cluster_commands
 from lime_dist.cluster import watching
 from lime_dist.data import commands as data_commands
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
@@ -23,9 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lime-dist {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parsers(subparsers)
-    watching.add_parsers(subparsers)
     data_commands.add_parser(subparsers)
     bench_commands.add_parser(subparsers)
+    cluster_commands.add_parser(subparsers)
+    watching.add_parsers(subparsers)
     return parser
 
 

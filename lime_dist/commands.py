@@ -135,7 +135,12 @@ def _train(args: argparse.Namespace) -> int:
 
     config = _resolve(args)
     check_files(config)
-    return _on_ranks(config, "train")
+    code = _on_ranks(config, "train")
+    if find_place() is not None:
+        from lime_dist.local import leave
+
+        leave(code)  # at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give
+    return code
 
 
 def _dry_run(args: argparse.Namespace) -> int:

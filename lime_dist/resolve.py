@@ -13,6 +13,7 @@ import yaml
 
 from lime_dist.checkpoint.files import CheckpointReader
 from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config.reading import parse_bytes
 from lime_dist.depth.pattern import Pattern, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.depth.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
@@ -60,10 +61,8 @@ def _edges(config: Config, argument: str, _: Path | None) -> Pattern:
 
 
 def _budget(config: Config, argument: str, weights_from: Path | None) -> Pattern:
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}
-    number = argument.rstrip("BGKMi")
-    unit = argument[len(number) :].strip()
-    if unit not in units or not number.strip().isdigit():
+    budget_bytes = parse_bytes(argument)
+    if budget_bytes is None:
         raise PlanError(f"depth.pattern: budget:{argument} needs bytes, such as budget:4194304 or budget:4MiB")
     weights = prior_weights(config.model.num_layers) if weights_from is None else router_weights(weights_from, config)
     return select_budget(
@@ -71,7 +70,7 @@ def _budget(config: Config, argument: str, weights_from: Path | None) -> Pattern
         config.stages,
         policy=config.depth.policy if config.depth.routing.presummable else "relay",
         bundle_bytes=plan_shape(config).bundle_bytes,
-        budget_bytes=int(number) * units[unit],
+        budget_bytes=budget_bytes,
     )
 
 

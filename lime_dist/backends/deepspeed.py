@@ -7,6 +7,7 @@ gradients as they come.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
+def _tell_device(device: torch.device) -> None:
+    """DeepSpeed takes the device from LOCAL_RANK, which srun does not set and which misleads where a task sees one GPU."""
+    os.environ["LOCAL_RANK"] = str(device.index) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")
+
+
 class ZeroOptimizer:
     """Gradients to weights: reduction over the replicas, clipping over the whole model, AdamW.
 
@@ -64,6 +70,7 @@ class ZeroOptimizer:
         self._through_engine = config.zero_stage >= 2
         self._placeholder = _router_placeholder(stage, config)
         _mark_for_norm(stage, groups.coordinate.tp_rank)
+        _tell_device(stage.device)
         self.engine, *_ = deepspeed.initialize(
             model=stage,
             optimizer=build_optimizer(stage, config, placeholder=self._placeholder),

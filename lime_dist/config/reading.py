@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,30 +17,46 @@ from lime_dist.config.schema import Config, Source
 from lime_dist.errors import ConfigError, one_line
 
 
+class _Loader(yaml.SafeLoader):
+    """Leaves 12:00:00 a text, which YAML 1.1 reads as 43200: a number to the base 60."""
+
+    yaml_implicit_resolvers = {
+        first: [("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")), *known]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `section.key=value` overrides (values are YAML). Does not `check_config`.
 
     Raises: ConfigError.
     """
+    return parse_config(read_yaml(path, "config", "sections such as `model:` and `run:`"), overrides)
+
+
+def read_yaml(path: str | Path, what: str, content: str) -> dict[str, Any]:
+    """The mapping in a YAML file; `what` and `content` say in errors what it is and should hold. Raises: ConfigError."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} {path}: not UTF-8; give the path of a YAML file") from None
     except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror or error}; give the path of a YAML file") from None
+        raise ConfigError(f"{what} {path}: {error.strerror or error}; give the path of a YAML file") from None
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {one_line(error)}") from None
+        raise ConfigError(f"{what} {path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path}: must hold sections such as `model:` and `run:`")
-    return parse_config(tree, overrides)
+        raise ConfigError(f"{what} {path}: must hold {content}")
+    return tree
 
 
 def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Build the dataclasses from nested mappings. Raises: ConfigError."""
     tree = {name: dict(section) if isinstance(section, Mapping) else section for name, section in tree.items()}
     for override in overrides:
-        _apply_override(tree, override)
-    return _build(Config, tree, "")
+        apply_override(tree, override)
+    return build_section(Config, tree, "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -51,12 +68,13 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` (the value is YAML) in `tree`. Raises: ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {key}: {one_line(error)}") from None
     *sections, name = key.split(".")
@@ -72,7 +90,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
+def build_section(cls: type, values: Any, prefix: str) -> Any:
+    """The dataclass `cls` from a mapping; `prefix` stands before its keys in errors. Raises: ConfigError."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.') or 'config'}: must be a section with keys, not {values!r}")
     hints = typing.get_type_hints(cls)
@@ -90,6 +109,12 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
 
 
+def parse_bytes(text: str) -> int | None:
+    """Bytes of a text such as 4MiB or 4194304; None when it is none."""
+    found = re.fullmatch(r"(\d+)\s*(KiB|MiB|GiB|)", text.strip(), re.ASCII)
+    return int(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}[found[2]] if found else None
+
+
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
@@ -97,7 +122,10 @@ def _nearest(name: str, known: Mapping[str, Any]) -> str:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, {} if value is None else value, f"{key}.")
+        return build_section(hint, {} if value is None else value, f"{key}.")
+    section = next(filter(dataclasses.is_dataclass, _options(hint)), None)
+    if section is not None and value is not None:
+        return build_section(section, value, f"{key}.")
     if hint == list[Source]:
         return [_source(item, f"{key}[{index}]") for index, item in enumerate(_as_list(value))]
     converted = _convert_any(_options(hint), value)
@@ -174,4 +202,4 @@ def _as_list(value: Any) -> list[Any]:
 def _source(item: Any, key: str) -> Source:
     if isinstance(item, str):
         return Source(path=item)
-    return _build(Source, item, f"{key}.")
+    return build_section(Source, item, f"{key}.")

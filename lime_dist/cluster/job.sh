@@ -1,0 +1,261 @@
+#!/bin/bash
+@SBATCH@
+# Written by `lime-dist submit`. One start of a training: checks, ranks, and what follows when they have ended.
+# shellcheck disable=SC2016,SC2317  # some text is expanded elsewhere; some functions are called by trap only
+@VALUES@
+# ---- from here on the same for every cluster, but for the lines of `setup` ----
+
+set -uo pipefail
+slurm_dir=$run_dir/slurm
+history=$slurm_dir/history.tsv
+outcome='' # where the ranks of this start write how they ended
+restart=0  # starts before this one since the submission
+successor='' decision='' stop_requested='' term_cause='' step_pid=''
+
+say() { printf '%s lime-dist: %s\n' "$(date -u +%FT%TZ)" "$*"; }
+
+newest_step() { # of the complete checkpoints; 0: there is none
+  local meta name newest=0
+  for meta in "$run_dir"/checkpoints/step_*/meta.json; do
+    name=${meta%/meta.json} name=${name##*/step_}
+    if [[ -f $meta && $name =~ ^[0-9]+$ ]] && ((10#$name > newest)); then newest=$((10#$name)); fi
+  done
+  echo "$newest"
+}
+
+record() { # EVENT DETAIL: a line of the run's history
+  printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$SLURM_JOB_ID" "$restart" "$1" "$(newest_step)" "${2//$'\t'/ }" >>"$history"
+}
+
+earlier_starts() { # the newest checkpoint's step at each start since the submission
+  awk -F '\t' '$4 == "submitted" { n = 0 } $4 == "start" { step[n++] = $5 } END { for (i = 0; i < n; i++) print step[i] }' "$history"
+}
+
+await_submission() { # submit writes its line when sbatch has answered; this start may be quicker
+  local try
+  for try in {1..30}; do
+    awk -F '\t' -v job="$SLURM_JOB_ID" '$2 == job && $4 == "submitted" { found = 1 } END { exit !found }' "$history" 2>/dev/null && return
+    sleep 1
+  done
+  say "$history has no line of the submission after $try s; going on without"
+}
+
+bad_hosts() { # of the exclude file, with commas between
+  [ -f "$exclude_file" ] && grep -xE '[A-Za-z0-9._-]+' "$exclude_file" | sort -u | paste -sd, -
+}
+
+# ---- what follows ----
+
+queue_successor() { # chain: it waits in the queue now, so that it starts however this job ends, unless that is well
+  local hosts exclude=()
+  hosts=$(bad_hosts)
+  [ -z "$hosts" ] || exclude=(--exclude="$hosts")
+  successor=$(sbatch --parsable --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes "${exclude[@]}" \
+    "$slurm_dir/job.sbatch" successor) || say "sbatch refused the successor: this is the last start"
+  successor=${successor%%;*}
+}
+
+cancel_successor() { [ -z "$successor" ] || scancel "$successor"; }
+
+exclude_bad_hosts() { # JOB
+  local hosts
+  hosts=$(bad_hosts)
+  [ -z "$hosts" ] || scontrol update JobId="$1" ExcNodeList="$hosts"
+}
+
+requeue() {
+  trap '' TERM # the requeue sends TERM; what follows needs a moment more
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    say "scontrol requeue was refused: this was the last start; cluster.requeue=chain does without it"
+    return 1
+  fi
+  exclude_bad_hosts "$SLURM_JOB_ID"
+  scontrol update JobId="$SLURM_JOB_ID" StartTime=now+10 # SLURM alone would wait two minutes
+}
+
+start_again() { # sets decision
+  if ((restart >= max_restarts)); then
+    say "max_restarts=$max_restarts reached"
+    decision=gave-up
+  elif [[ $mode = chain && -n $successor ]]; then
+    exclude_bad_hosts "$successor" # of which this start may have found another
+    decision=chained
+  elif [[ $mode = requeue ]] && requeue; then
+    decision=requeued
+  else
+    decision=failed
+  fi
+}
+
+finish() { # CODE REASON: decide and record, unless a signal has, and leave
+  local code=$1 reason=$2
+  if [ -z "$decision" ]; then
+    case $code in
+      0) decision=finished ;;
+      2) decision=failed && cancel_successor ;;
+      *) start_again ;;
+    esac
+  fi
+  [ -n "$term_cause" ] || record end "$code $reason -> $decision"
+  say "exit code $code (${term_cause:+$term_cause: }$reason): $decision"
+  exit "$code"
+}
+
+give_up() { # REASON: before anything was started
+  decision=gave-up
+  finish 2 "$1"
+}
+
+# ---- signals ----
+
+on_usr1() { # the time limit is near
+  say "asked to stop; the ranks save and leave"
+  stop_requested=1
+  [ -z "$step_pid" ] || kill -USR1 "$step_pid" # srun hands it to the tasks
+}
+
+find_term_cause() {
+  local job
+  job=" $(timeout 10 scontrol show job "$SLURM_JOB_ID" -o) "
+  if [[ $job = *" Reason=TimeLimit "* ]]; then
+    echo "time limit"
+  elif [[ $job =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0})); then
+    echo "requeued by SLURM" # preemption, a node's failure, or scontrol requeue
+  elif [[ $job = *" Reason=NodeDown "* || $job = *" Reason=NodeFail "* ]]; then
+    echo "node failure" # of a job that SLURM may not requeue
+  elif [[ $job =~ \ PreemptTime=[0-9] ]]; then
+    echo "preemption" # likewise
+  else
+    echo "cancelled"
+  fi
+}
+
+on_term() { # decides and records at once: SLURM kills this script in KillWait seconds, whether the ranks have left or not
+  trap '' TERM
+  term_cause=$(find_term_cause)
+  say "TERM from SLURM: $term_cause"
+  case $term_cause in
+    cancelled) decision=cancelled && cancel_successor ;;
+    "requeued by SLURM") decision=requeued ;;
+    *) start_again ;;
+  esac
+  record end "75 $term_cause -> $decision"
+}
+
+# ---- steps ----
+
+run_step() { # COMMAND...: signals reach it while it runs; returns its code
+  [[ -z $stop_requested && -z $term_cause ]] || return 75
+  env "${exports[@]}" "$@" &
+  step_pid=$!
+  while kill -0 "$step_pid" 2>/dev/null; do wait "$step_pid"; done # a trapped signal ends wait early
+  wait "$step_pid"
+  local code=$?
+  step_pid=
+  return "$code"
+}
+
+port_is_free() { # in no range that the kernel gives out, and nobody listens here
+  local low high
+  read -r low high </proc/sys/net/ipv4/ip_local_port_range
+  (($1 < low || $1 > high)) && ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
+choose_port() { # another one for each job and restart
+  local offset port
+  for offset in {0..999}; do
+    port=$((10000 + (SLURM_JOB_ID * 50 + restart + offset) % 20000))
+    if port_is_free "$port"; then break; fi
+  done
+  echo "$port"
+}
+
+describe() { # job, ranks and the listed variables, no others
+  local index name value
+  say "job $SLURM_JOB_ID, restart $restart of at most $max_restarts, from step $(newest_step), nodes $SLURM_JOB_NODELIST"
+  for index in "${!hosts[@]}"; do
+    say "${hosts[index]}: ranks $((index * ranks_per_node))-$(((index + 1) * ranks_per_node - 1))"
+  done
+  for name in "${shown[@]}"; do
+    value=$(env "${exports[@]}" printenv "$name") && say "$name=${value@Q}"
+  done
+}
+
+check_hosts() {
+  local code
+  run_step "${srun[@]}" "${container[@]}" "$python" -m lime_dist.cli preflight "$slurm_dir/config.yaml" \
+    --exclude-file "$exclude_file"
+  code=$?
+  ((code == 0)) || finish "$code" "preflight"
+}
+
+# Of one node, where launcher is torchrun. torchrun dies of USR1 and hands it to nobody, so it begins ignoring it and
+# this shell tells its children, the ranks, which by then have their own handler.
+node_script='
+  trap "" USR1
+  "$1" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$2" --node-rank="$SLURM_NODEID" \
+    --master-addr="${MASTER_ADDR:-$SLURM_LAUNCH_NODE_IPADDR}" --master-port="$MASTER_PORT" --max-restarts=0 --tee=3 -m lime_dist.cli "${@:3}" &
+  agent=$!
+  trap "kill -USR1 \$(cat /proc/$agent/task/$agent/children)" USR1
+  trap : TERM # torchrun and the ranks get it too; this shell waits for them
+  while kill -0 "$agent" 2>/dev/null; do wait "$agent"; done
+  wait "$agent"
+'
+
+train() {
+  local code reason told told_reason log arguments=(train "$slurm_dir/config.yaml")
+  log=${slurm_dir//%/%%}/logs/$SLURM_JOB_ID.$restart # srun reads %t and the like in it
+  # A restart goes on from this run's checkpoints, whatever its first start began from.
+  if ((restart > 0)) && [ "$(newest_step)" != "${steps[0]}" ]; then arguments+=(checkpoint.resume=auto); fi
+  export LIME_DIST_OUTCOME_FILE=$outcome TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+  if [ "$launcher" = srun ]; then
+    run_step "${srun[@]}" --output="$log.rank_%3t.log" "${container[@]}" "$python" -m lime_dist.cli "${arguments[@]}"
+  else
+    run_step "${srun[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$log.node_%3n.log" \
+      ${cpus_per_task:+--cpus-per-task="$((cpus_per_task * ranks_per_node))"} \
+      "${container[@]}" bash -c "$node_script" node "$python" "$ranks_per_node" "${arguments[@]}"
+  fi
+  code=$? reason="exit code $?"
+  # The ranks know better than srun and torchrun, which make other codes of theirs.
+  if [ -f "$outcome" ] && read -r told told_reason <"$outcome" && [[ $told =~ ^[0-9]+$ ]]; then
+    code=$told reason=$told_reason
+  fi
+  finish "$code" "$reason"
+}
+
+# ---- the start ----
+
+trap on_usr1 USR1
+trap on_term TERM
+if [[ -z ${SLURM_RESTART_COUNT:-} && ${1:-} != successor ]]; then await_submission; fi
+mapfile -t steps < <(earlier_starts)
+restart=${#steps[@]}
+((restart <= max_restarts)) || give_up "max_restarts=$max_restarts reached"
+if ((restart >= max_starts_without_progress)) &&
+  ! printf '%s\n' "${steps[@]:restart-max_starts_without_progress}" | grep -qvx "$(newest_step)"; then
+  give_up "no progress in $max_starts_without_progress starts"
+fi
+record start "$SLURM_JOB_NODELIST"
+mkdir -p "$slurm_dir/logs" "$slurm_dir/outcomes"
+outcome=$slurm_dir/outcomes/$SLURM_JOB_ID.$restart
+if [[ $mode = chain ]] && ((restart < max_restarts)); then queue_successor; fi
+
+# Modules and setup are not written for `set -u`, and their variables must be global: hence no function.
+set +u
+for module in "${modules[@]}"; do
+  module load "$module" || finish 2 "module load $module failed"
+done
+@SETUP@
+set -u
+
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR # a submitting shell's own would be taken for srun's
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+if ((${#hosts[@]})); then export MASTER_ADDR=${hosts[0]}; fi # without scontrol the ranks find it themselves
+MASTER_PORT=$(choose_port)
+export MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-${cpus_per_task:-1}}
+# srun does not take it over from sbatch
+if [ -n "$cpus_per_task" ]; then export SRUN_CPUS_PER_TASK=$cpus_per_task; fi
+srun=(srun --kill-on-bad-exit=1 --wait=60 --distribution=block:block --open-mode=append "${srun_flags[@]}")
+describe
+if [ "$preflight" = yes ]; then check_hosts; fi
+train

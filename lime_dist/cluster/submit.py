@@ -1,0 +1,191 @@
+"""`lime-dist submit`: refuse what cannot run, write the files of the submission, hand them to sbatch.
+
+Needs SLURM's clients and git only; no torch, so that it answers at once on a login node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lime_dist.checkpoint.files import find_checkpoints
+from lime_dist.cluster.history import append_submitted, read_history
+from lime_dist.cluster.lead import plan_stop_lead, read_records
+from lime_dist.cluster.schema import ClusterConfig, load_cluster
+from lime_dist.cluster.script import Submission, check_paths, render_script
+from lime_dist.config import Config, dump_yaml, load_config
+from lime_dist.errors import ConfigError, LayoutError, one_line
+from lime_dist.pipeline.table import format_bytes
+from lime_dist.preflight import check_files
+from lime_dist.resolve import ready_config
+
+_CLIENT_TIMEOUT_SECONDS = 60  # SLURM's clients wait for ever for a controller that is away
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that a submission writes and says, checked."""
+
+    config: Config
+    cluster: ClusterConfig
+    submission: Submission
+    script: str
+    lead_source: str
+
+
+def prepare(config_file: Path, cluster_file: Path, overrides: Sequence[str]) -> Prepared:
+    """Read, check and render; writes nothing. Raises: LimeDistError for what must not wait in a queue first."""
+    cluster = load_cluster(cluster_file, [text for text in overrides if text.startswith("cluster.")])
+    config = ready_config(
+        load_config(config_file, [text for text in overrides if not text.startswith("cluster.")]), cluster.world_size
+    )
+    check_fit(config, cluster)
+    check_memory(config, cluster)
+    check_files(config)
+    submission, lead_source = _plan_submission(config, cluster)
+    return Prepared(
+        config=config,
+        cluster=cluster,
+        submission=submission,
+        script=render_script(cluster, submission),
+        lead_source=lead_source,
+    )
+
+
+def check_fit(config: Config, cluster: ClusterConfig) -> None:
+    """Raises: LayoutError where the run's layout and devices do not fit the nodes."""
+    tp, ranks, gpus = config.parallel.tp, cluster.ranks_per_node, cluster.gpus_per_node
+    if ranks % tp and not cluster.tp_across_nodes:
+        raise LayoutError(
+            f"parallel.tp: {tp} does not divide cluster.tasks_per_node={ranks}, so tensor groups would cross nodes; "
+            "change one of them or set cluster.tp_across_nodes=true"
+        )
+    if config.run.device == "cuda" and not gpus:
+        raise LayoutError("run.device: cuda with cluster.gpus_per_node=0; set cluster.gpus_per_node or run.device=cpu")
+    if config.run.device != "cpu" and 0 < gpus < ranks:
+        raise LayoutError(f"cluster.tasks_per_node: {ranks} ranks for gpus_per_node={gpus}; set it to {gpus}")
+
+
+def check_memory(config: Config, cluster: ClusterConfig) -> None:
+    """Raises: LayoutError when a stage is estimated to need more than `cluster.gpu_memory`."""
+    if cluster.gpu_memory_bytes is None or not cluster.gpus_per_node:
+        return
+    from lime_dist.pipeline.memory import estimate_memory
+
+    needs = [stage.total_bytes for stage in estimate_memory(config)]
+    worst = max(range(len(needs)), key=needs.__getitem__)
+    if needs[worst] > cluster.gpu_memory_bytes:
+        raise LayoutError(
+            f"cluster.gpu_memory: {cluster.gpu_memory}, but a rank of stage {worst} needs about {format_bytes(needs[worst])}; "
+            "raise parallel.pp, parallel.tp or pipeline.num_microbatches, or set parallel.recompute=layer"
+        )
+
+
+def _plan_submission(config: Config, cluster: ClusterConfig) -> tuple[Submission, str]:
+    submission = Submission(
+        run_dir=Path(os.path.abspath(config.run.dir)),
+        folder=Path.cwd(),
+        python=sys.executable,
+        stop_lead_seconds=cluster.stop_lead_seconds or 0,
+    )
+    check_paths(submission)
+    if cluster.stop_lead_seconds is not None:
+        return submission, "cluster.stop_lead_seconds"
+    starts = [event.step for event in read_history(submission.history) if event.kind == "start"]
+    records = read_records(submission.run_dir / "metrics.jsonl")
+    lead, source = plan_stop_lead(records, [step + 1 for step in (0, *starts)], cluster.time_seconds)
+    return dataclasses.replace(submission, stop_lead_seconds=lead), source
+
+
+def submit(prepared: Prepared) -> str:
+    """Write the files, call sbatch, note it in the history; the job's id. Raises: ConfigError."""
+    submission, cluster = prepared.submission, prepared.cluster
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "environment: sbatch is not on PATH; submit on a login node, or read the script with --dry-run"
+        )
+    _refuse_queued(submission)
+    _write_files(prepared)
+    bad_hosts = read_bad_hosts(submission.exclude_file(cluster))
+    exclude = [f"--exclude={','.join(bad_hosts)}"] if bad_hosts else []
+    answer = _ask(["sbatch", "--parsable", *exclude, str(submission.script)])
+    if answer.returncode:
+        raise ConfigError(f"sbatch: {' '.join(answer.stderr.split())}; mend the key of the cluster file that it names")
+    job = answer.stdout.strip().split(";")[0]
+    step = max(
+        (int(path.name.removeprefix("step_")) for path in find_checkpoints(submission.run_dir / "checkpoints")),
+        default=0,
+    )
+    append_submitted(submission.history, job, step)
+    return job
+
+
+def _refuse_queued(submission: Submission) -> None:
+    """A second job of the same run would write the same files. A chain's successor is known by its script."""
+    known = {event.job for event in read_history(submission.history)[-1:]}
+    answer = _ask(["squeue", "--noheader", "--user", str(os.getuid()), "--format=%i %T %o"])
+    for line in answer.stdout.splitlines():
+        job, state, command = (line.split(" ", 2) + ["", ""])[:3]
+        if job in known or command.split(" successor")[0] == str(submission.script):
+            raise ConfigError(f"run.dir: job {job} of this run is still {state}; scancel it first")
+
+
+def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Raises: ConfigError when the client is not there or does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_CLIENT_TIMEOUT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"environment: {one_line(error)}; see whether SLURM answers here") from None
+
+
+def read_bad_hosts(path: Path) -> list[str]:
+    """The hosts of an exclude file, sorted; none when it is not there."""
+    if not path.is_file():
+        return []
+    lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    return sorted(line for line in lines if line and all(letter.isalnum() or letter in "._-" for letter in line))
+
+
+def _write_files(prepared: Prepared) -> None:
+    folder = prepared.submission.slurm_dir
+    files = {
+        "job.sbatch": prepared.script,
+        "config.yaml": dump_yaml(prepared.config),
+        "cluster.yaml": yaml.safe_dump(dataclasses.asdict(prepared.cluster), sort_keys=False),
+        **_git_files(),
+    }
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / "outcomes").mkdir(exist_ok=True)
+        prepared.submission.history.touch()
+        for name in ("git.txt", "git.patch"):
+            (folder / name).unlink(missing_ok=True)  # an earlier submission's, from another folder
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise ConfigError(f"run.dir: {folder}: {error.strerror or error}; name a folder that can be written") from None
+
+
+def _git_files() -> dict[str, str]:
+    """The state of the code in the working folder; none when it is no repository."""
+    commit, branch = _git("rev-parse", "HEAD"), _git("rev-parse", "--abbrev-ref", "HEAD")
+    if commit is None:
+        return {}
+    text = f"commit {commit.strip()}\nbranch {(branch or '').strip()}\n\n{_git('status', '--short') or ''}"
+    return {"git.txt": text, "git.patch": _git("diff", "--binary", "HEAD") or ""}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], capture_output=True, timeout=_CLIENT_TIMEOUT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.decode("utf-8", "surrogateescape") if answer.returncode == 0 else None
