@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does this installation train? Two steps of a small model on a corpus made here, a stage on each GPU, or two on the CPU.
+# Does this installation train? Two steps of a small model on a corpus made here: a stage on each GPU, or two on the CPU.
 #   bash docker/health.sh
 set -euo pipefail
 config="$(cd "$(dirname "$0")/.." && pwd)/configs/quickstart.yaml"

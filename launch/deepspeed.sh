@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# DeepSpeed's launcher.
-#   [NPROC=8] bash launch/deepspeed.sh CONFIG [key=value ...]                     all ranks on this node
-#   HOSTFILE=hosts bash launch/deepspeed.sh CONFIG [key=value ...]                once, on a node of launch/hostfile.sample's
-#                                                                                 form; needs pdsh and ssh without password
-#   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=node-a bash launch/deepspeed.sh ...    on each node, line NODE_RANK; no ssh
+# DeepSpeed's launcher, for CONFIG and overrides [key=value ...]. All ranks on this node:
+#   [NPROC=8] bash launch/deepspeed.sh CONFIG [key=value ...]
+# Once, on any node, of the nodes in a file of launch/hostfile.sample's form; needs pdsh, and ssh without a password:
+#   HOSTFILE=hosts bash launch/deepspeed.sh CONFIG [key=value ...]
+# Without ssh: on each node, which is line NODE_RANK of the file, from 0:
+#   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=node-a bash launch/deepspeed.sh CONFIG [key=value ...]
 # MASTER_PORT defaults to 29500. Started by ssh, ranks write how the run ended on their own nodes: let
 # LIME_DIST_OUTCOME_FILE name a new file on shared storage, or start from a node of the hostfile.
 set -euo pipefail

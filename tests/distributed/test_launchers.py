@@ -1,4 +1,4 @@
-"""The scripts in launch/, run as a user runs them: the same losses as `lime-dist train` alone, and the run's own exit code."""
+"""The scripts in launch/ as a user runs them: the losses of `lime-dist train` alone, and the run's own exit code."""
 
 from __future__ import annotations
 
