@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
 from lime_dist.stopping import STOP_SIGNALS
 
-TERMINATE_GRACE = timedelta(seconds=5)
+LEAVE_GRACE = timedelta(seconds=5)  # for ranks that have told their results
 FAILURE_WINDOW = timedelta(seconds=1)  # after the first failure, how long to wait for its cause to show
 
 
@@ -65,9 +65,14 @@ def run_local(
             pipes.append(receiver)
             processes.append(process)
         with _stop_signals_passed_on(processes):
-            return _collect(pipes, processes, timeout, describe)
+            results = _collect(pipes, processes, timeout, describe)
+        for process in processes:
+            process.join(LEAVE_GRACE.total_seconds())
+        return results
     finally:
-        _stop(processes)
+        for process in processes:  # not by a signal that asks: ranks that train would finish their step first
+            process.kill()
+            process.join()
 
 
 def free_port() -> int:
@@ -223,15 +228,3 @@ def _stop_signals_passed_on(processes: list) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _stop(processes: list) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-    deadline = time.monotonic() + TERMINATE_GRACE.total_seconds()
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()

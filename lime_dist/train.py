@@ -87,8 +87,7 @@ def train(config: Config, place: Place) -> int:
     with Watchdog(config, place, pulse):
         run = TrainingRun(config, *join_world(config, place), stop, pulse)
         code, reason = run.train()
-    if run.rank.is_logger:
-        write_outcome(code, reason)
+    write_outcome(code, reason)  # by every rank, as each node's launcher may have a file of its own
     return code
 
 

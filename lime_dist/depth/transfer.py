@@ -58,6 +58,15 @@ class StageTransfer:
         """The blocks whose sum the stage makes."""
         return tuple(block for block in self.pattern.blocks if block[-1] in layers)
 
+    @property
+    def summed_readers(self) -> tuple[int, ...]:
+        """The readers, ascending, that have a sum here: it arrives or leaves as a partial sum, or takes received entries."""
+        if not self.pattern.routing.presummable:
+            return ()
+        received = set(self.received.raw_entries)
+        reading = {reader for reader, sources in self.reads.items() if received & set(sources)}
+        return tuple(sorted({*self.received.partial_sums, *self.sent.partial_sums, *reading}))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransferPlan:

@@ -126,7 +126,7 @@ class DepthMemory:
         slots = (*self.received, *self.own, *map(_apart, self._blocks))
         travelling = transfer.received.raw_entries or transfer.sent.raw_entries
         self.entries = Buffer(slots, num_kv_heads, row_size, dtype, device, spaced=not travelling)
-        self.sums = Buffer(summed_readers(transfer), num_kv_heads, row_size, sum_dtype, device)
+        self.sums = Buffer(transfer.summed_readers, num_kv_heads, row_size, sum_dtype, device)
         self._begun = set(transfer.received.partial_sums)  # rows that hold a sum already
 
     def start(self) -> Tensor:
@@ -184,15 +184,6 @@ class DepthMemory:
 
 def _apart(layer: int) -> int:
     return -1 - layer
-
-
-def summed_readers(transfer: StageTransfer) -> tuple[int, ...]:
-    """The readers, ascending, that have a row in a stage's sums: what arrives or leaves as a partial sum, or reads received entries."""
-    if not transfer.pattern.routing.presummable:
-        return ()
-    received = set(transfer.received.raw_entries)
-    reading = {reader for reader, sources in transfer.reads.items() if received & set(sources)}
-    return tuple(sorted({*transfer.received.partial_sums, *transfer.sent.partial_sums, *reading}))
 
 
 def _over(among: tuple[int, ...], sources: tuple[int, ...], weights: Tensor) -> Tensor:

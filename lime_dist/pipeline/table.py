@@ -22,6 +22,7 @@ from lime_dist.lime.parameters import (
     plan_parameters,
 )
 from lime_dist.pipeline.bundle import StagePlan, plan_run_transfer, plan_shape, plan_stages
+from lime_dist.pipeline.memory import StageMemory, estimate_memory
 
 POLICIES = ("least", "relay")
 COMPARED_PATTERNS = (
@@ -49,14 +50,14 @@ def plan_report(config: Config) -> dict[str, Any]:
         "layout": {"tp": config.layout.tp, "pp": config.layout.pp, "dp": config.layout.dp},
         "pattern": pattern.name,
         "policy": config.depth.policy,
-        "stages": [_stage_report(config, stage) for stage in stages],
+        "stages": [_stage_report(config, stage, memory) for stage, memory in zip(stages, estimate_memory(config))],
         "boundaries": [_boundary_report(stage, least) for stage, least in zip(stages, fewest)],
         "totals": {policy: plan_run_transfer(config, policy).num_crossings for policy in POLICIES},
         "proven_minimum": sum(fewest),
     }
 
 
-def _stage_report(config: Config, stage: StagePlan) -> dict[str, Any]:
+def _stage_report(config: Config, stage: StagePlan, memory: StageMemory) -> dict[str, Any]:
     return {
         "stage_index": stage.stage_index,
         "layers": list(stage.layers),
@@ -65,6 +66,7 @@ def _stage_report(config: Config, stage: StagePlan) -> dict[str, Any]:
         "received_bytes": stage.received_bytes,
         "microbatches_in_flight": stage.peak_in_flight,
         "entries_in_flight_bytes": stage.peak_in_flight * stage.held_bytes,
+        "memory_bytes": memory.report(),
     }
 
 
@@ -191,7 +193,16 @@ def stage_table(config: Config) -> str:
 
 
 def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
-    head = "stage", "layers", "parameters/rank", "routing FLOPs/token", "in flight", "received", "entries held at peak"
+    head = (
+        "stage",
+        "layers",
+        "parameters/rank",
+        "routing FLOPs/token",
+        "in flight",
+        "received",
+        "entries held at peak",
+        "memory/rank",
+    )
     rows = [
         (
             str(stage["stage_index"]),
@@ -201,6 +212,7 @@ def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
             str(stage["microbatches_in_flight"]),
             format_bytes(stage["received_bytes"]),
             format_bytes(stage["entries_in_flight_bytes"]),
+            format_bytes(stage["memory_bytes"]["total"]),
         )
         for stage in stages
     ]

@@ -25,9 +25,8 @@ from lime_dist.watch.pulse import Moment, Pulse
 from lime_dist.watch.silence import describe_silence, first_silent
 
 _INTERVAL = 1.0  # seconds between heartbeats
-_GRACE = (
-    10.0  # seconds before a rank that has fired leaves: whoever moved a little later still fires and shows its stacks
-)
+_GRACE = 10.0  # seconds before a rank that has fired leaves: those that moved a little later still show their stacks
+_TICKS_COUNTED = 3  # of a longer pause between two looks only this many intervals count as silence
 
 
 class Watchdog:
@@ -58,7 +57,7 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             moment, now = self._pulse.last, time.monotonic()
             # Time in which this process did not run, as in a job that was suspended, is nobody's silence.
-            silent = silent + min(now - before, 10 * self._interval) if moment is seen else 0.0
+            silent = silent + min(now - before, _TICKS_COUNTED * self._interval) if moment is seen else 0.0
             seen, before = moment, now
             self._write(moment)
             if silent >= self._timeout:
@@ -70,12 +69,8 @@ class Watchdog:
             write_heartbeat(self._folder, self._heartbeat(moment, ended))
         except OSError as error:
             if not self._disk_failed:
-                reason = error.strerror or error
-                print(
-                    f"lime-dist: rank {self._rank}: no heartbeat in {self._folder}: {reason}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                where = f"rank {self._rank}: no heartbeat in {self._folder}"
+                print(f"lime-dist: {where}: {error.strerror or error}", file=sys.stderr, flush=True)
             self._disk_failed = True
 
     def _heartbeat(self, moment: Moment, ended: bool) -> Heartbeat:

@@ -62,11 +62,11 @@ SHORT = {
 }
 
 
-def make_config(text: str = "", **run: float) -> Config:
-    """A checked config from words of `SHORT`, such as "tp=2 pp=3 sp split=[1,2,1]"."""
+def make_config(text: str = "", *more: str, **run: float) -> Config:
+    """A checked config from words of `SHORT`, such as "tp=2 pp=3 sp split=[1,2,1]", and `more` whole overrides."""
     words = (word.partition("=") for word in text.split())
     overrides = [SHORT[name] + equals + value for name, equals, value in words]
-    config = parse_config(BASE, [*overrides, *(f"run.{name}={value}" for name, value in run.items())])
+    config = parse_config(BASE, [*overrides, *more, *(f"run.{name}={value}" for name, value in run.items())])
     return check_config(config, config.layout.world_size)
 
 

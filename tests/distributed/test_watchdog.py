@@ -17,10 +17,15 @@ import yaml
 from test_train import BASE
 
 from lime_dist.cli import main
+from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.ending import FAILED, OUTCOME_VARIABLE, read_outcome
+from lime_dist.launcher import Place
 from lime_dist.lime.layers import DecoderLayer
+from lime_dist.resolve import ready_config
 from lime_dist.watch.heartbeat import heartbeat_folder, read_heartbeats
+from lime_dist.watch.pulse import Pulse
+from lime_dist.watch.watchdog import Watchdog
 
 TIMEOUT = 6  # seconds; long enough to build a rank on a busy machine
 PROMPT = (
@@ -134,3 +139,25 @@ def test_a_folder_that_takes_no_heartbeats_does_not_stop_training(
     (config.parent / "run" / "heartbeat").write_text("a file where the folder should be")
     assert main(["train", str(config), "parallel.pp=2", "run.steps=30"]) == 0
     assert capfd.readouterr().err.count("no heartbeat in") == 2, "once a rank"
+
+
+def test_time_in_which_a_job_was_suspended_is_no_silence(config: Path) -> None:
+    """The pause is longer than the timeout, the rank's own work shorter."""
+    loaded = ready_config(load_config(config, ["run.timeout_seconds=1"]), 1)
+    began = multiprocessing.get_context("fork").Event()
+
+    def rank() -> None:
+        with Watchdog(loaded, Place(rank=0, local_rank=0, world_size=1), Pulse()):
+            began.set()
+            time.sleep(0.3)  # it is suspended in this
+            time.sleep(0.45)  # a watchdog that counts that has fired by now
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=rank)
+    process.start()
+    began.wait()
+    psutil.Process(process.pid).suspend()
+    time.sleep(1.5)
+    psutil.Process(process.pid).resume()
+    process.join()
+    assert process.exitcode == 0

@@ -16,7 +16,8 @@ ORDER = (
 )  # fmt: skip
 TORCH_FREE = (
     "errors", "ending", "stopping", "ownership", "launcher", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config", "pipeline.bundle",
-    "lime.parameters", "watch.pulse", "watch.heartbeat", "watch.silence", "formats", "cluster",
+    "lime.parameters", "watch.pulse", "watch.heartbeat", "watch.silence", "formats", "cluster.watching", "cluster.status",
+    "cluster.logs", "cluster.queue", "cluster.starts",
 )  # fmt: skip
 
 

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# All ranks on this node, under torchrun.
+#   [NPROC=8] bash launch/local.sh CONFIG [key=value ...]
+set -euo pipefail
+source "$(dirname "$0")/outcome.sh"
+
+exit_as_the_run torchrun --standalone --nproc-per-node "$(ranks_here)" -m lime_dist.cli train "$@"
