@@ -12,6 +12,7 @@ from lime_dist.bench import commands as bench_commands
 from lime_dist.data import commands as data_commands
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError, one_line
 from lime_dist.local import RankFailed
+from lime_dist.preflight import commands as preflight_commands
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parsers(subparsers)
     data_commands.add_parser(subparsers)
     bench_commands.add_parser(subparsers)
+    preflight_commands.add_parser(subparsers)
     return parser
 
 

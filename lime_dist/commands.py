@@ -127,7 +127,7 @@ def _plot(config: Config, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    from lime_dist.preflight import check_files
+    from lime_dist.preflight.files import check_files
 
     config = _resolve(args)
     check_files(config)
@@ -145,7 +145,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from lime_dist.preflight import check_files
+    from lime_dist.preflight.files import check_files
 
     config = _resolve(args)
     check_files(config)
@@ -174,7 +174,7 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
         return _as_launched_rank(getattr(train, function), config, place, args)
     layout = config.layout
     from lime_dist.local import run_local
-    from lime_dist.preflight import check_devices
+    from lime_dist.preflight.files import check_devices
 
     check_devices(config)
     print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)

@@ -11,11 +11,11 @@ import lime_dist
 ROOT = Path(lime_dist.__file__).parent
 # A name stands for the module or all of the package. What is not listed may import all of these; none of these may import it.
 ORDER = (
-    "errors", "data", "launcher", "local", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config",
+    "errors", "cluster", "data", "launcher", "local", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config",
     "pipeline.bundle", "lime", "optim", "pipeline.transport", "pipeline.executor", "backends", "rank", "testing",
 )  # fmt: skip
 TORCH_FREE = (
-    "errors", "launcher", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config", "pipeline.bundle",
+    "errors", "cluster", "launcher", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config", "pipeline.bundle",
     "lime.parameters",
 )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""What a cluster is and says: its scheduler's words. No torch."""
