@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def _seconds(text: str) -> float:
 def _preflight(args: argparse.Namespace) -> int:
     place = find_place()
     if place is None:
-        return _finish(_on_local_ranks(args), args)
+        return _on_local_ranks(args)
     require_rendezvous()
     return _as_launched_rank(args, place)
 
@@ -53,7 +54,7 @@ def _load(args: argparse.Namespace, world_size: int | None) -> Config:
     return ready_config(load_config(args.config, args.overrides), world_size)
 
 
-def _on_local_ranks(args: argparse.Namespace) -> Findings:
+def _on_local_ranks(args: argparse.Namespace) -> int:
     from lime_dist.local import run_local
     from lime_dist.preflight.files import check_devices
 
@@ -62,27 +63,37 @@ def _on_local_ranks(args: argparse.Namespace) -> Findings:
     from lime_dist.preflight import run  # noqa: F401  (its imports are slow: once, before the ranks are forked)
 
     layout = config.layout
-    return run_local(
-        _as_local_rank, layout.world_size, config, args.timeout, describe=lambda rank: str(layout.coordinate(rank))
-    )[0]
+    codes = run_local(
+        _as_local_rank, layout.world_size, args, config, describe=lambda rank: str(layout.coordinate(rank))
+    )
+    return codes[0]
 
 
-def _as_local_rank(config: Config, seconds: float) -> Findings:
+def _as_local_rank(args: argparse.Namespace, config: Config) -> int:
+    return _run(args, config, find_place())
+
+
+def _run(args: argparse.Namespace, config: Config | None, place: Place) -> int:
+    """config: as this host reads it, when None."""
     from lime_dist.preflight.run import run_preflight
 
-    return run_preflight(lambda: config, find_place(), seconds)
+    def load() -> Config:
+        return _load(args, place.world_size) if config is None else config
+
+    return run_preflight(load, place, args.timeout, lambda findings: _finish(findings, args)).exit_code
 
 
 def _as_launched_rank(args: argparse.Namespace, place: Place) -> int:
-    """Every error ends the process at once, so that the launcher sees it."""
+    """The process ends without Python's shutdown, in which the groups of ranks that have gone would be waited for."""
     from lime_dist.local import leave
-    from lime_dist.preflight.meeting import MeetingFailed
-    from lime_dist.preflight.run import run_preflight
+    from lime_dist.preflight.meeting import MeetingFailed, Unreachable
 
     try:
-        findings = run_preflight(lambda: _load(args, place.world_size), place, args.timeout)
+        leave(_run(args, None, place))
     except MeetingFailed as error:
-        print(f"lime-dist: {error}", file=sys.stderr)
+        print(f"lime-dist: {error}", file=sys.stderr, flush=True)
+        if place.rank > 0 and isinstance(error, Unreachable):
+            time.sleep(args.timeout)  # a launcher may end rank 0 with this rank; it is to miss and name it before
         leave(1)
     except LimeDistError:
         raise
@@ -90,21 +101,20 @@ def _as_launched_rank(args: argparse.Namespace, place: Place) -> int:
         traceback.print_exc()
         print(f"lime-dist: rank {place.rank} on host {host_name()} failed: {one_line(error)}", file=sys.stderr)
         leave(1)
-    leave(_finish(findings, args))
 
 
-def _finish(findings: Findings, args: argparse.Namespace) -> int:
-    """Rank 0 prints, bad hosts last, and writes them down; returns the exit code of all ranks."""
+def _finish(findings: Findings, args: argparse.Namespace) -> None:
+    """By rank 0: print what was found, the bad hosts last, and write them down."""
     from lime_dist.preflight.report import bad_lines, report_text
 
-    bad, report = findings.verdict.bad, findings.report
-    if report is not None:
+    verdict, report = findings.verdict, findings.report
+    lines = [verdict.user_error] if verdict.user_error else bad_lines(verdict.bad)
+    if not verdict.user_error:
         print(json.dumps(report) if args.json else report_text(report), flush=True)
-        if args.exclude_file is not None:
-            exclude(args.exclude_file, bad)
-        for line in bad_lines(bad):
-            print(f"lime-dist: {line}", file=sys.stderr, flush=True)
-    return findings.verdict.exit_code
+    if args.exclude_file is not None:
+        exclude(args.exclude_file, verdict.bad)
+    for line in lines:
+        print(f"lime-dist: {line}", file=sys.stderr, flush=True)
 
 
 def exclude(path: Path, bad: Mapping[str, Sequence[str]]) -> None:

@@ -18,7 +18,7 @@ from lime_dist.pipeline.bundle import StagePlan
 from lime_dist.pipeline.transport import Link, Transport
 
 MIN_MESSAGE_BYTES, MAX_MESSAGE_BYTES = 2**20, 64 * 2**20
-REPETITIONS = 3
+_SUMS = 3
 _SUMMED_ELEMENTS = 2**18  # 1 MiB of fp32
 
 
@@ -48,10 +48,15 @@ def message_bytes(bundle_bytes: int) -> int:
     return min(max(bundle_bytes, MIN_MESSAGE_BYTES), MAX_MESSAGE_BYTES)
 
 
+def repetitions(size: int) -> int:
+    """How often a message of `size` bytes is sent: small ones more often, since their time varies more."""
+    return min(max(MAX_MESSAGE_BYTES // size, 3), 9)
+
+
 def time_all_reduce(device: torch.device) -> float:
     """Seconds of a sum of 1 MiB over all ranks, the median. Collective: world. Raises: FabricFailed."""
     seconds = []
-    for _ in range(1 + REPETITIONS):
+    for _ in range(1 + _SUMS):
         values = torch.full((_SUMMED_ELEMENTS,), float(dist.get_rank() + 1), device=device)
         dist.barrier()
         started = time.perf_counter()
@@ -116,7 +121,7 @@ class _Ends:
         message = self._bytes(size)
         self._send_one(self._bytes(1), out, back)  # opens the connections
         sent_before = out.bytes_sent
-        seconds = median(self._send_one(message, out, back) for _ in range(REPETITIONS))
+        seconds = median(self._send_one(message, out, back) for _ in range(repetitions(size)))
         return Crossing(
             boundary=boundary,
             direction=direction,
@@ -136,7 +141,7 @@ class _Ends:
         return time.perf_counter() - started
 
     def _answer(self, size: int, incoming: Link, back: Link) -> None:
-        for count in (1, *[size] * REPETITIONS):
+        for count in (1, *[size] * repetitions(size)):
             incoming.receive([self._bytes(count)]).wait()
             back.send(self._bytes(1))
             back.flush()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +23,16 @@ from lime_dist.rank import naming_taken_port
 
 _ROUNDS_HEARD = 3  # rank 0 speaks after at most as many waits for others, of the full time each
 _LEAVE_SECONDS = 10
+_JOIN_SHARE, _RETRY_SECONDS = 0.8, 0.5  # who cannot reach rank 0 says so before rank 0 gives it up
 _CLOCK_ROUNDS, _CLOCK_SECONDS = 3, 10
 
 
 class MeetingFailed(RuntimeError):
     """This rank and rank 0 do not find each other; the message names this rank's host and what is wrong."""
+
+
+class Unreachable(MeetingFailed):
+    """This rank has not come to the meeting, so rank 0 will miss it."""
 
 
 class Meeting:
@@ -36,14 +43,18 @@ class Meeting:
 
     @classmethod
     def join(cls, place: Place, seconds: float, environment: Mapping[str, str] = os.environ) -> Meeting:
-        """Rank 0 opens the meeting, or torchrun's agent has. Raises: MeetingFailed, LayoutError."""
-        host, port = _address(environment)
+        """Rank 0 opens the meeting, or torchrun's agent has. Raises: Unreachable, LayoutError."""
+        host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+        if not port.isdigit():
+            raise LayoutError(f"environment: MASTER_PORT={port} is no port; set a number")
         is_agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if place.rank > 0 or is_agents:
+            _wait_for_server(host, int(port), _JOIN_SHARE * seconds)
         try:
             with naming_taken_port():
                 store = dist.TCPStore(
                     host,
-                    port,
+                    int(port),
                     world_size=place.world_size,
                     is_master=place.rank == 0 and not is_agents,
                     timeout=timedelta(seconds=seconds),
@@ -51,8 +62,7 @@ class Meeting:
                     multi_tenant=True,  # the process group's store then has the same server
                 )
         except dist.DistError as error:
-            text = one_line(error).partition(" Exception raised from ")[0]
-            raise _unreachable(f"MASTER_ADDR:MASTER_PORT {host}:{port} cannot be reached from there ({text})") from None
+            raise _unreachable(host, port, one_line(error).partition(" Exception raised from ")[0]) from None
         return cls(store, place, seconds)
 
     def put(self, name: str, value: Any) -> None:
@@ -82,11 +92,27 @@ class Meeting:
             reason = f"rank 0 has ended, or said nothing for {seconds:.0f} s"
             raise MeetingFailed(f"host {host_name()}, rank {self._place.rank}: {reason}") from None
 
-    def part(self, ranks: Iterable[int]) -> None:
-        """Rank 0 keeps the store open until `ranks`, which came, have left, or a little while."""
-        self.put("left", True)
+    @contextmanager
+    def last_word(self, ranks: Iterable[int]) -> Iterator[None]:
+        """Once `ranks`, which came, have heard the verdict, rank 0 does what stands in the block; the others wait for it.
+
+        A launcher may end all ranks with SIGTERM when the first leaves with an error. So rank 0 says why before any leaves,
+        and from then on each leaves with its own code.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._gather("heard", ranks)
+        yield
         if self._place.rank == 0:
-            self.take("left", ranks, min(self._seconds, _LEAVE_SECONDS))
+            self.tell("end", None)
+        with suppress(MeetingFailed, dist.DistError):  # rank 0 does not wait for long
+            self.hear("end")
+            self._gather("left", ranks)
+
+    def _gather(self, name: str, ranks: Iterable[int]) -> None:
+        """Rank 0, which keeps the store open, waits a little while for the others."""
+        self.put(name, None)
+        if self._place.rank == 0:
+            self.take(name, ranks, min(self._seconds, _LEAVE_SECONDS))
 
     def measure_clock(self, rank: int) -> tuple[float, float] | None:
         """How far the clock of `rank`, which calls `answer_clock`, is ahead of this one; and the error, half a round trip.
@@ -114,16 +140,18 @@ class Meeting:
         return pickle.loads(self._store.get(key))
 
 
-def _unreachable(reason: str) -> MeetingFailed:
-    return MeetingFailed(f"host {host_name()} is bad: {reason}")
+def _wait_for_server(host: str, port: int, seconds: float) -> None:
+    """A plain connection tells why it fails, and in time; the store's own client tells neither. Raises: Unreachable."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _unreachable(host, port, error.strerror or str(error)) from None
+        time.sleep(_RETRY_SECONDS)
 
 
-def _address(environment: Mapping[str, str]) -> tuple[str, int]:
-    host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
-    if not port.isdigit():
-        raise LayoutError(f"environment: MASTER_PORT={port} is no port; set a number")
-    try:
-        socket.getaddrinfo(host, int(port))
-    except OSError as error:
-        raise _unreachable(f"MASTER_ADDR {host} does not resolve there ({error.strerror})") from None
-    return host, int(port)
+def _unreachable(host: str, port: int | str, reason: str) -> Unreachable:
+    return Unreachable(f"host {host_name()} is bad: it cannot reach MASTER_ADDR:MASTER_PORT {host}:{port} ({reason})")

@@ -17,7 +17,7 @@ from typing import Any
 
 from lime_dist.cluster.nodelist import planned_hosts
 from lime_dist.config import Config
-from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
+from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError, one_line
 from lime_dist.launcher import Place, host_name
 from lime_dist.local import leave
 from lime_dist.pipeline.bundle import plan_stages
@@ -36,6 +36,7 @@ from lime_dist.rank import join_world
 
 _HOST_ROUNDS = 6  # waits of `seconds` each; more than the checks of hosts have
 _LINK_ROUNDS = 4
+_NO_LINKS: dict[str, Any] = {"all_reduce_seconds": None, "step_seconds": None, "boundaries": [], "warnings": []}
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Findings:
-    """report: on rank 0 alone, as JSON (see `report`)."""
+    """report: as JSON has it (see `report`)."""
 
     verdict: Verdict
-    report: dict[str, Any] | None = None
+    report: dict[str, Any]
 
 
-def run_preflight(load: Callable[[], Config], place: Place, seconds: float) -> Findings:
+def run_preflight(
+    load: Callable[[], Config], place: Place, seconds: float, finish: Callable[[Findings], None]
+) -> Verdict:
     """`load`: the checked config, as this host reads it; `seconds`: how long to wait for another rank.
 
-    Collective: world. Raises: MeetingFailed when this rank and rank 0 do not find each other; ConfigError, on rank 0
-    alone, for what no rank can run.
+    `finish` tells the user, on rank 0 alone. Collective: world. Raises: MeetingFailed when this rank and rank 0 do not
+    find each other.
     """
     with _bounded(seconds * _HOST_ROUNDS, "the checks of hosts"):
         config, arrival = _read(load, place)
@@ -73,14 +76,23 @@ def run_preflight(load: Callable[[], Config], place: Place, seconds: float) -> F
         else:
             arrivals = meeting.take("arrival", range(place.world_size))
             verdict = _lead(meeting, config, place, arrivals, seconds)
-    names = {rank: arrival.host for rank, arrival in arrivals.items()}
-    if verdict.exit_code or config is None:
-        meeting.part(arrivals)
-        return _findings(verdict, config, place, names)
-    with _bounded(seconds * (_LINK_ROUNDS + 2 * config.layout.pp), "the checks of links"):
-        links = _measure_links(meeting, config, place, names, seconds)
-    meeting.part(arrivals)
-    return _findings(verdict, config, place, names, links)
+    report = _host_report(verdict, config, arrivals)
+    if config is not None and not verdict.exit_code:
+        with _bounded(seconds * (_LINK_ROUNDS + 2 * config.layout.pp), "the checks of links"):
+            report |= _measure_links(meeting, config, place, arrivals, seconds)
+    with meeting.last_word(arrivals):
+        if place.rank == 0:
+            finish(Findings(verdict, report))
+    return verdict
+
+
+def _host_report(verdict: Verdict, config: Config | None, arrivals: Mapping[int, Arrival]) -> dict[str, Any]:
+    ranks = rank_report(config.layout, _names(arrivals)) if config is not None else []
+    return {"passed": not verdict.bad, "bad": verdict.bad, "ranks": ranks, **_NO_LINKS}
+
+
+def _names(arrivals: Mapping[int, Arrival]) -> dict[int, str]:
+    return {rank: arrival.host for rank, arrival in arrivals.items()}
 
 
 def _read(load: Callable[[], Config], place: Place) -> tuple[Config | None, Arrival]:
@@ -108,16 +120,13 @@ def _follow(meeting: Meeting, config: Config | None, place: Place, arrival: Arri
 def _lead(
     meeting: Meeting, config: Config | None, place: Place, arrivals: Mapping[int, Arrival], seconds: float
 ) -> Verdict:
-    """Rank 0's part; raises what `_follow` ends with as well."""
+    """Rank 0's part."""
     verdict = _judge_arrivals(arrivals, place.world_size, seconds)
     if verdict.exit_code or config is None:
         meeting.tell("folder", None)
     else:
         verdict = _judge_hosts(meeting, config, arrivals)
     meeting.tell("verdict", verdict)
-    if verdict.user_error:
-        meeting.part(arrivals)
-        raise ConfigError(verdict.user_error)
     return verdict
 
 
@@ -126,8 +135,8 @@ def _judge_arrivals(arrivals: Mapping[int, Arrival], world_size: int, seconds: f
     speakers = [arrival for arrival in arrivals.values() if arrival.local_rank == 0]
     if all(arrival.problem for arrival in speakers):
         return Verdict(user_error=arrivals[0].problem)
-    hosts = {rank: arrival.host for rank, arrival in arrivals.items()}
-    bad = {host: [text] for host, text in blame_missing(planned_hosts(world_size), hosts, seconds).items()}
+    missing = blame_missing(planned_hosts(world_size), _names(arrivals), seconds)
+    bad = {host: [text] for host, text in missing.items()}
     for arrival in arrivals.values():
         if arrival.problem and arrival.problem not in bad.setdefault(arrival.host, []):
             bad[arrival.host].append(arrival.problem)
@@ -194,9 +203,9 @@ def _host(
 
 
 def _measure_links(
-    meeting: Meeting, config: Config, place: Place, names: Mapping[int, str], seconds: float
+    meeting: Meeting, config: Config, place: Place, arrivals: Mapping[int, Arrival], seconds: float
 ) -> dict[str, Any]:
-    """The part of the report on links; empty on all ranks but rank 0. Collective: world."""
+    """What the report says of links; empty on all ranks but rank 0. Collective: world."""
     stages = plan_stages(config)
     groups, device = join_world(_with_timeout(config, seconds), place)
     all_reduce_seconds = time_all_reduce(device)
@@ -210,28 +219,12 @@ def _measure_links(
         "all_reduce_seconds": all_reduce_seconds,
         "step_seconds": step_seconds,
         "boundaries": boundaries,
-        "warnings": slow_boundaries(boundaries, names),
+        "warnings": slow_boundaries(boundaries, _names(arrivals)),
     }
 
 
 def _with_timeout(config: Config, seconds: float) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, timeout_seconds=seconds))
-
-
-_NO_LINKS: dict[str, Any] = {"all_reduce_seconds": None, "step_seconds": None, "boundaries": [], "warnings": []}
-
-
-def _findings(
-    verdict: Verdict,
-    config: Config | None,
-    place: Place,
-    names: Mapping[int, str],
-    links: Mapping[str, Any] = _NO_LINKS,
-) -> Findings:
-    if place.rank > 0:
-        return Findings(verdict)
-    ranks = rank_report(config.layout, names) if config is not None else []
-    return Findings(verdict, {"passed": not verdict.bad, "bad": verdict.bad, "ranks": ranks, **links})
 
 
 @contextmanager

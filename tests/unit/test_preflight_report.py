@@ -13,7 +13,7 @@ from lime_dist.errors import ConfigError
 from lime_dist.layout import Layout
 from lime_dist.pipeline.bundle import plan_stages
 from lime_dist.preflight.commands import exclude
-from lime_dist.preflight.fabric import MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Crossing, message_bytes
+from lime_dist.preflight.fabric import MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Crossing, message_bytes, repetitions
 from lime_dist.preflight.report import (
     bad_lines,
     boundary_reports,
@@ -63,6 +63,7 @@ def reports(*seconds: float, step_seconds: float | None = None) -> list[dict[str
 
 def test_a_message_is_as_large_as_the_bundle_within_bounds() -> None:
     assert message_bytes(5 * 2**20) == 5 * 2**20
+    assert [repetitions(size) for size in (MIN_MESSAGE_BYTES, 16 * 2**20, MAX_MESSAGE_BYTES)] == [9, 4, 3]
     assert message_bytes(10) == MIN_MESSAGE_BYTES and message_bytes(2**40) == MAX_MESSAGE_BYTES
 
 
