@@ -15,6 +15,7 @@ from lime_dist.data import commands as data_commands
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import LimeDistError, one_line
 from lime_dist.local import RankFailed
+from lime_dist.preflight import commands as preflight_commands
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench_commands.add_parser(subparsers)
     cluster_commands.add_parser(subparsers)
     watching.add_parsers(subparsers)
+    preflight_commands.add_parser(subparsers)
     return parser
 
 

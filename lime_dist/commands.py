@@ -131,7 +131,7 @@ def _train(args: argparse.Namespace) -> int:
         return _dry_run(args)
     if find_place() is not None:
         stop_request()  # before the slow imports: a signal in the meantime must not end the rank
-    from lime_dist.preflight import check_files
+    from lime_dist.preflight.files import check_files
 
     config = _resolve(args)
     check_files(config)
@@ -153,7 +153,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from lime_dist.preflight import check_files
+    from lime_dist.preflight.files import check_files
 
     config = _resolve(args)
     check_files(config)
@@ -182,7 +182,7 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
         return _as_launched_rank(getattr(train, function), config, place, args)
     layout = config.layout
     from lime_dist.local import run_local
-    from lime_dist.preflight import check_devices
+    from lime_dist.preflight.devices import check_devices
 
     check_devices(config)
     print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)

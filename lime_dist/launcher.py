@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from lime_dist.cluster.nodelist import expand_nodelist, step_nodelist
 from lime_dist.errors import LayoutError
 
 
@@ -19,6 +21,7 @@ class Place:
 # torchrun and DeepSpeed's launcher set the first three names, srun the second three.
 _NAMES = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
 _SLURM_RESERVED_STEPS = 0xFFFFFF00  # SLURM numbers batch and interactive steps from the top of 32 bits
+_FIRST_PORT, _NUM_PORTS, _STEPS_APART = 10000, 20000, 97
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -48,8 +51,31 @@ def _is_srun_step(environment: Mapping[str, str]) -> bool:
     return step.isdigit() and int(step) < _SLURM_RESERVED_STEPS
 
 
-def require_rendezvous(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises: LayoutError unless MASTER_ADDR and MASTER_PORT say where the ranks meet."""
+def require_rendezvous(environment: MutableMapping[str, str] = os.environ) -> None:
+    """See that MASTER_ADDR and MASTER_PORT say where the ranks meet; within a bare srun step, work out what is missing.
+
+    Raises: LayoutError when that is not possible.
+    """
+    if _is_srun_step(environment):
+        for name, value in _step_rendezvous(environment).items():
+            environment[name] = environment.get(name) or value
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise LayoutError(f"environment: {name} is not set; export it in the job script (torchrun does so itself)")
+
+
+def _step_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first host of the step, where SLURM places rank 0, and a port that all its ranks derive alike.
+
+    Steps of a job differ in it, and so do jobs that follow one another; all lie below the ports that Linux gives out.
+    """
+    hosts, job = step_nodelist(environment), environment.get("SLURM_JOB_ID", "")
+    if not hosts or not job.isdigit():
+        return {}
+    port = _FIRST_PORT + (int(job) * _STEPS_APART + int(environment["SLURM_STEP_ID"])) % _NUM_PORTS
+    return {"MASTER_ADDR": expand_nodelist(hosts)[0], "MASTER_PORT": str(port)}
+
+
+def host_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What SLURM calls this host, so that it can be told to leave it out; else its own name."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()

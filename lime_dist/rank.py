@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -169,19 +170,26 @@ def join_world(config: Config, place: Place) -> tuple[Groups, torch.device]:
     timeout = timedelta(seconds=config.run.timeout_seconds) + WATCHDOG_MARGIN
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
+    with naming_taken_port():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             rank=place.rank,
             world_size=place.world_size,
             timeout=timeout,
         )
+    return create_groups(config.layout, device, timeout), device
+
+
+@contextmanager
+def naming_taken_port() -> Iterator[None]:
+    """Raises: LayoutError when rank 0 finds another program at MASTER_PORT."""
+    try:
+        yield
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
         raise LayoutError(f"environment: MASTER_PORT={port} is in use on this host; set another") from None
-    return create_groups(config.layout, device, timeout), device
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:
@@ -189,9 +197,19 @@ def pick_device(config: Config, local_rank: int) -> torch.device:
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.run.device == "cpu" or (config.run.device == "auto" and not available):
         return torch.device("cpu")
-    if local_rank >= available:
+    index = pick_gpu(local_rank, available)
+    if index >= available:
         raise LayoutError(
             f"run.device: {config.run.device} with {available} GPUs here, this is local rank {local_rank}; "
             "start as many ranks as there are GPUs, or set run.device=cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
+
+
+def pick_gpu(local_rank: int, visible: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The index of this rank's GPU among those that it sees.
+
+    SLURM may show each task its own one only (--gpus-per-task, --gpu-bind): then the job has more GPUs on this host.
+    """
+    is_own = visible == 1 and int(environment.get("SLURM_GPUS_ON_NODE") or 0) > 1
+    return 0 if is_own else local_rank

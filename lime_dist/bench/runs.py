@@ -17,7 +17,7 @@ from lime_dist.config import Config, load_config
 from lime_dist.launcher import find_place
 from lime_dist.local import run_local
 from lime_dist.pipeline.bundle import plan_stages
-from lime_dist.preflight import check_files
+from lime_dist.preflight.files import check_files
 from lime_dist.resolve import ready_config
 from lime_dist.train import train  # before forking: each rank would import it again
 

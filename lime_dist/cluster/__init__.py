@@ -1,1 +1,1 @@
-"""Running on SLURM: describe a cluster, submit a run to it."""
+"""SLURM: what a cluster is, submitting a run to it, and looking at the run there. No torch."""

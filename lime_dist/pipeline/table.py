@@ -216,7 +216,7 @@ def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
         )
         for stage in stages
     ]
-    return _columns(head, rows)
+    return align_columns(head, rows)
 
 
 def _boundary_lines(boundaries: Sequence[dict[str, Any]]) -> list[str]:
@@ -247,7 +247,7 @@ def _boundary_lines(boundaries: Sequence[dict[str, Any]]) -> list[str]:
         )
         for boundary in boundaries
     ]
-    return _columns(head, rows)
+    return align_columns(head, rows)
 
 
 def _totals_line(report: dict[str, Any]) -> str:
@@ -272,10 +272,10 @@ def compare_table(config: Config) -> str:
         )
         for cost in compare_report(config)
     ]
-    return "\n".join(_columns(head, rows))
+    return "\n".join(align_columns(head, rows))
 
 
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
 

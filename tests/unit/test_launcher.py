@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from lime_dist.errors import LayoutError
-from lime_dist.launcher import Place, find_place, require_rendezvous
+from lime_dist.launcher import Place, find_place, host_name, require_rendezvous
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
@@ -41,3 +43,37 @@ def test_ranks_must_know_where_to_meet(missing: str) -> None:
     for value in ({}, {missing: ""}):
         with pytest.raises(LayoutError, match=f"^environment: {missing} is not set"):
             require_rendezvous({key: there for key, there in environment.items() if key != missing} | value)
+
+
+STEP = {**SRUN, "SLURM_STEP_NODELIST": "n[07-09],m1", "SLURM_JOB_ID": "4711"}
+
+
+def rendezvous(**changes: str) -> tuple[str, int]:
+    environment = STEP | changes
+    require_rendezvous(environment)
+    return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+
+
+def test_a_bare_step_works_out_where_to_meet() -> None:
+    """At its first host; at the same port on all ranks and at another one in each step and job."""
+    host, port = rendezvous()
+    assert host == "n07" and 10000 <= port < 30000
+    assert rendezvous(SLURM_PROCID="0", SLURM_LOCALID="0") == (host, port)
+    steps = [rendezvous(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))[1] for job in range(100) for step in range(90)]
+    assert len(set(steps)) == len(steps) and 10000 <= min(steps) and max(steps) < 30000
+
+
+def test_what_is_set_is_kept() -> None:
+    assert rendezvous(MASTER_ADDR="10.0.0.7", MASTER_PORT="29500") == ("10.0.0.7", 29500)
+    assert rendezvous(MASTER_ADDR="10.0.0.7") == ("10.0.0.7", rendezvous()[1])
+
+
+@pytest.mark.parametrize("missing", ["SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"])
+def test_outside_a_step_nothing_is_worked_out(missing: str) -> None:
+    with pytest.raises(LayoutError, match="^environment: MASTER_ADDR is not set"):
+        require_rendezvous({key: value for key, value in STEP.items() if key != missing})
+
+
+def test_slurms_name_of_a_host_comes_first() -> None:
+    assert host_name({"SLURMD_NODENAME": "n2"}) == "n2"
+    assert host_name({}) == socket.gethostname()

@@ -1,4 +1,4 @@
-"""Checks before ranks start: the files that a run reads, the devices that it asks for. No collective."""
+"""Checks before ranks start: the files that a run reads. No collective."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from lime_dist.config import Config, Source
 from lime_dist.data.indexed import check_files as check_token_files
 from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
-from lime_dist.errors import CheckpointError, ConfigError, DataError, LayoutError
+from lime_dist.errors import CheckpointError, ConfigError, DataError
 
 
 def check_files(config: Config) -> None:
@@ -43,20 +43,4 @@ def _check_tokenizer(config: Config, path: Path) -> None:
     if size != config.model.vocab_size:
         raise DataError(
             f"model.vocab_size: {config.model.vocab_size}, but data.tokenizer {path} has {size} ids; set model.vocab_size={size}"
-        )
-
-
-def check_devices(config: Config) -> None:
-    """For ranks started on this machine. Raises: LayoutError."""
-    import torch
-
-    available = torch.cuda.device_count()
-    wanted = config.layout.world_size
-    if config.run.device == "cuda" and available < wanted:
-        raise LayoutError(
-            f"run.device: cuda, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout"
-        )
-    if config.run.device == "auto" and 0 < available < wanted:
-        raise LayoutError(
-            f"run.device: auto, {wanted} ranks, but {available} GPUs here; set run.device=cpu or a smaller layout"
         )
