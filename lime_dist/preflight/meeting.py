@@ -23,6 +23,7 @@ from lime_dist.rank import naming_taken_port
 
 _ROUNDS_HEARD = 3  # rank 0 speaks after at most as many waits for others, of the full time each
 _LEAVE_SECONDS = 10
+_POLL_SECONDS = 0.02
 _JOIN_SHARE, _RETRY_SECONDS = 0.8, 0.5  # who cannot reach rank 0 says so before rank 0 gives it up
 _CLOCK_ROUNDS, _CLOCK_SECONDS = 3, 10
 
@@ -71,13 +72,16 @@ class Meeting:
     def take(self, name: str, ranks: Iterable[int], seconds: float | None = None) -> dict[int, Any]:
         """What those of `ranks` put that did so in time."""
         deadline = time.monotonic() + (self._seconds if seconds is None else seconds)
-        found = {}
-        for rank in ranks:
-            try:
-                found[rank] = self._get(f"{name}/{rank}", deadline - time.monotonic())
-            except dist.DistStoreError:
-                continue
-        return found
+        keys = {rank: f"{name}/{rank}" for rank in ranks}
+        return {rank: pickle.loads(self._store.get(key)) for rank, key in keys.items() if self._comes(key, deadline)}
+
+    def _comes(self, key: str, deadline: float) -> bool:
+        """Asks again and again: the store's own `wait` prints warnings when it ends in vain."""
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def tell(self, name: str, value: Any) -> None:
         """To all ranks; rank 0 alone may."""
@@ -87,7 +91,8 @@ class Meeting:
         """What rank 0 tells. Raises: MeetingFailed when it has gone or says nothing."""
         seconds = _ROUNDS_HEARD * self._seconds
         try:
-            return self._get(name, seconds)
+            self._store.wait([name], timedelta(seconds=seconds))
+            return pickle.loads(self._store.get(name))
         except dist.DistError:
             reason = f"rank 0 has ended, or said nothing for {seconds:.0f} s"
             raise MeetingFailed(f"host {host_name()}, rank {self._place.rank}: {reason}") from None
@@ -134,10 +139,6 @@ class Meeting:
         for round_index in range(_CLOCK_ROUNDS):
             self.hear(f"ask/{self._place.rank}/{round_index}")
             self.put(f"clock/{round_index}", time.time())
-
-    def _get(self, key: str, seconds: float) -> Any:
-        self._store.wait([key], timedelta(seconds=max(seconds, 0.001)))
-        return pickle.loads(self._store.get(key))
 
 
 def _wait_for_server(host: str, port: int, seconds: float) -> None:
