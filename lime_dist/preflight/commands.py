@@ -1,4 +1,4 @@
-"""The `preflight` command: on ranks that a launcher has started, or on local ones. Imports nothing heavy until it runs."""
+"""The `preflight` command: on ranks that a launcher has started, or on local ones. Nothing heavy until it runs."""
 
 from __future__ import annotations
 

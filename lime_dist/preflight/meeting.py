@@ -1,4 +1,4 @@
-"""Where the ranks meet before there is a process group: a TCP store on rank 0's host. Passes values, knows none of them.
+"""Where the ranks meet before there is a process group: a TCP store on rank 0's host. Knows no value it passes.
 
 Every wait ends, so that whoever does not come is named by those who did.
 """
@@ -99,10 +99,10 @@ class Meeting:
 
     @contextmanager
     def last_word(self, ranks: Iterable[int]) -> Iterator[None]:
-        """Once `ranks`, which came, have heard the verdict, rank 0 does what stands in the block; the others wait for it.
+        """Once `ranks`, which came, have heard the verdict, rank 0 does what stands in the block; the others wait.
 
-        A launcher may end all ranks with SIGTERM when the first leaves with an error. So rank 0 says why before any leaves,
-        and from then on each leaves with its own code.
+        A launcher may end all ranks with SIGTERM when the first leaves with an error. So rank 0 says why before any
+        leaves, and from then on each leaves with its own code.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._gather("heard", ranks)
@@ -120,9 +120,9 @@ class Meeting:
             self.take(name, ranks, min(self._seconds, _LEAVE_SECONDS))
 
     def measure_clock(self, rank: int) -> tuple[float, float] | None:
-        """How far the clock of `rank`, which calls `answer_clock`, is ahead of this one; and the error, half a round trip.
+        """How far the clock of `rank` is ahead of this one, and the error, half a round trip; in seconds.
 
-        In seconds; None when it does not answer.
+        `rank` must call `answer_clock`; None when it does not.
         """
         trips = []
         for round_index in range(_CLOCK_ROUNDS):

@@ -1,4 +1,4 @@
-"""`lime-dist preflight` on three ranks, each as if on a host of its own: what is good passes, each bad thing names its host.
+"""`lime-dist preflight` on three ranks, each as if on a host of its own: good ones pass, a bad one is named.
 
 Ranks are forked, with the environment that srun and a job script set. All are on this machine, so what a host
 of its own would change is changed for one rank: its folder, its limits, its clock.
@@ -84,7 +84,7 @@ def launch(
     ranks: tuple[int, ...] = (0, 1, 2),
     kill_on_bad_exit: bool = True,
 ) -> list[Ended]:
-    """`lime-dist preflight run.yaml ARGUMENTS` as srun starts it on n1, n2 and n3; `changes`: what a rank does before."""
+    """`lime-dist preflight run.yaml ARGUMENTS` as srun starts it on n1 to n3; `changes`: what a rank does before."""
     context, port = multiprocessing.get_context("fork"), free_port()
     processes = []
     for rank in ranks:
@@ -188,7 +188,7 @@ def test_a_folder_that_is_not_shared() -> None:
 
 
 def in_folder_of_its_own(path: str) -> None:
-    """This rank's host has the data and the config, but another folder under the same name; --exclude-file is rank 0's."""
+    """This rank's host has the data and the config, but another folder under the same name."""
     for file in (*Path().glob("train.*"), Path("run.yaml")):
         shutil.copy(file, path)
     os.chdir(path)
