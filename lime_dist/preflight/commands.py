@@ -1,9 +1,10 @@
-"""The `preflight` command: on ranks that a launcher has started, or on local ones. Imports nothing heavy until it runs."""
+"""The `preflight` command: on ranks that a launcher has started, or on local ones. Nothing heavy until it runs."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 import traceback
@@ -93,6 +94,7 @@ def _as_launched_rank(args: argparse.Namespace, place: Place) -> int:
     except MeetingFailed as error:
         print(f"lime-dist: {error}", file=sys.stderr, flush=True)
         if place.rank > 0 and isinstance(error, Unreachable):
+            signal.signal(signal.SIGTERM, lambda *_: leave(1))
             time.sleep(args.timeout)  # a launcher may end rank 0 with this rank; it is to miss and name it before
         leave(1)
     except LimeDistError:

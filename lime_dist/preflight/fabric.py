@@ -28,7 +28,7 @@ class FabricFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Crossing:
-    """One rank's messages over one boundary. seconds: of one message, the median; bytes_sent: of all that were timed."""
+    """One rank's messages over one boundary. seconds: of one, the median; bytes_sent: of all that were timed."""
 
     boundary: int  # from this stage to the next
     direction: str  # forward | backward

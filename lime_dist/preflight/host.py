@@ -53,7 +53,7 @@ class Arrival:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """All that is known of a host. problems: what needs no judging. clock: seconds ahead of rank 0's, and their error."""
+    """All that is known of a host. problems: what needs no judging. clock: seconds ahead of rank 0's, and the error."""
 
     name: str
     ranks: tuple[int, ...]
@@ -171,7 +171,8 @@ def _judge_gpus(host: Host, hosts: Sequence[Host], config: Config) -> list[str]:
     found = len({gpu.uuid for gpu in host.gpus})
     few = [f"{found} GPUs for {len(host.ranks)} ranks"] if found < len(host.ranks) else []
     return few + [
-        f"GPU {gpu.uuid} has {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free; end what holds the rest"
+        f"GPU {gpu.uuid} has {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free; "
+        "end what holds the rest"
         for gpu in host.gpus
         if gpu.free_bytes < MIN_FREE_GPU_SHARE * gpu.total_bytes
     ]
@@ -182,7 +183,8 @@ def _judge_memory(host: Host, facts: HostFacts) -> list[str]:
     if facts.memory_available >= needed:
         return []
     return [
-        f"{format_bytes(facts.memory_available)} of host memory for {len(host.ranks)} ranks, {format_bytes(needed)} needed"
+        f"{format_bytes(facts.memory_available)} of host memory for {len(host.ranks)} ranks, "
+        f"{format_bytes(needed)} needed"
     ]
 
 
@@ -216,7 +218,7 @@ def _most_common(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _judge_clock(host: Host, hosts: Sequence[Host]) -> list[str]:
-    """Against the median host: were rank 0's own clock wrong, all the others would seem to be. Of two, rank 0's counts."""
+    """Against the median host: were rank 0's wrong, all others would seem to be. Of two, rank 0's counts."""
     ordered = sorted(other.clock[0] for other in hosts)
     reference = ordered[len(ordered) // 2] if len(ordered) > 2 else 0.0
     ahead, error = host.clock[0] - reference, host.clock[1]
@@ -228,8 +230,8 @@ def _judge_clock(host: Host, hosts: Sequence[Host]) -> list[str]:
 def blame_missing(planned: Mapping[int, str], arrivals: Mapping[int, str], seconds: float) -> dict[str, str]:
     """Hosts whose ranks did not come, each with what is wrong; "" for ranks whose host cannot be known.
 
-    planned: the host of each rank, "" where SLURM does not say. arrivals: the host of each rank that came. If of several other hosts none
-    came, it is rank 0's that cannot be reached.
+    planned: the host of each rank, "" where SLURM does not say. arrivals: the host of each rank that came.
+    If of several other hosts none came, it is rank 0's that cannot be reached.
     """
     hosts: dict[str, list[int]] = {}
     for rank, host in planned.items():

@@ -1,4 +1,4 @@
-"""Where the ranks meet before there is a process group: a TCP store on rank 0's host. Passes values, knows none of them.
+"""Where the ranks meet before there is a process group: a TCP store on rank 0's host. Knows no value it passes.
 
 Every wait ends, so that whoever does not come is named by those who did.
 """
@@ -23,6 +23,7 @@ from lime_dist.rank import naming_taken_port
 
 _ROUNDS_HEARD = 3  # rank 0 speaks after at most as many waits for others, of the full time each
 _LEAVE_SECONDS = 10
+_POLL_SECONDS = 0.02
 _JOIN_SHARE, _RETRY_SECONDS = 0.8, 0.5  # who cannot reach rank 0 says so before rank 0 gives it up
 _CLOCK_ROUNDS, _CLOCK_SECONDS = 3, 10
 
@@ -71,13 +72,16 @@ class Meeting:
     def take(self, name: str, ranks: Iterable[int], seconds: float | None = None) -> dict[int, Any]:
         """What those of `ranks` put that did so in time."""
         deadline = time.monotonic() + (self._seconds if seconds is None else seconds)
-        found = {}
-        for rank in ranks:
-            try:
-                found[rank] = self._get(f"{name}/{rank}", deadline - time.monotonic())
-            except dist.DistStoreError:
-                continue
-        return found
+        keys = {rank: f"{name}/{rank}" for rank in ranks}
+        return {rank: pickle.loads(self._store.get(key)) for rank, key in keys.items() if self._comes(key, deadline)}
+
+    def _comes(self, key: str, deadline: float) -> bool:
+        """Asks again and again: the store's own `wait` prints warnings when it ends in vain."""
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def tell(self, name: str, value: Any) -> None:
         """To all ranks; rank 0 alone may."""
@@ -87,17 +91,18 @@ class Meeting:
         """What rank 0 tells. Raises: MeetingFailed when it has gone or says nothing."""
         seconds = _ROUNDS_HEARD * self._seconds
         try:
-            return self._get(name, seconds)
+            self._store.wait([name], timedelta(seconds=seconds))
+            return pickle.loads(self._store.get(name))
         except dist.DistError:
             reason = f"rank 0 has ended, or said nothing for {seconds:.0f} s"
             raise MeetingFailed(f"host {host_name()}, rank {self._place.rank}: {reason}") from None
 
     @contextmanager
     def last_word(self, ranks: Iterable[int]) -> Iterator[None]:
-        """Once `ranks`, which came, have heard the verdict, rank 0 does what stands in the block; the others wait for it.
+        """Once `ranks`, which came, have heard the verdict, rank 0 does what stands in the block; the others wait.
 
-        A launcher may end all ranks with SIGTERM when the first leaves with an error. So rank 0 says why before any leaves,
-        and from then on each leaves with its own code.
+        A launcher may end all ranks with SIGTERM when the first leaves with an error. So rank 0 says why before any
+        leaves, and from then on each leaves with its own code.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._gather("heard", ranks)
@@ -115,9 +120,9 @@ class Meeting:
             self.take(name, ranks, min(self._seconds, _LEAVE_SECONDS))
 
     def measure_clock(self, rank: int) -> tuple[float, float] | None:
-        """How far the clock of `rank`, which calls `answer_clock`, is ahead of this one; and the error, half a round trip.
+        """How far the clock of `rank` is ahead of this one, and the error, half a round trip; in seconds.
 
-        In seconds; None when it does not answer.
+        `rank` must call `answer_clock`; None when it does not.
         """
         trips = []
         for round_index in range(_CLOCK_ROUNDS):
@@ -134,10 +139,6 @@ class Meeting:
         for round_index in range(_CLOCK_ROUNDS):
             self.hear(f"ask/{self._place.rank}/{round_index}")
             self.put(f"clock/{round_index}", time.time())
-
-    def _get(self, key: str, seconds: float) -> Any:
-        self._store.wait([key], timedelta(seconds=max(seconds, 0.001)))
-        return pickle.loads(self._store.get(key))
 
 
 def _wait_for_server(host: str, port: int, seconds: float) -> None:
