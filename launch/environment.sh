@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment in .venv with lime_dist installed, made once, and again when
 # pyproject.toml has changed.
 # PYTHON names the interpreter to make it with (3.10 or newer); VENV another place for it.

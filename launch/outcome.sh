@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers here. They exit as the run itself ended: 0 all steps done; 2 a mistake, which a restart would
 # repeat; 75 stopped on request behind a complete checkpoint: start again; anything else: try again.
 # torchrun and DeepSpeed's launcher make 1 of every rank's exit code, so the first rank that knows writes "CODE REASON"
