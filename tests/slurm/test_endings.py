@@ -211,9 +211,12 @@ def test_lost_nodes(new_run: Callable[..., Submission], finishes: Callable[..., 
     send([rank for rank in orphans if rank.node == lost[0]], signal.SIGCONT)
     for run in runs:
         finishes(run)
-        assert [event.step for event in run.events("start")] == [0, 10]
+        starts = [event.step for event in run.events("start")]
+        assert starts[:2] == [0, 10] and cluster.job(run.job)["Restarts"] == str(len(starts) - 1)
+        # When the first start's srun is back and has lost a rank, it may end the second start's step, which SLURM gave
+        # the same number. The ranks save, and a third start goes on.
+        assert len(starts) == 2 or (run is cut_off and len(starts) == 3 and stopped_at(run, 1) == starts[2])
         assert not set(run.nodes) & set(lost)
-        assert cluster.job(run.job)["Restarts"] == "1"
     cluster.start_slurmd(lost[0])
     cluster.power_on(lost[1])
     cluster.wait_for_nodes(lost, "idle")
