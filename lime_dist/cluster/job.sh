@@ -65,7 +65,13 @@ exclude_bad_hosts() { # JOB
   [ -z "$hosts" ] || scontrol update JobId="$1" ExcNodeList="$hosts"
 }
 
-show_job() { echo " $(timeout 10 scontrol show job "$SLURM_JOB_ID" -o) "; }
+show_job() { # one line, a space before and after each word; nothing when SLURM does not answer
+  local try job
+  for try in {1..3}; do
+    if job=$(timeout 5 scontrol show job "$SLURM_JOB_ID" -o); then echo " $job " && return; fi
+    say "scontrol does not answer ($try)" >&2
+  done
+}
 
 was_requeued() { # JOB: without this script's doing, by preemption, a node's failure or scontrol requeue
   [[ $1 =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0}))
@@ -134,7 +140,9 @@ on_usr1() { # the time limit is near
 find_term_cause() {
   local job
   job=$(show_job)
-  if [[ $job = *" Reason=TimeLimit "* ]]; then
+  if [ -z "$job" ]; then
+    echo "unknown cause" # better one start too many than a run that ends unseen
+  elif [[ $job = *" Reason=TimeLimit "* ]]; then
     echo "time limit"
   elif was_requeued "$job"; then
     echo "requeued by SLURM"

@@ -233,6 +233,18 @@ class Cluster:
         """The link is up again, after `cut_off`."""
         self.run(["ip", "link", "set", f"to-{node}", "up"])
 
+    def make_read_only(self, node: str, folder: Path) -> None:
+        """As this node sees it; the others go on writing."""
+        self._mount(node, "mount", "--bind", str(folder), str(folder))
+        self._mount(node, "mount", "--options=remount,bind,ro", str(folder))
+
+    def make_writable(self, node: str, folder: Path) -> None:
+        """Again, after `make_read_only`."""
+        self._mount(node, "umount", str(folder))
+
+    def _mount(self, node: str, *command: str) -> None:
+        subprocess.run(self._inside(command, self._first_process(node)), check=True, timeout=20)
+
     def limit_rate(self, node: str, rate: str) -> None:
         """rate: as tc says it, such as 100mbit; in both directions of the node's link."""
         queue = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]

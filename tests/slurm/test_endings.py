@@ -128,8 +128,9 @@ def test_cancelled_and_submitted_again(run: Submission, finishes: Callable[..., 
     assert [event.restart for event in run.events("start")] == ["0", "0"]
 
 
-def test_requeued_by_the_administrator(run: Submission, finishes: Callable[..., None]) -> None:
-    run.submit()
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_requeued_by_the_administrator(launcher: str, run: Submission, finishes: Callable[..., None]) -> None:
+    run.submit(launcher=launcher)
     run.reach(13)
     run.cluster.run(["scontrol", "requeue", str(run.job)])
     run.hurry()
@@ -172,6 +173,22 @@ def test_chain_cancelled(run: Submission) -> None:
     assert run.ended()["JobState"] == "CANCELLED"
     assert_queue_empties(run)
     assert run.decisions == ["cancelled"] and run.saved_step == stopped_at(run)
+
+
+def test_chain_loses_its_first_node(run: Submission, finishes: Callable[..., None]) -> None:
+    """The script dies with the node and decides nothing: SLURM ends the job, and so lets the successor begin."""
+    run.submit(requeue="chain")
+    run.reach(13)
+    first, lost = run.job, run.nodes[0]
+    run.cluster.power_off(lost)
+    assert run.ended()["JobState"] == "NODE_FAIL"
+    run.job = int(run.cluster.wait_until(lambda: [e.job for e in run.events("start")][1:], "the successor")[0])
+    assert run.job != first and lost not in run.nodes
+    finishes(run)
+    assert run.events("start")[1].step == 10
+    assert_queue_empties(run)
+    run.cluster.power_on(lost)
+    run.cluster.wait_for_nodes([lost], "idle")
 
 
 def assert_queue_empties(run: Submission) -> None:
@@ -230,6 +247,26 @@ def lose(run: Submission, index: int, fail: Callable[[str], None]) -> str:
     node = run.nodes[index]
     fail(node)
     return node
+
+
+def test_bad_host_is_left_out(run: Submission, desk: Path, finishes: Callable[..., None]) -> None:
+    """One node cannot write where the others do. Preflight names it, and the job starts again without it."""
+    runs, bad = desk / "runs", "n2"
+    runs.mkdir(exist_ok=True)
+    run.cluster.make_read_only(bad, runs)
+    try:
+        run.submit(preflight=True, sbatch_flags=["--hold"])
+        run.cluster.run(["scontrol", "update", f"JobId={run.job}", "ReqNodeList=n1,n2"])
+        run.cluster.run(["scontrol", "release", str(run.job)])
+        run.cluster.wait_until(lambda: run.decisions, "the end of the first start", job_id=run.job)
+        run.cluster.run(["scontrol", "update", f"JobId={run.job}", "ReqNodeList="])
+        finishes(run)
+        assert bad not in run.nodes
+    finally:
+        run.cluster.make_writable(bad, runs)
+    assert f"lime-dist: host {bad} is bad: run.dir {run.dir} " in run.log
+    assert (run.dir / "slurm" / "exclude").read_text() == f"{bad}\n"
+    assert run.decisions == ["requeued", "finished"] and run.events("start")[1].step == 0
 
 
 # ---- things that would end the same way again

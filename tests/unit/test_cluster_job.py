@@ -225,6 +225,16 @@ def test_term(bash: Bash, job: str, mode: str) -> None:
     assert ended.called("scancel") == ([["--state=PENDING", "43"]] if mode == "chain" and cause == "cancelled" else [])
 
 
+def test_term_when_slurm_does_not_answer(bash: Bash) -> None:
+    """A run that ends unseen costs more than one start too many."""
+    run = make_run(bash)
+    bash.add_client("srun", f"touch ready; while [ ! -e told ]; do {NAP}; done; exit 75")
+    bash.add_client("scontrol", 'case "$1 $2" in "show job") touch told; exit 1 ;; esac')
+    ended = bash.interrupt(bash.start(run.script), signal.SIGTERM, bash.folder / "ready")
+    assert run.history()[-1][-1] == "75 unknown cause -> requeued"
+    assert ended.called("scontrol", "requeue") == [REQUEUE]
+
+
 def test_usr1_before_the_ranks_start(bash: Bash) -> None:
     run = make_run(bash, setup=["touch ready", f"while [ ! -e go ]; do {NAP}; done"])
     process = bash.start(run.script)
