@@ -13,9 +13,11 @@ source "$(dirname "$0")/outcome.sh"
 where=()
 if [ -z "${HOSTFILE:-}" ]; then
   HOSTFILE="$(mktemp)" NODE_RANK=0 MASTER_ADDR=127.0.0.1
-  echo "localhost slots=$(ranks_here)" > "$HOSTFILE"
+  count_ranks
+  echo "localhost slots=$NPROC" > "$HOSTFILE"
 fi
-[ -z "${NODE_RANK:-}" ] || where=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:?host of node 0}")
+[ -z "${NODE_RANK:-}" ] || [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR: not set; name the host of node 0"
+[ -z "${NODE_RANK:-}" ] || where=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:-}")
 
 # `env` carries the file's name to ranks that ssh starts, which do not see this environment.
 exit_as_the_run deepspeed --hostfile "$HOSTFILE" "${where[@]}" --master_port "${MASTER_PORT:-29500}" \

@@ -4,4 +4,5 @@
 set -euo pipefail
 source "$(dirname "$0")/outcome.sh"
 
-exit_as_the_run torchrun --standalone --nproc-per-node "$(ranks_here)" -m lime_dist.cli train "$@"
+count_ranks
+exit_as_the_run torchrun --standalone --nproc-per-node "$NPROC" -m lime_dist.cli train "$@"

@@ -23,3 +23,4 @@ lime-dist train configs/quickstart.yaml --dry-run "$@" | sed -n '/^layout/,$p'
 lime-dist train configs/quickstart.yaml "$@"
 lime-dist eval configs/quickstart.yaml "$@"
 lime-dist generate runs/quickstart --prompt "The function returns a list of" --max-new-tokens 48 --temperature 0.7 --top-p 0.9
+echo "The run is in runs/quickstart (tensorboard --logdir runs/quickstart). Next: README.md, From a laptop to a cluster."

@@ -14,7 +14,7 @@ from typing import Any
 from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
-from lime_dist.launcher import Place, find_place, require_rendezvous
+from lime_dist.launcher import Place, find_place, require_address, require_rendezvous
 from lime_dist.resolve import ready_config
 from lime_dist.stopping import stop_request
 
@@ -177,6 +177,7 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
     place = find_place()
     if place is not None:
         require_rendezvous()
+        require_address(place)
         from lime_dist import train
 
         return _as_launched_rank(getattr(train, function), config, place, args)

@@ -76,6 +76,22 @@ def _step_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     return {"MASTER_ADDR": expand_nodelist(hosts)[0], "MASTER_PORT": str(port)}
 
 
+def require_address(place: Place, environment: Mapping[str, str] = os.environ) -> None:
+    """See that the meeting place has an address. Rank 0's host asks for its own name: if it has none, no host finds it.
+
+    Raises: LayoutError on rank 0.
+    """
+    address = environment["MASTER_ADDR"]
+    try:
+        if place.rank == 0:
+            socket.getaddrinfo(address, None)
+    except OSError:
+        raise LayoutError(
+            f"environment: MASTER_ADDR={address} does not resolve on {host_name(environment)}; set an address that all nodes "
+            "know (in a cluster file under export)"
+        ) from None
+
+
 def host_name(environment: Mapping[str, str] = os.environ) -> str:
     """What SLURM calls this host, so that it can be told to leave it out; else its own name."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()

@@ -16,6 +16,7 @@ from torch import Tensor
 from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.backends.megatron import Groups, MegatronParts, create_groups
 from lime_dist.config import Config
+from lime_dist.ending import OUTCOME_VARIABLE
 from lime_dist.errors import LayoutError
 from lime_dist.launcher import Place
 from lime_dist.lime.model import LimeStage
@@ -182,14 +183,17 @@ def join_world(config: Config, place: Place) -> tuple[Groups, torch.device]:
 
 @contextmanager
 def naming_taken_port() -> Iterator[None]:
-    """Raises: LayoutError when rank 0 finds another program at MASTER_PORT."""
+    """Raises: LayoutError when rank 0 finds another program at MASTER_PORT; RuntimeError where a job script chose the port,
+    and chooses another for its next start."""
     try:
         yield
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        port = os.environ.get("MASTER_PORT")
-        raise LayoutError(f"environment: MASTER_PORT={port} is in use on this host; set another") from None
+        taken = f"environment: MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this host"
+        if "SLURM_JOB_ID" in os.environ and OUTCOME_VARIABLE in os.environ:
+            raise RuntimeError(taken) from None
+        raise LayoutError(f"{taken}; set another") from None
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:

@@ -2,6 +2,8 @@
 
 A Python signal handler waits for the interpreter, which a rank that stands in a collective does not reach. The
 signal's byte in the wakeup pipe does not wait, so a thread reads it there and a second signal can end a rank that hangs.
+Another signal than the one before is no second one: at a time limit that is near SIGUSR1 comes, then SIGTERM at the limit, and a
+rank that saves by then has a little time left.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ class StopRequest:
     """What this process was asked by signals; one a process, made by `stop_request`."""
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._asked_at = 0.0
+        self.signal_name: str | None = None  # the first
+        self._last: tuple[int, float] = (0, 0.0)  # signal, and when
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
         for number in STOP_SIGNALS:
@@ -37,10 +39,12 @@ class StopRequest:
                     self._ask(signal.Signals(number))
 
     def _ask(self, number: signal.Signals) -> None:
+        before, when = self._last
+        self._last = number, time.monotonic()
         if self.signal_name is None:
-            self.signal_name, self._asked_at = number.name, time.monotonic()
+            self.signal_name = number.name
             print(f"{number.name}: stopping behind this step", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._asked_at > REPEAT_WINDOW_SECONDS:
+        elif number == before and self._last[1] - when > REPEAT_WINDOW_SECONDS:
             print(f"{number.name} again: leaving at once", file=sys.stderr, flush=True)
             os._exit(128 + number)
 

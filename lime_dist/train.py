@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.files import find_latest, read_meta, step_folder
+from lime_dist.checkpoint.files import find_latest, read_meta, set_aside_after, step_folder
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
@@ -223,14 +223,23 @@ class TrainingRun:
 
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._owner = Ownership(run_dir)
+        self._owner = _take_run(run_dir)
+        set_aside_after(checkpoints_of(self.config), self.step)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
         self._metrics = Metrics(
             run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
         )
+
+
+def _take_run(run_dir: Path) -> Ownership:
+    """Raises: ConfigError where nothing can be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return Ownership(run_dir)
+    except OSError as error:
+        raise ConfigError(f"run.dir: {run_dir}: {error.strerror or error}; name a folder that can be written") from None
 
 
 def _config_at(config: Config, step: int, folder: Path) -> Config:

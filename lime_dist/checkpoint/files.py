@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,26 @@ def find_latest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def set_aside_after(checkpoints: Path, step: int) -> None:
+    """Rename checkpoints of later steps: a run that goes on from `step` has left their branch, and must not return to it."""
+    for folder in find_checkpoints(checkpoints):
+        if int(_STEP_NAME.fullmatch(folder.name)[1]) > step:
+            os.replace(folder, folder.with_name(f"abandoned-{time.time_ns()}-{folder.name}"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Written through to the disk, so that a rename after it never uncovers an empty file."""
     with path.open("w") as file:
         json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    flush_to_disk(path)
+
+
+def flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_json(path: Path) -> Any:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state
-from lime_dist.checkpoint.files import FORMAT, Meta, find_checkpoints, step_folder, write_json
+from lime_dist.checkpoint.files import FORMAT, Meta, find_checkpoints, flush_to_disk, step_folder, write_json
 from lime_dist.checkpoint.weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.lime.parameters import ParameterSpec
@@ -52,6 +52,7 @@ def _write_slices(rank: Rank, folder: Path) -> None:
     if rank.groups.coordinate.dp_rank == 0:
         stem = _stem(rank)
         save_file(tensors, folder / f"{stem}.safetensors")
+        flush_to_disk(folder / f"{stem}.safetensors")
         write_json(folder / f"{stem}.json", places)
 
 
@@ -89,10 +90,17 @@ def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int)
     }
     write_json(folder / "meta.json", meta)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.rename(folder, final)
     for old in find_checkpoints(final.parent)[: -rank.config.checkpoint.keep]:
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Under a name that is no checkpoint's first, so that none is ever half there."""
+    leaving = folder.with_name(f".unfinished-old-{folder.name}")
+    os.rename(folder, leaving)
+    shutil.rmtree(leaving)
 
 
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:

@@ -14,7 +14,7 @@ class Event:
     time: str  # UTC, 2026-01-31T12:00:00Z
     job: str
     restart: int | None
-    kind: str  # submitted | start | end
+    kind: str  # submitted | start | successor (detail: its job) | end
     step: int
     detail: str
 

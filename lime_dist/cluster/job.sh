@@ -5,7 +5,9 @@
 @VALUES@
 # ---- from here on the same for every cluster, but for the lines of `setup` ----
 
-set -uo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "lime-dist: needs bash 4.4 on the nodes" >&2 && exit 2; }
+unset POSIXLY_CORRECT # with which bash forgets a code after the first wait, and SLURM's clients read flags otherwise
+set +o posix -uo pipefail
 slurm_dir=$run_dir/slurm
 history=$slurm_dir/history.tsv
 outcome='' # where the ranks of this start write how they ended
@@ -34,7 +36,7 @@ earlier_starts() { # the newest checkpoint's step at each start since the submis
 await_submission() { # submit writes its line when sbatch has answered; this start may be quicker
   local try
   for try in {1..30}; do
-    awk -F '\t' -v job="$SLURM_JOB_ID" '$2 == job && $4 == "submitted" { found = 1 } END { exit !found }' "$history" 2>/dev/null && return
+    awk -F '\t' -v job="$SLURM_JOB_ID" '$2 == job && $4 == "submitted" { found = 1 } END { exit !found }' "$history" 2>/dev/null && return 0
     sleep 1
   done
   say "$history has no line of the submission after $try s; going on without"
@@ -53,6 +55,7 @@ queue_successor() { # chain: it waits in the queue now, so that it starts howeve
   successor=$(sbatch --parsable --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes "${exclude[@]}" \
     "$slurm_dir/job.sbatch" successor) || say "sbatch refused the successor: this is the last start"
   successor=${successor%%;*}
+  [ -z "$successor" ] || record successor "$successor"
 }
 
 cancel_successor() { # as long as it waits: on a node that was cut off this start may learn late that it runs already
@@ -68,7 +71,7 @@ exclude_bad_hosts() { # JOB
 show_job() { # one line, a space before and after each word; nothing when SLURM does not answer
   local try job
   for try in {1..3}; do
-    if job=$(timeout 5 scontrol show job "$SLURM_JOB_ID" -o); then echo " $job " && return; fi
+    if job=$(timeout 5 scontrol show job "$SLURM_JOB_ID" -o); then echo " $job " && return 0; fi
     say "scontrol does not answer ($try)" >&2
   done
 }
@@ -78,14 +81,29 @@ was_requeued() { # JOB: without this script's doing, by preemption, a node's fai
 }
 
 requeue() {
-  if was_requeued "$(show_job)"; then return; fi # SLURM gave up this node; the job's next start must go on
+  local job
+  job=$(show_job)
+  if was_requeued "$job"; then return 0; fi # SLURM gave up this node; the job's next start must go on
+  # A scancel has come while SLURM was asked: its TERM is about to be handled, and must not be undone.
+  if [[ -z $term_cause && -n $job && $job != *" JobState=RUNNING "* ]]; then return 1; fi
   trap '' TERM # the requeue sends TERM; what follows needs a moment more
-  if ! timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
+  if ! send_requeue; then
     say "scontrol requeue was refused: this was the last start; cluster.requeue=chain does without it"
     return 1
   fi
   exclude_bad_hosts "$SLURM_JOB_ID"
   scontrol update JobId="$SLURM_JOB_ID" StartTime=now+10 # SLURM alone would wait two minutes
+}
+
+# In what a trap calls, a plain `return` would give the status from before the trap.
+send_requeue() { # a controller that is just starting refuses it
+  local try
+  for try in {1..6}; do
+    if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then return 0; fi
+    say "scontrol requeue failed ($try)"
+    sleep 10
+  done
+  return 1
 }
 
 start_again() { # sets decision
@@ -173,6 +191,7 @@ run_step() { # COMMAND...: signals reach it while it runs; returns its code
   [[ -z $stop_requested && -z $term_cause ]] || return 75
   env "${exports[@]}" "$@" &
   step_pid=$!
+  [ -z "$stop_requested" ] || kill -USR1 "$step_pid" # it came between the two lines above
   while kill -0 "$step_pid" 2>/dev/null; do wait "$step_pid"; done # a trapped signal ends wait early
   wait "$step_pid"
   local code=$?
@@ -180,10 +199,13 @@ run_step() { # COMMAND...: signals reach it while it runs; returns its code
   return "$code"
 }
 
-port_is_free() { # in no range that the kernel gives out, and nobody listens here
-  local low high
+port_is_free() { # in no range that the kernel gives out, and nobody listens on this host
+  local low high name
   read -r low high </proc/sys/net/ipv4/ip_local_port_range
-  (($1 < low || $1 > high)) && ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+  (($1 < low || $1 > high)) || return 1
+  for name in 127.0.0.1 "$HOSTNAME"; do
+    if (exec 3<>"/dev/tcp/$name/$1") 2>/dev/null; then return 1; fi
+  done
 }
 
 choose_port() { # another one for each job and restart
@@ -256,7 +278,10 @@ if ((restart >= max_starts_without_progress)) &&
   ! printf '%s\n' "${steps[@]:restart-max_starts_without_progress}" | grep -qvx "$(newest_step)"; then
   give_up "no progress in $max_starts_without_progress starts"
 fi
-record start "$SLURM_JOB_NODELIST"
+if ! record start "$SLURM_JOB_NODELIST"; then # without it nothing bounds the restarts
+  say "$history cannot be written; see whether the disk is full"
+  exit 2
+fi
 mkdir -p "$slurm_dir/logs" "$slurm_dir/outcomes"
 outcome=$slurm_dir/outcomes/$SLURM_JOB_ID.$restart
 export LIME_DIST_OUTCOME_FILE=$outcome
@@ -268,7 +293,9 @@ for module in "${modules[@]}"; do
   module load "$module" || finish 2 "module load $module failed"
 done
 @SETUP@
-set -u
+set +e -u
+trap on_usr1 USR1
+trap on_term TERM
 
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR # a submitting shell's own would be taken for srun's
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -277,7 +304,7 @@ MASTER_PORT=$(choose_port)
 export MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-${cpus_per_task:-1}}
 # srun does not take it over from sbatch
 if [ -n "$cpus_per_task" ]; then export SRUN_CPUS_PER_TASK=$cpus_per_task; fi
-srun=(srun --kill-on-bad-exit=1 --wait=60 --distribution=block:block --open-mode=append "${srun_flags[@]}")
+srun=(srun --export=ALL --kill-on-bad-exit=1 --wait=60 --distribution=block:block --open-mode=append "${srun_flags[@]}")
 describe
 if [ "$preflight" = yes ]; then check_hosts; fi
 train

@@ -56,4 +56,5 @@ def plan_stop_lead(records: Iterable[dict[str, Any]], first_steps: Iterable[int]
 
 
 def _values(records: list[dict[str, Any]], key: str) -> list[float]:
-    return [record[key] for record in records if isinstance(record.get(key), (int, float))]
+    values = (record.get(key) for record in records)
+    return [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]

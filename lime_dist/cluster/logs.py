@@ -70,6 +70,8 @@ class RunLogs:
 
     def explain_nothing(self, wanted: Wanted) -> str:
         """Why `find` finds none, and what there is, on one line."""
+        if self._last_job() is None:
+            return f"RUN: no job of {self._run_dir} was ever submitted; do so with `lime-dist submit`"
         if wanted.job is None and wanted.restart is None:
             return (
                 f"RUN: job {self._last_job()} has no log yet; see `lime-dist status {self._run_dir}`, or wait with -f"

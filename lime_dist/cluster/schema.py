@@ -223,7 +223,10 @@ def _check_directives(cluster: ClusterConfig) -> None:
 
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-_OWN_VARIABLES = re.compile(r"LIME_DIST_.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|PS4|PROMPT_COMMAND")
+# By these a value could run a program, or change what the script does.
+_OWN_VARIABLES = re.compile(
+    r"(LIME_DIST|SLURM|SRUN|SBATCH|LD|PYTHON|BASH).*|PATH|ENV|SHELLOPTS|PS4|PROMPT_COMMAND|POSIXLY_CORRECT"
+)
 
 
 def _check_names(cluster: ClusterConfig) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lime_dist.cluster.history import read_history
+from lime_dist.cluster.history import Event, read_history
 from lime_dist.cluster.queue import Job, find_job
 from lime_dist.cluster.run_folder import LastCheckpoint, Progress, find_config, read_last_checkpoint, read_progress
-from lime_dist.cluster.starts import Start, last_job, last_start_time, list_starts
+from lime_dist.cluster.starts import Start, find_successor, last_job, last_start_time, list_starts
 from lime_dist.formats import format_clock, format_si
 from lime_dist.layout import Layout
 from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, written_since
@@ -54,11 +54,12 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     config = find_config(run_dir)
     events = read_history(run_dir / "slurm" / "history.tsv")
     job_id = last_job(events)
-    job = find_job(job_id) if job_id else None
+    job = _find_present_job(events, job_id) if job_id else None
     beats = read_heartbeats(heartbeat_folder(run_dir), config.layout.world_size)
     beats = written_since(beats, last_start_time(events) or 0.0)
     is_running = job.is_running if job is not None else _state_of(beats, now) == "running"
-    history = list_starts(events, still_running=is_running)
+    checkpoint = read_last_checkpoint(run_dir, now)
+    history = list_starts(events, still_running=is_running, newest_step=checkpoint.step if checkpoint else 0)
     progress = read_progress(run_dir / "metrics.jsonl")
     return Status(
         run=str(run_dir),
@@ -70,11 +71,20 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         loss=progress.loss,
         tokens_per_second=progress.tokens_per_second,
         seconds_left=_seconds_left(progress, config.run.steps),
-        checkpoint=read_last_checkpoint(run_dir, now),
+        checkpoint=checkpoint,
         restarts=max(0, len(history) - 1),
         starts=history,
         heartbeats=_pulses(config.layout, beats, now, is_over=job is not None and not job.is_running),
     )
+
+
+def _find_present_job(events: Sequence[Event], job_id: str) -> Job | None:
+    """The job, or the successor that goes on with the run when the job is over."""
+    job, successor = find_job(job_id), find_successor(events, job_id)
+    if successor is None or (job is not None and not job.is_over):
+        return job
+    following = find_job(successor)
+    return job if following is None or following.is_over else following
 
 
 def _seconds_left(progress: Progress, num_steps: int) -> float | None:
@@ -119,7 +129,7 @@ def to_text(status: Status) -> str:
         ("time left", _time_left_line(status)),
         ("heartbeats", _heartbeat_line(status.heartbeats)),
         *(("silent", line) for line in _shortened(status.heartbeats.silent)),
-        ("restarts", str(status.restarts)),
+        ("restarts", f"{status.restarts} since the submission"),
         *(("", f"{start.time}  job {start.job}.{start.restart}  {_ending(start)}") for start in status.starts),
     ]
     return "\n".join(f"{name:<10}  {text}".rstrip() for name, text in rows)
@@ -149,12 +159,14 @@ def _checkpoint_line(checkpoint: LastCheckpoint | None) -> str:
 def _time_left_line(status: Status) -> str:
     of_training = "unknown" if status.seconds_left is None else format_clock(status.seconds_left)
     of_job = status.job.seconds_left if status.job is not None else None
+    if status.job is not None and not status.job.is_running:
+        return f"training {of_training}, once it runs"
     return f"training {of_training}" + (f", job {format_clock(of_job)}" if of_job is not None else "")
 
 
 def _heartbeat_line(pulses: Pulses) -> str:
     if pulses.oldest_seconds is None:
-        return f"none of {pulses.world_size} ranks yet"
+        return f"none of {pulses.world_size} ranks yet (before it trains, a start checks hosts: see `logs --script`)"
     return f"{pulses.ranks} of {pulses.world_size} ranks, oldest {pulses.oldest_seconds:.0f} s ago (rank {pulses.oldest_rank})"
 
 

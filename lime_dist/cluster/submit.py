@@ -10,13 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from lime_dist.checkpoint.files import find_checkpoints
+from lime_dist.checkpoint.files import find_latest
 from lime_dist.cluster.history import append_submitted, read_history
 from lime_dist.cluster.lead import plan_stop_lead, read_records
 from lime_dist.cluster.schema import ClusterConfig, load_cluster
@@ -44,13 +44,14 @@ class Prepared:
 def prepare(config_file: Path, cluster_file: Path, overrides: Sequence[str]) -> Prepared:
     """Read, check and render; writes nothing. Raises: LimeDistError for what must not wait in a queue first."""
     cluster = load_cluster(cluster_file, [text for text in overrides if text.startswith("cluster.")])
-    config = ready_config(
-        load_config(config_file, [text for text in overrides if not text.startswith("cluster.")]), cluster.world_size
-    )
+    config = load_config(config_file, [text for text in overrides if not text.startswith("cluster.")])
+    check_world(config, cluster)
+    config = ready_config(config, cluster.world_size)
     check_fit(config, cluster)
     check_memory(config, cluster)
     check_files(config)
     submission, lead_source = _plan_submission(config, cluster)
+    check_mounts(cluster, submission)
     return Prepared(
         config=config,
         cluster=cluster,
@@ -58,6 +59,32 @@ def prepare(config_file: Path, cluster_file: Path, overrides: Sequence[str]) -> 
         script=render_script(cluster, submission),
         lead_source=lead_source,
     )
+
+
+def check_world(config: Config, cluster: ClusterConfig) -> None:
+    """Raises: LayoutError unless the ranks of all nodes are those of the layout."""
+    parallel, ranks = config.parallel, cluster.world_size
+    replica = parallel.tp * parallel.pp
+    if ranks != replica * parallel.dp if parallel.dp else ranks % max(replica, 1):
+        needed = f"tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp or 'any'}"
+        raise LayoutError(
+            f"cluster.nodes: {cluster.nodes} nodes x {cluster.ranks_per_node} ranks are {ranks}, but the run is {needed}; "
+            "change cluster.nodes, cluster.tasks_per_node (or gpus_per_node), or parallel"
+        )
+
+
+def check_mounts(cluster: ClusterConfig, submission: Submission) -> None:
+    """Raises: ConfigError where a container would not see, under the same path, what the script names."""
+    container = cluster.container
+    if container is None or container.runtime != "pyxis":  # Apptainer mounts the working folder by itself
+        return
+    pairs = [mount.split(":")[:2] for mount in container.mounts]
+    same = [Path(host) for host, inside in pairs if host == inside]
+    for key, path in (("run.dir", submission.run_dir), ("working folder", submission.folder)):
+        if not any(path.is_relative_to(mount) for mount in same):
+            raise ConfigError(
+                f"cluster.container.mounts: {key} {path} is in none of them; add a mount host:container with the same path twice"
+            )
 
 
 def check_fit(config: Config, cluster: ClusterConfig) -> None:
@@ -113,18 +140,15 @@ def submit(prepared: Prepared) -> str:
             "environment: sbatch is not on PATH; submit on a login node, or read the script with --dry-run"
         )
     _refuse_queued(submission)
+    _refuse_finished(prepared.config, submission)
     _write_files(prepared)
     bad_hosts = read_bad_hosts(submission.exclude_file(cluster))
     exclude = [f"--exclude={','.join(bad_hosts)}"] if bad_hosts else []
-    answer = _ask(["sbatch", "--parsable", *exclude, str(submission.script)])
+    answer = _ask(["sbatch", "--parsable", *exclude, str(submission.script)], sbatch_environment(cluster))
     if answer.returncode:
-        raise ConfigError(f"sbatch: {' '.join(answer.stderr.split())}; mend the key of the cluster file that it names")
+        raise ConfigError(f"sbatch: {' '.join(answer.stderr.split())}; change what it names in the cluster file")
     job = answer.stdout.strip().split(";")[0]
-    step = max(
-        (int(path.name.removeprefix("step_")) for path in find_checkpoints(submission.run_dir / "checkpoints")),
-        default=0,
-    )
-    append_submitted(submission.history, job, step)
+    append_submitted(submission.history, job, newest_step(submission))
     return job
 
 
@@ -138,10 +162,28 @@ def _refuse_queued(submission: Submission) -> None:
             raise ConfigError(f"run.dir: job {job} of this run is still {state}; scancel it first")
 
 
-def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _refuse_finished(config: Config, submission: Submission) -> None:
+    if config.checkpoint.resume == "auto" and newest_step(submission) >= config.run.steps:
+        raise ConfigError(f"run.steps: all {config.run.steps} steps of {config.run.dir} are done; raise it to go on")
+
+
+def newest_step(submission: Submission) -> int:
+    """Of the run's complete checkpoints; 0 for none."""
+    newest = find_latest(submission.run_dir / "checkpoints")
+    return 0 if newest is None else int(newest.name.removeprefix("step_"))
+
+
+def sbatch_environment(cluster: ClusterConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Without the SBATCH_ variables, which beat the script's own lines, but for a site's defaults of keys that are not set."""
+    names = ("partition", "account", "qos", "constraint", "reservation")
+    kept = {f"SBATCH_{name.upper()}" for name in names if getattr(cluster, name) is None}
+    return {name: value for name, value in environment.items() if not name.startswith("SBATCH_") or name in kept}
+
+
+def _ask(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Raises: ConfigError when the client is not there or does not answer."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_CLIENT_TIMEOUT_SECONDS)
+        return subprocess.run(command, capture_output=True, text=True, timeout=_CLIENT_TIMEOUT_SECONDS, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"environment: {one_line(error)}; see whether SLURM answers here") from None
 
@@ -150,7 +192,7 @@ def read_bad_hosts(path: Path) -> list[str]:
     """The hosts of an exclude file, sorted; none when it is not there."""
     if not path.is_file():
         return []
-    lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    lines = {line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()}
     return sorted(line for line in lines if line and all(letter.isalnum() or letter in "._-" for letter in line))
 
 
@@ -180,7 +222,10 @@ def _git_files() -> dict[str, str]:
     if commit is None:
         return {}
     text = f"commit {commit.strip()}\nbranch {(branch or '').strip()}\n\n{_git('status', '--short') or ''}"
-    return {"git.txt": text, "git.patch": _git("diff", "--binary", "HEAD") or ""}
+    return {
+        "git.txt": text,
+        "git.patch": _git("diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD") or "",
+    }
 
 
 def _git(*arguments: str) -> str | None:

@@ -60,6 +60,8 @@ def _logs(args: argparse.Namespace) -> int:
         return _print(follow(lambda: logs.find(wanted), lambda: time.sleep(_LOOK_SECONDS)))
     if (source := logs.find(wanted)) is None:
         raise ConfigError(logs.explain_nothing(wanted))
+    if source.path.stat().st_size == 0:
+        print(f"rank {wanted.rank} has printed nothing yet; see `lime-dist status {args.run_dir}`", file=sys.stderr)
     return _print(copy(source))
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lime_dist.config import Config, load_config
+from lime_dist.ending import write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
-from lime_dist.launcher import Place, find_place, host_name, require_rendezvous
+from lime_dist.launcher import Place, find_place, host_name, require_address, require_rendezvous
 from lime_dist.resolve import ready_config
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def _preflight(args: argparse.Namespace) -> int:
     if place is None:
         return _on_local_ranks(args)
     require_rendezvous()
+    require_address(place)
     return _as_launched_rank(args, place)
 
 
@@ -111,6 +113,8 @@ def _finish(findings: Findings, args: argparse.Namespace) -> None:
 
     verdict, report = findings.verdict, findings.report
     lines = [verdict.user_error] if verdict.user_error else bad_lines(verdict.bad)
+    if lines:
+        write_outcome(verdict.exit_code, lines[0])
     if not verdict.user_error:
         print(json.dumps(report) if args.json else report_text(report), flush=True)
     if args.exclude_file is not None:

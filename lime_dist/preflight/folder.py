@@ -5,19 +5,24 @@ All of it is removed again. Knows no ranks' meeting: whoever calls says when.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from lime_dist.errors import ConfigError
+
 VISIBLE_SECONDS = 5.0  # a network file system may show a new name late
 
 
 def make_folder(run_dir: Path, name: str) -> str | None:
-    """By rank 0; what is wrong, or None."""
+    """By rank 0; what is wrong, or None. Raises: ConfigError for a full disk, which is no host's fault."""
     try:
         (run_dir / name).mkdir(parents=True)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(f"run.dir: {run_dir}: {error.strerror}; free some space there") from None
         return f"run.dir {run_dir} is not writable there ({error.strerror})"
     return None
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lime_dist.cluster.nodelist import planned_hosts
 from lime_dist.config import Config
-from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError, one_line
+from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, host_name
 from lime_dist.local import leave
 from lime_dist.pipeline.bundle import plan_stages
@@ -125,7 +125,11 @@ def _lead(
     if verdict.exit_code or config is None:
         meeting.tell("folder", None)
     else:
-        verdict = _judge_hosts(meeting, config, arrivals)
+        try:
+            verdict = _judge_hosts(meeting, config, arrivals)
+        except ConfigError as error:
+            meeting.tell("folder", None)
+            verdict = Verdict(user_error=one_line(error))
     meeting.tell("verdict", verdict)
     return verdict
 

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.checkpoint import save_load
-from lime_dist.checkpoint.files import CheckpointReader, find_latest
+from lime_dist.checkpoint.files import CheckpointReader, find_latest, read_meta
 from lime_dist.cli import main
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
@@ -349,6 +349,36 @@ def test_one_rank_that_is_asked_stops_all(folder: Path, tmp_path: Path) -> None:
     code, reason = read_outcome(tmp_path / "outcome")
     assert (process.returncode, code) == (REQUEUE, REQUEUE)
     assert re.fullmatch(r"(SIGUSR1|stop asked of another rank) at step \d+ of 100000", reason)
+
+
+def test_another_signal_is_no_second_one(folder: Path, tmp_path: Path) -> None:
+    """At a time limit that is near SIGUSR1 comes, and SIGTERM at the limit, when ranks may be saving."""
+    process = start(tmp_path, *LONG)
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
+    ranks[1].suspend()
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(REPEAT_WINDOW_SECONDS + 0.5)
+    process.send_signal(signal.SIGTERM)
+    ranks[1].resume()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE, errors
+    assert read_outcome(tmp_path / "outcome")[1].startswith("SIGUSR1 at step")
+
+
+def test_going_back_leaves_the_later_checkpoints_aside(folder: Path, tmp_path: Path) -> None:
+    """Else the next start would return to the branch that was left, and pruning would take the new one's checkpoints."""
+    assert train(tmp_path, "pp=3", "checkpoint.keep=2") == DONE
+    checkpoints = tmp_path / "checkpoints"
+    back = f"checkpoint.resume={checkpoints}/step_000003"
+    assert train(tmp_path, "pp=3", back, "checkpoint.keep=2", "run.steps=4", "optim.lr_schedule=constant") == DONE
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert left[1:] == ["step_000003", "step_000004"] and re.fullmatch(r"abandoned-\d+-step_000005", left[0])
+    assert read_meta(find_latest(checkpoints)).step == 4
+
+
+def test_a_run_folder_that_cannot_be_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train(Path("/proc/run"), "pp=3") == NEVER_RESTART
+    assert re.search(r"^lime-dist: run\.dir: /proc/run: .*; name a folder", capfd.readouterr().err, re.MULTILINE)
 
 
 def test_a_second_signal_leaves_at_once(folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ CLIENTS = {
     "squeue": 'printf "%s" "${SQUEUE_ANSWER:-}"',
     "scontrol": """case "$1 $2" in
   "show hostnames") printf 'n1\\nn2\\n' ;;
-  "show job") echo "JobId=$3 JobName=x Requeue=1 Restarts=0 ${JOB:-Reason=None PreemptTime=None}" ;;
+  "show job") echo "JobId=$3 JobName=x JobState=${STATE:-RUNNING} Requeue=1 Restarts=0 ${JOB:-Reason=None PreemptTime=None}" ;;
   requeue*) exit "${REQUEUE_CODE:-0}" ;;
 esac""",
 }

@@ -32,10 +32,10 @@ def test_decision(bash: Bash, mode: str, code: int) -> None:
     again = {"requeue": "requeued", "chain": "chained", "never": "failed"}[mode]
     decision = {0: "finished", 2: "failed"}.get(code, again)
     assert ended.code == code, ended.text
-    assert run.history()[1:] == [
-        ["start", "0", "0", "n[1-2]"],
-        ["end", "0", "0", f"{code} exit code {code} -> {decision}"],
-    ]
+    start, *queued, end = run.history()[1:]
+    assert start == ["start", "0", "0", "n[1-2]"]
+    assert queued == ([["successor", "0", "0", "43"]] if mode == "chain" else [])
+    assert end == ["end", "0", "0", f"{code} exit code {code} -> {decision}"]
     assert ended.called("scontrol", "requeue") == ([REQUEUE] if decision == "requeued" else [])
     assert ended.called("scancel") == ([["--state=PENDING", "43"]] if mode == "chain" and code == 2 else [])
     assert len(ended.called("sbatch")) == (mode == "chain")
@@ -58,7 +58,9 @@ def test_requeue_starts_soon_and_without_bad_hosts(bash: Bash) -> None:
 
 def test_requeue_refused(bash: Bash) -> None:
     run = make_run(bash)
+    bash.add_client("sleep", "")
     ended = run.start(SRUN="exit 75", REQUEUE_CODE="1")
+    assert len(ended.called("scontrol", "requeue")) == 6, "a controller that is just starting refuses as well"
     assert ended.code == 75 and "scontrol requeue was refused" in ended.text
     assert run.history()[-1][-1].endswith("-> failed")
 
@@ -70,6 +72,31 @@ def test_lost_start_leaves_the_next_one_alone(bash: Bash) -> None:
     ended = run.start(SRUN="exit 1", SLURM_RESTART_COUNT="1")
     assert run.history()[-1][-1] == "1 exit code 1 -> requeued"
     assert not ended.called("scontrol", "requeue") and not ended.called("scontrol", "update")
+
+
+def test_cancelled_while_slurm_is_asked(bash: Bash) -> None:
+    """A scancel between the end of the ranks and the requeue stays one."""
+    run = make_run(bash)
+    ended = run.start(SRUN="exit 1", STATE="COMPLETING")
+    assert not ended.called("scontrol", "requeue")
+    assert run.history()[-1][-1] == "1 exit code 1 -> failed"
+
+
+def test_no_start_that_nothing_would_count(bash: Bash) -> None:
+    run = make_run(bash)
+    history = run.submission.history
+    lines = history.read_text()
+    history.unlink()
+    history.mkdir()  # as a full disk: no line can be added
+    ended = run.start(SRUN="touch ran", SLURM_RESTART_COUNT="1")
+    assert ended.code == 2 and "history.tsv cannot be written" in ended.text, lines
+    assert not ended.called("srun") and not ended.called("scontrol", "requeue")
+
+
+def test_setup_may_change_the_shells_options(bash: Bash) -> None:
+    run = make_run(bash, setup=["set -e", "trap '' TERM USR1"])
+    ended = run.start(SRUN="exit 1", POSIXLY_CORRECT="1")
+    assert ended.code == 1 and run.history()[-1][-1] == "1 exit code 1 -> requeued"
 
 
 def test_chain_queues_its_successor_first(bash: Bash) -> None:

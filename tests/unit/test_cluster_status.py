@@ -116,9 +116,9 @@ def test_a_running_job(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "heartbeats  4 of 4 ranks, oldest 120 s ago (rank 3)",
         "silent      rank 3 (pp=1 dp=0 tp=1) on n3, stage 1, since step 91 forward microbatch 2; "
         "no sign of life for 120 s: stopped, or its host is gone",
-        "restarts    2",
+        "restarts    2 since the submission",
         "            2026-01-31T09:31:00Z  job 12.0  on n[1-2]: at step 60: 75 SIGUSR1 at step 60 of 100 -> requeued",
-        f"            2026-01-31T10:31:00Z  job 12.1  on n[1-2]: at step 60: {UNRECORDED_END}",
+        f"            2026-01-31T10:31:00Z  job 12.1  on n[1-2]: at step 80: {UNRECORDED_END}",
         "            2026-01-31T11:30:00Z  job 12.2  on n[2-3]: running",
     ]
 
@@ -162,8 +162,25 @@ def test_a_job_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_history(tmp_path, HISTORY[:1])
     (tmp_path / "slurm" / "config.yaml").write_text(dump_yaml(config()))
     text = to_text(read_status(tmp_path, NOW))
-    for line in ("PENDING, job 11 (Resources)", "step        0 of 100", "checkpoint  none yet", "training unknown, job 2:00:00", "restarts    0"):  # fmt: skip
+    for line in ("PENDING, job 11 (Resources)", "step        0 of 100", "checkpoint  none yet", "training unknown, once it runs", "restarts    0"):  # fmt: skip
         assert line in text
+
+
+def test_a_chain_goes_on_with_the_successor(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_history(
+        run,
+        [
+            *HISTORY[:5],
+            ("09:31:01", 12, "0", "successor", 40, "13"),
+            ("10:00:00", 12, "0", "end", 60, "75 x -> chained"),
+        ],
+    )
+    answer(tmp_path / "bin", monkeypatch, scontrol="JobId=12 JobState=FAILED Reason=NonZeroExitCode NodeList=n1")
+    (tmp_path / "bin" / "squeue").write_text(
+        '#!/bin/sh\ncase "$*" in *13*) echo "PENDING||1:00:00|Dependency" ;; *) exit 1 ;; esac\n'
+    )
+    job = read_status(run, NOW).job
+    assert (job.job_id, job.state) == ("13", "PENDING")
 
 
 def test_a_job_that_is_over(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

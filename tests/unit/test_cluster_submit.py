@@ -16,6 +16,7 @@ from cluster_stand_ins import Bash
 from lime_dist.cli import main
 from lime_dist.cluster.history import read_history
 from lime_dist.cluster.schema import load_cluster
+from lime_dist.cluster.submit import sbatch_environment
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
 
@@ -115,8 +116,8 @@ def test_lead_from_earlier_starts(bash: Bash, capsys: pytest.CaptureFixture[str]
 
 
 MISTAKES = {
-    "parallel.dp=3": r"parallel: tp=2 x pp=2 x dp=3 needs 12 ranks, 8 were started; change parallel\.tp",
-    "cluster.nodes=1 cluster.tasks_per_node=3": r"parallel: tp=2 x pp=2 x dp=1 needs 4 ranks, 3 were started",
+    "parallel.dp=3": r"cluster\.nodes: 2 nodes x 4 ranks are 8, but the run is tp=2 x pp=2 x dp=3; change cluster\.nodes",
+    "cluster.nodes=1 cluster.tasks_per_node=3": r"cluster\.nodes: 1 nodes x 3 ranks are 3, but the run is tp=2 x pp=2 x dp=any; change",
     "cluster.nodes=4 cluster.tasks_per_node=1": (
         r"parallel\.tp: 2 does not divide cluster\.tasks_per_node=1, .* set cluster\.tp_across_nodes=true"
     ),
@@ -167,7 +168,7 @@ def test_refused_while_queued(
 def test_refused_by_sbatch(bash: Bash, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bash.add_client("sbatch", "echo 'sbatch: error: invalid partition specified: low' >&2; exit 1")
     assert main(COMMAND) == 2
-    assert "lime-dist: sbatch: sbatch: error: invalid partition specified: low; mend" in capsys.readouterr().err
+    assert "lime-dist: sbatch: sbatch: error: invalid partition specified: low; change what" in capsys.readouterr().err
     assert read_history(bash.folder / "runs/a b/slurm/history.tsv") == []
 
 
@@ -183,3 +184,29 @@ def test_no_torch() -> None:
     code = "import sys; from lime_dist.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", code, *COMMAND], check=True, env=environment)
+
+
+def test_the_shells_sbatch_variables_do_not_beat_the_script(bash: Bash, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TIMELIMIT", "NO_REQUEUE", "PARTITION", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "site")
+    kept = sbatch_environment(load_cluster(Path("cluster.yaml"), ["cluster.partition=own"]))
+    assert {name for name in kept if name.startswith("SBATCH_")} == {"SBATCH_ACCOUNT"}
+
+
+def test_a_finished_run_is_refused(bash: Bash, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("runs/mine/checkpoints/step_000009")
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text("{}")
+    check_refused(bash, capsys, r"run\.steps: all 9 steps of .* are done; raise it", "run.dir=runs/mine", "run.steps=9")
+
+
+def test_a_container_must_see_the_run(bash: Bash, capsys: pytest.CaptureFixture[str]) -> None:
+    container = "cluster.container={{image: x.sqsh, mounts: [{}]}}"
+    inside = container.format(f"'{Path.cwd()}:{Path.cwd()}'")
+    assert main([*COMMAND, inside, "--dry-run"]) == 0
+    capsys.readouterr()
+    check_refused(
+        bash, capsys, r"cluster\.container\.mounts: run\.dir /elsewhere/x is in none", inside, "run.dir=/elsewhere/x"
+    )
+    moved = container.format(f"'{Path.cwd()}:/workspace'")
+    check_refused(bash, capsys, r"cluster\.container\.mounts: run\.dir .* is in none of them; add a mount", moved)

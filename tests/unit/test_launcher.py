@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from lime_dist.errors import LayoutError
-from lime_dist.launcher import Place, find_place, host_name, require_rendezvous
+from lime_dist.launcher import Place, find_place, host_name, require_address, require_rendezvous
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
@@ -77,3 +77,12 @@ def test_outside_a_step_nothing_is_worked_out(missing: str) -> None:
 def test_slurms_name_of_a_host_comes_first() -> None:
     assert host_name({"SLURMD_NODENAME": "n2"}) == "n2"
     assert host_name({}) == socket.gethostname()
+
+
+def test_rank_0_asks_for_the_meeting_place() -> None:
+    """It runs there: a name that it does not know, no host knows. Another host that does not is a bad host."""
+    unknown = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29500"}
+    require_address(Place(rank=0, local_rank=0, world_size=2), {"MASTER_ADDR": "127.0.0.1"})
+    require_address(Place(rank=1, local_rank=0, world_size=2), unknown)
+    with pytest.raises(LayoutError, match="^environment: MASTER_ADDR=no-such-host.invalid does not resolve on"):
+        require_address(Place(rank=0, local_rank=0, world_size=2), unknown)
