@@ -105,6 +105,10 @@ def _check_numbers(config: Config) -> None:
     )
     fraction = config.data.valid_fraction
     _require(0 <= fraction < 1, f"data.valid_fraction: {fraction} must lie in [0, 1)")
+    _require(
+        not (fraction and config.data.valid),
+        "data.valid_fraction: has no effect beside data.valid; remove one of them (data.valid= on the command line)",
+    )
     for source in (*config.data.train, *config.data.valid):
         _require(source.weight > 0, f"data: weight {source.weight} of {source.path} must be above 0")
 

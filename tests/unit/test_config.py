@@ -209,6 +209,7 @@ REFUSED = [  # overrides, error, how the message begins
     ("data.seq_length=0", ConfigError, "data.seq_length: 0 must be at least 1"),
     ("data.global_batch_size=3 pipeline.num_microbatches=2", ConfigError, "data.global_batch_size: 3 must be a multiple of parallel.dp=1 x pipeline.num_microbatches=2"),
     ("data.global_batch_size=4 parallel.dp=3", ConfigError, "data.global_batch_size: 4 must be a multiple of parallel.dp=3"),
+    ("data.valid_fraction=0.1 data.valid=v", ConfigError, "data.valid_fraction: has no effect beside data.valid; remove"),
     ("data.valid_fraction=1", ConfigError, "data.valid_fraction: 1.0 must lie in [0, 1)"),
     ('data.train=[{"path":"a","weight":0}]', ConfigError, "data: weight 0.0 of a must be above 0"),
     ("optim.lr=-1", ConfigError, "optim.lr: -1.0 must be at least 0"),
