@@ -148,11 +148,17 @@ def test_a_start_that_was_asked_for_is_not_left(run: Path) -> None:
     assert text == "first\n"
 
 
+def _hear_interrupts() -> None:
+    """What runs in the background of a shell begins without."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def command(run: Path, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "lime_dist.cli", "logs", str(run), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=_hear_interrupts,
     )
 
 
