@@ -19,6 +19,10 @@ from lime_dist.ending import NEVER_RESTART, REQUEUE
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine; an idle one needs under a minute for each
 Curve = list[tuple[int, float]]
+PERIODIC = (
+    10,
+    20,
+)  # the newest checkpoint of a run that breaks behind step 13, or behind 20 on a machine that is slow to tell
 
 
 @pytest.fixture
@@ -185,7 +189,7 @@ def test_chain_loses_its_first_node(run: Submission, finishes: Callable[..., Non
     run.job = int(run.cluster.wait_until(lambda: [e.job for e in run.events("start")][1:], "the successor")[0])
     assert run.job != first and lost not in run.nodes
     finishes(run)
-    assert run.events("start")[1].step == 10
+    assert run.events("start")[1].step in PERIODIC
     assert_queue_empties(run)
     run.cluster.power_on(lost)
     run.cluster.wait_for_nodes([lost], "idle")
@@ -206,7 +210,7 @@ def test_killed_rank(run: Submission, finishes: Callable[..., None]) -> None:
     run.ranks()[2].kill()
     finishes(run)
     assert run.decisions == ["requeued", "finished"]
-    assert run.events("start")[1].step == 10
+    assert run.events("start")[1].step in PERIODIC
 
 
 def test_lost_nodes(new_run: Callable[..., Submission], finishes: Callable[..., None]) -> None:
@@ -229,7 +233,7 @@ def test_lost_nodes(new_run: Callable[..., Submission], finishes: Callable[..., 
     for run in runs:
         finishes(run)
         starts = [event.step for event in run.events("start")]
-        assert starts[:2] == [0, 10] and cluster.job(run.job)["Restarts"] == str(len(starts) - 1)
+        assert starts[0] == 0 and starts[1] in PERIODIC and cluster.job(run.job)["Restarts"] == str(len(starts) - 1)
         # When the first start's srun is back and has lost a rank, it may end the second start's step, which SLURM gave
         # the same number. The ranks save, and a third start goes on.
         assert len(starts) == 2 or (run is cut_off and len(starts) == 3 and stopped_at(run, 1) == starts[2])
