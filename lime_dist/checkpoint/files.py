@@ -49,7 +49,12 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     found = [
         path for path in checkpoints.iterdir() if _STEP_NAME.fullmatch(path.name) and (path / "meta.json").is_file()
     ]
-    return sorted(found, key=lambda path: int(_STEP_NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The updates done before this checkpoint, by its name."""
+    return int(_STEP_NAME.fullmatch(folder.name)[1])
 
 
 def find_latest(checkpoints: Path) -> Path | None:
@@ -60,7 +65,7 @@ def find_latest(checkpoints: Path) -> Path | None:
 def set_aside_after(checkpoints: Path, step: int) -> None:
     """Rename checkpoints of later steps: a run that goes on from `step` has left their branch, and must not return to it."""
     for folder in find_checkpoints(checkpoints):
-        if int(_STEP_NAME.fullmatch(folder.name)[1]) > step:
+        if step_of(folder) > step:
             os.replace(folder, folder.with_name(f"abandoned-{time.time_ns()}-{folder.name}"))
 
 

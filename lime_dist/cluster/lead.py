@@ -5,32 +5,13 @@ Pure, from the records of metrics.jsonl of earlier starts.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 GRID_SECONDS = 30  # slurmctld looks at time limits only this often
 UNMEASURED_SECONDS = 300
 _RECENT_STEPS = 50
-
-
-def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; none when it is not there. A line that was cut short is left out."""
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [record for record in map(_parse, lines) if record is not None]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def plan_stop_lead(records: Iterable[dict[str, Any]], first_steps: Iterable[int], time_seconds: int) -> tuple[int, str]:

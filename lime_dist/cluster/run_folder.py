@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lime_dist.checkpoint.files import find_latest
+from lime_dist.checkpoint.files import find_latest, step_of
 from lime_dist.config import Config, load_config
 from lime_dist.errors import ConfigError
 from lime_dist.formats import RECENT_STEPS
-
-_TAIL_BYTES = 1 << 16  # of metrics.jsonl: more than the recent steps take
+from lime_dist.records import RECENT_BYTES, read_records
 
 
 def find_config(run_dir: Path) -> Config:
@@ -39,7 +36,7 @@ class Progress:
 
 def read_progress(path: Path) -> Progress:
     """Of a metrics.jsonl."""
-    recent = [record for record in _newest_records(path) if "loss" in record][-RECENT_STEPS:]
+    recent = [record for record in read_records(path, RECENT_BYTES) if "loss" in record][-RECENT_STEPS:]
     if not recent:
         return Progress()
     last, seconds = recent[-1], [record["step_seconds"] for record in recent]
@@ -50,24 +47,6 @@ def read_progress(path: Path) -> Progress:
         tokens_per_second=tokens / sum(seconds),
         step_seconds=sum(seconds) / len(seconds),
     )
-
-
-def _newest_records(path: Path) -> list[dict[str, Any]]:
-    """What is whole of the file's end; its first and last line there may be cut."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return []
-    return [record for line in lines if isinstance(record := _parse(line), dict)]
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,4 +61,4 @@ def read_last_checkpoint(run_dir: Path, now: float) -> LastCheckpoint | None:
     if folder is None:
         return None
     written = (folder / "meta.json").stat().st_mtime
-    return LastCheckpoint(step=int(folder.name.removeprefix("step_")), age_seconds=max(0.0, now - written))
+    return LastCheckpoint(step=step_of(folder), age_seconds=max(0.0, now - written))

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import yaml
 
-from lime_dist.checkpoint.files import find_latest
+from lime_dist.checkpoint.files import find_latest, step_of
 from lime_dist.cluster.history import append_submitted, read_history
-from lime_dist.cluster.lead import plan_stop_lead, read_records
+from lime_dist.cluster.lead import plan_stop_lead
 from lime_dist.cluster.schema import ClusterConfig, load_cluster
 from lime_dist.cluster.script import Submission, check_paths, render_script
 from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.errors import ConfigError, LayoutError, one_line
 from lime_dist.pipeline.table import format_bytes
 from lime_dist.preflight.files import check_files
+from lime_dist.records import read_records
 from lime_dist.resolve import ready_config
 
 _CLIENT_TIMEOUT_SECONDS = 60  # SLURM's clients wait for ever for a controller that is away
@@ -170,7 +171,7 @@ def _refuse_finished(config: Config, submission: Submission) -> None:
 def newest_step(submission: Submission) -> int:
     """Of the run's complete checkpoints; 0 for none."""
     newest = find_latest(submission.run_dir / "checkpoints")
-    return 0 if newest is None else int(newest.name.removeprefix("step_"))
+    return 0 if newest is None else step_of(newest)
 
 
 def sbatch_environment(cluster: ClusterConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

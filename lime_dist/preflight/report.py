@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lime_dist.formats import RECENT_STEPS
 from lime_dist.layout import Layout
 from lime_dist.pipeline.bundle import StagePlan
 from lime_dist.pipeline.table import align_columns, format_bytes, format_layers
 from lime_dist.preflight.fabric import Crossing
+from lime_dist.records import RECENT_BYTES, read_records
 
 SLOW_SHARE = 0.25  # of the median boundary's bandwidth; below it a boundary is worth a warning
-_RECENT_STEPS = 20
 
 
 def rank_report(layout: Layout, hosts: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -72,20 +72,9 @@ def slow_boundaries(boundaries: Sequence[Mapping[str, Any]], hosts: Mapping[int,
 
 def measured_step_seconds(run_dir: Path) -> float | None:
     """The median of the run's last steps; None before its first."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()[-10 * _RECENT_STEPS :]
-    except OSError:
-        return None
-    steps = [record["step_seconds"] for record in _records(lines) if "step_seconds" in record]
-    return median(steps[-_RECENT_STEPS:]) if steps else None
-
-
-def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # the line that a killed run was writing
+    records = read_records(run_dir / "metrics.jsonl", RECENT_BYTES)
+    steps = [record["step_seconds"] for record in records if "step_seconds" in record]
+    return median(steps[-RECENT_STEPS:]) if steps else None
 
 
 # ---- text

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lime_dist.cluster.lead import plan_stop_lead, read_records
+from lime_dist.cluster.lead import plan_stop_lead
 
 DAY = 86400
 
@@ -35,10 +33,3 @@ def test_without_measures_and_the_bound() -> None:
     assert plan_stop_lead(steps(7), [1], DAY)[0] == 300  # a first step tells nothing
     lead, source = plan_stop_lead([], [1], 600)
     assert lead == 200 and "a third of cluster.time" in source
-
-
-def test_records_are_read_past_a_cut_line(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    assert read_records(file) == []
-    file.write_text('{"step": 1, "step_seconds": 2}\n3\n{"step": 2, "step_se')
-    assert read_records(file) == [{"step": 1, "step_seconds": 2}]

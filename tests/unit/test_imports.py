@@ -16,7 +16,7 @@ ORDER = (
 )  # fmt: skip
 TORCH_FREE = (
     "errors", "ending", "stopping", "ownership", "cluster", "launcher", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config", "pipeline.bundle",
-    "lime.parameters", "watch.pulse", "watch.heartbeat", "watch.silence", "formats",
+    "lime.parameters", "watch.pulse", "watch.heartbeat", "watch.silence", "formats", "records",
 )  # fmt: skip
 
 
