@@ -35,3 +35,7 @@ class DataError(LimeDistError):
 
 class CheckpointError(LimeDistError):
     """A checkpoint that is missing, incomplete or of another model or layout."""
+
+
+class TrainingDiverged(LimeDistError):
+    """A loss, gradient or weight that is not finite. It would come again, so the run is not started again."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ class Metrics:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._num_steps, self._log_every = num_steps, log_every
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._dead_gradients = DeadGradients()
 
     def step(
         self,
@@ -55,6 +58,8 @@ class Metrics:
             self._board.add_scalar(f"boundary_bytes/{boundary}-{boundary + 1}", count, step)
         if step % self._log_every == 0 or step == self._num_steps:
             print(self._progress(record), flush=True)
+        if warning := self._dead_gradients.warning(step, grad_norm):
+            print(f"lime-dist: {warning}", file=sys.stderr, flush=True)
 
     def evaluation(self, *, step: int, eval_loss: float, eval_seconds: float) -> None:
         self._write({"step": step, "eval_loss": eval_loss, "eval_seconds": eval_seconds})
@@ -65,12 +70,18 @@ class Metrics:
         self._write({"step": step, "save_seconds": save_seconds})
         print(f"saved {folder} in {save_seconds:.1f} s", flush=True)
 
+    def flush_to_disk(self) -> None:
+        """On return what was recorded survives a power cut."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        """JSON has no NaN and no infinity: such a value is null."""
+        finite = {key: value if is_finite(value) else None for key, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def _progress(self, record: dict[str, Any]) -> str:
         step = record["step"]
@@ -102,8 +113,37 @@ def _drop_lines_after(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue  # the line that a killed run was writing
     replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(kept))
+    with replacement.open("w") as file:
+        file.write("".join(kept))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(replacement, path)
+
+
+def is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+class DeadGradients:
+    """Notices a model that no longer learns: its gradients are zero step after step, while the loss stays finite."""
+
+    STEPS = 5
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def warning(self, step: int, grad_norm: float) -> str | None:
+        """After update `step`: a line to print, once for each such stretch."""
+        self._count = self._count + 1 if grad_norm < SMALLEST_NORM else 0
+        if self._count != self.STEPS:
+            return None
+        return (
+            f"warning: step {step}: the gradient norm has been 0 for {self.STEPS} steps, the model no longer learns; "
+            "start again from an earlier checkpoint with a lower optim.lr"
+        )
+
+
+SMALLEST_NORM = 1e-12  # below it AdamW's eps of 1e-8 makes every update nothing
 
 
 class Stopwatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.backends.megatron import Groups, MegatronParts, create_groups
 from lime_dist.config import Config
 from lime_dist.ending import OUTCOME_VARIABLE
-from lime_dist.errors import LayoutError
+from lime_dist.errors import LayoutError, TrainingDiverged
 from lime_dist.launcher import Place
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.weights import initialize
@@ -112,8 +113,13 @@ class Rank:
         return self._share(losses, forward)
 
     def train_step(self, batch: Batch, lr_factor: float) -> StepResult:
-        """One update from a global batch."""
+        """One update from a global batch.
+
+        Raises: TrainingDiverged on all ranks, before anything is updated, when the loss or the gradient norm is not finite.
+        """
         loss, boundary_bytes = self.accumulate(batch)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss is {loss}")
         self.pulse.beat("update")
         return StepResult(loss, self.optimizer.step(lr_factor), boundary_bytes)
 

@@ -16,7 +16,7 @@ from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.ending import DONE, REQUEUE, write_outcome
-from lime_dist.errors import CheckpointError, ConfigError
+from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from lime_dist.launcher import Place
 from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
@@ -26,10 +26,6 @@ from lime_dist.resolve import resolve_pattern
 from lime_dist.stopping import StopRequest, stop_request
 from lime_dist.watch.pulse import Pulse
 from lime_dist.watch.watchdog import Watchdog
-
-
-class LossNotFinite(RuntimeError):
-    """Training has diverged; the weights of the last checkpoint are untouched."""
 
 
 class SampleBatch:
@@ -183,12 +179,10 @@ class TrainingRun:
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
-        result = self.rank.train_step(SampleBatch(self._samples, self.samples_seen), factor)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise LossNotFinite(
-                f"step {self.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
-                f"resume from step {self._saved_step} with a lower optim.lr or longer optim.warmup_steps"
-            )
+        try:
+            result = self.rank.train_step(SampleBatch(self._samples, self.samples_seen), factor)
+        except TrainingDiverged as error:
+            raise self._diverged(f"step {self.step + 1}: {error}, so it was not taken") from None
         self.step += 1
         self.samples_seen += config.data.global_batch_size
         if self._metrics is not None:
@@ -201,6 +195,11 @@ class TrainingRun:
                 step_seconds=watch.lap(),
                 boundary_bytes=result.boundary_bytes,
             )
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{what}; start again from step {self._saved_step} with a lower optim.lr or a longer optim.warmup_steps"
+        )
 
     def _evaluate(self) -> None:
         if self._held_out is None:
@@ -215,7 +214,14 @@ class TrainingRun:
         self._pulse.beat("save")
         if self._owner is not None:
             self._owner.check()
-        folder = save_checkpoint(self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen)
+        if self._metrics is not None:
+            self._metrics.flush_to_disk()  # a checkpoint must not be whole before the records of its steps are
+        try:
+            folder = save_checkpoint(
+                self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen
+            )
+        except TrainingDiverged as error:
+            raise self._diverged(f"step {self.step}: {error}, so it was not saved") from None
         self._saved_step = self.step
         if self._metrics is not None:
             self._metrics.saved(step=self.step, folder=folder, save_seconds=watch.lap())

@@ -7,6 +7,7 @@ gradients as they come.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from lime_dist.backends.megatron import DeepSpeedMpu, Groups
 from lime_dist.config import Config
+from lime_dist.errors import TrainingDiverged
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.weights import specified_parameters
 from lime_dist.optim import build_optimizer, set_lr
@@ -37,6 +39,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     if config.zero_stage < 2:
         zero["overlap_comm"] = False  # gradients are handed over once a step
         zero["contiguous_gradients"] = False
+    elif config.zero_stage == 2 and config.run.dtype == "bf16" and config.layout.dp.bit_count() > 1:
+        # Else DeepSpeed divides by the number of replicas in bf16 before it sums: exact for powers of two only.
+        zero["contiguous_gradients"] = False
     return {
         **config.deepspeed,
         "zero_optimization": zero,
@@ -48,6 +53,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": config.run.dtype == "bf16"},
         # From ZeRO 2 on the engine sums the microbatches; below, `_add_in_fp32` does.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if config.zero_stage >= 2 else {}),
+        # In bf16 a sum over many replicas loses the small gradients; the key may be set to bf16 to halve the traffic.
+        "communication_data_type": config.deepspeed.get("communication_data_type", "fp32"),
         "zero_allow_untested_optimizer": True,
     }
 
@@ -60,7 +67,8 @@ def _tell_device(device: torch.device) -> None:
 class ZeroOptimizer:
     """Gradients to weights: reduction over the replicas, clipping over the whole model, AdamW.
 
-    A step is: passes through `call` and `backward`, then `finish_gradients`, then `step`.
+    A step is: passes through `call` and `backward`, then `finish_gradients`, then `step`. In bf16 runs the gradients
+    are summed in fp32 throughout: over microbatches, over the two ends of a tied embedding and over the replicas.
     Collective: `finish_gradients`, `gradient` and `step`, over all ranks.
     """
 
@@ -78,6 +86,7 @@ class ZeroOptimizer:
             mpu=DeepSpeedMpu(groups),
             dist_init_required=False,
         )
+        self.engine.enable_backward_allreduce = self.zero_stage > 0  # without ZeRO `_step_replicated` reduces
         self._create_moments()
         self._microbatches_done = 0
         self._fp32_sums: dict[nn.Parameter, Tensor] = {}
@@ -132,44 +141,66 @@ class ZeroOptimizer:
     def finish_gradients(self) -> None:
         """Complete this replica's gradients after its last microbatch: the tied embedding is summed over both ends."""
         self._microbatches_done = 0
-        for parameter, gradient in self._fp32_sums.items():
-            parameter.grad = gradient.to(parameter.dtype)
-        self._fp32_sums.clear()
         if self._placeholder is not None:
             self._placeholder.grad = torch.zeros_like(self._placeholder)
         if self._config.model.tie_embeddings and self._config.parallel.pp > 1 and self._groups.embedding is not None:
             weight = (self._stage.embed_tokens if self._stage.is_first_stage else self._stage.lm_head).weight
-            dist.all_reduce(weight.grad, group=self._groups.embedding)
+            dist.all_reduce(self._local_gradient(weight), group=self._groups.embedding)
+
+    def _local_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """This replica's sum over the microbatches: fp32 in bf16 runs too, unless the engine has it."""
+        return self._fp32_sums[parameter] if parameter in self._fp32_sums else parameter.grad
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """The gradient of `parameter` averaged over the replicas, fp32; between `finish_gradients` and `step`."""
         if self._through_engine:
             return safe_get_full_grad(parameter)
-        gradient = parameter.grad.float().clone()
+        gradient = self._local_gradient(parameter).float().clone()
         dist.all_reduce(gradient, group=self._groups.dp)
         return gradient / self._groups.layout.dp
 
     def step(self, lr_factor: float) -> float:
-        """Update the weights; returns the gradient's norm over the whole model, before clipping."""
+        """Update the weights; returns the gradient's norm over the whole model, before clipping.
+
+        Raises: TrainingDiverged on all ranks, before anything is updated, when the norm is not finite.
+        """
         set_lr(self.engine.optimizer, lr_factor)
         if self.zero_stage == 0:
             return self._step_replicated()
+        self._hand_over_gradients()
         self.engine.step()
+        if self.engine.optimizer.overflow:  # DeepSpeed has left this step out
+            raise TrainingDiverged("the gradient norm is not finite")
         return float(self.engine.get_global_grad_norm())
 
+    def _hand_over_gradients(self) -> None:
+        """Give the fp32 sums to the parameters, in whose dtype DeepSpeed takes gradients."""
+        for parameter, gradient in self._fp32_sums.items():
+            parameter.grad = gradient.to(parameter.dtype)
+        self._fp32_sums.clear()
+
     def _step_replicated(self) -> float:
-        parameters = [parameter for parameter in self._stage.parameters() if parameter.grad is not None]
-        for parameter in parameters:
-            dist.all_reduce(parameter.grad.div_(self._groups.layout.dp), group=self._groups.dp)
-        counted = [parameter.grad for parameter in parameters if getattr(parameter, "model_parallel", False)]
+        parameters = [parameter for parameter in self._stage.parameters() if self._has_gradient(parameter)]
+        gradients = {parameter: self._local_gradient(parameter) for parameter in parameters}
+        for gradient in gradients.values():
+            dist.all_reduce(gradient.div_(self._groups.layout.dp), group=self._groups.dp)
+        counted = [gradient for parameter, gradient in gradients.items() if getattr(parameter, "model_parallel", False)]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in counted]
         squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         dist.all_reduce(squares, group=self._groups.model)
         norm = squares.sqrt()
+        if not math.isfinite(norm):
+            self._fp32_sums.clear()
+            self._stage.zero_grad()
+            raise TrainingDiverged("the gradient norm is not finite")
+        self._hand_over_gradients()
         if self._config.optim.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._config.optim.max_grad_norm, norm)
         self.engine.step()
         return float(norm)
+
+    def _has_gradient(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._fp32_sums or parameter.grad is not None
 
 
 def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
 
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lime_dist.agreement import gather
 from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state
-from lime_dist.checkpoint.files import FORMAT, Meta, find_checkpoints, flush_to_disk, step_folder, write_json
+from lime_dist.checkpoint.files import (
+    FORMAT,
+    Meta,
+    find_checkpoints,
+    find_latest,
+    flush_to_disk,
+    step_folder,
+    write_json,
+)
 from lime_dist.checkpoint.weights import SavedWeights
 from lime_dist.config import to_dict
+from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.lime.parameters import ParameterSpec
 from lime_dist.lime.weights import assemble_local, slices, specified_parameters
 from lime_dist.rank import Rank
@@ -25,23 +39,82 @@ def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: i
     """Write the weights and AdamW's moments after `step` updates, under a temporary name that is renamed when whole.
 
     Older checkpoints beyond `checkpoint.keep` are removed after that.
+    Raises: TrainingDiverged when something is not finite, CheckpointError when the disk takes no more; on all ranks, and
+    the checkpoints that are there stay.
     """
     final = step_folder(checkpoints, step)
-    folder = final.with_name(f".unfinished-{final.name}")
-    if rank.is_logger:
-        for left_behind in checkpoints.glob(".unfinished-*"):
-            shutil.rmtree(left_behind)
-        folder.mkdir(parents=True)
-    dist.barrier()
-    _write_slices(rank, folder)
-    dist.barrier()
-    if rank.is_logger:
-        _finish(rank, folder, final, step, samples_seen)
-    dist.barrier()
+    folder = final.with_name(f"{_UNFINISHED}{final.name}")
+    with _Agreed(rank, folder) as agreed:
+        if rank.is_logger:
+            _make_room(folder)
+    with agreed:
+        _write_slices(rank, folder)
+    with agreed:
+        if rank.is_logger:
+            _finish(rank, folder, final, step, samples_seen)
     return final
 
 
+class _Agreed:
+    """What one rank cannot do ends the save on all ranks. Collective: the end of each `with`, over all ranks."""
+
+    def __init__(self, rank: Rank, folder: Path):
+        self._rank, self._folder = rank, folder
+
+    def __enter__(self) -> _Agreed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        problem = None
+        if isinstance(error, TrainingDiverged):
+            problem = {"diverged": str(error)}
+        elif error is not None and (reason := disk_problem(error)) is not None:
+            problem = {"disk": reason}
+        elif error is not None:
+            return
+        problems = list(filter(None, gather(problem, self._rank.device)))
+        if problems:
+            self._give_up(problems[0])
+
+    def _give_up(self, problem: dict[str, str]) -> NoReturn:
+        if self._rank.is_logger:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if "diverged" in problem:
+            raise TrainingDiverged(problem["diverged"]) from None
+        last = find_latest(self._folder.parent)
+        raise CheckpointError(
+            f"checkpoint {self._folder.parent}: {problem['disk']}; free space or name another run.dir, then start again"
+            f" (the last whole checkpoint is {last.name if last else 'none'})"
+        ) from None
+
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """In words, when the disk takes nothing more until someone sees to it; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number in _FULL_DISK else None
+
+
+_UNFINISHED = ".unfinished-"
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what an interrupted save left, and nothing else; then make the folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left_behind in folder.parent.glob(f"{_UNFINISHED}*step_*"):
+        if left_behind.is_symlink() or not left_behind.is_dir():
+            left_behind.unlink()
+        else:
+            shutil.rmtree(left_behind)
+    folder.mkdir()
+
+
 def _write_slices(rank: Rank, folder: Path) -> None:
+    """Raises: TrainingDiverged for a tensor that is not finite."""
     tensors, places = {}, {}
     for spec, parameter in specified_parameters(rank.stage):
         rank.pulse.touch()
@@ -49,6 +122,9 @@ def _write_slices(rank: Rank, folder: Path) -> None:
             state = get_state(rank.optimizer, parameter, kind)  # all replicas take part
             for key, place, part in _owned_slices(rank, spec, kind, state):
                 tensors[key], places[key] = part, place
+    for key, part in tensors.items():
+        if not bool(torch.isfinite(part).all()):
+            raise TrainingDiverged(f"{key.partition('@')[0]} is not finite")
     if rank.groups.coordinate.dp_rank == 0:
         stem = _stem(rank)
         save_file(tensors, folder / f"{stem}.safetensors")
@@ -89,16 +165,18 @@ def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int)
         "files": files,
     }
     write_json(folder / "meta.json", meta)
+    flush_to_disk(folder)
     if final.exists():
         _remove(final)
     os.rename(folder, final)
+    flush_to_disk(final.parent)
     for old in find_checkpoints(final.parent)[: -rank.config.checkpoint.keep]:
         _remove(old)
 
 
 def _remove(folder: Path) -> None:
     """Under a name that is no checkpoint's first, so that none is ever half there."""
-    leaving = folder.with_name(f".unfinished-old-{folder.name}")
+    leaving = folder.with_name(f"{_UNFINISHED}old-{folder.name}")
     os.rename(folder, leaving)
     shutil.rmtree(leaving)
 

@@ -362,7 +362,8 @@ def test_another_signal_is_no_second_one(folder: Path, tmp_path: Path) -> None:
     ranks[1].resume()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == REQUEUE, errors
-    assert read_outcome(tmp_path / "outcome")[1].startswith("SIGUSR1 at step")
+    # The suspended rank gets both at once, in either order, and may be the first to say how the run ended.
+    assert re.match(r"SIG(USR1|TERM) at step", read_outcome(tmp_path / "outcome")[1])
 
 
 def test_going_back_leaves_the_later_checkpoints_aside(folder: Path, tmp_path: Path) -> None:
