@@ -1,4 +1,4 @@
-"""Patterns that depend on more than the number of layers, made explicit: files, stages, budgets, trained routers.
+"""The edges of a start: chosen once by files, stages, budgets or trained routers, and from then on the checkpoint's.
 
 A resolved config holds the edges themselves, so that a checkpoint loads on other stages and without the
 files that chose them. Needs no torch.
@@ -11,40 +11,125 @@ from pathlib import Path
 
 import yaml
 
-from lime_dist.checkpoint.files import CheckpointReader
+from lime_dist.checkpoint.files import CheckpointReader, find_latest
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config.reading import parse_bytes
-from lime_dist.depth.pattern import Pattern, pattern_of_edges
+from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.depth.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
 from lime_dist.errors import CheckpointError, PlanError, one_line
 from lime_dist.lime.parameters import logical_tensors
 from lime_dist.pipeline.bundle import plan_run_transfer, plan_shape
 
+_Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
+
 
 def ready_config(config: Config, world_size: int | None = None) -> Config:
-    """`check_config`, and the pattern made explicit. Raises: ConfigError, PlanError, CheckpointError."""
-    config = resolve_pattern(check_config(config, world_size))
-    plan_run_transfer(config)  # raises what is left: patterns and costs that do not fit the stages
-    return config
+    """`check_config`, and the edges with which a start of this run would begin: chosen now, or those of its checkpoint.
+
+    Raises: ConfigError, PlanError, CheckpointError.
+    """
+    config = check_config(config, world_size)
+    folder = resume_folder(config)
+    started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
+    check_switches(config, started.pattern if folder is None else None)
+    plan_run_transfer(started)  # raises what is left: patterns and costs that do not fit the stages
+    return started
 
 
-def resolve_pattern(config: Config, weights_from: Path | None = None) -> Config:
+def checkpoints_of(config: Config) -> Path:
+    return Path(config.run.dir) / "checkpoints"
+
+
+def resume_folder(config: Config) -> Path | None:
+    """The checkpoint to continue from, as this host sees it, or None for a fresh start."""
+    if config.checkpoint.resume == "never":
+        return None
+    if config.checkpoint.resume == "auto":
+        return find_latest(checkpoints_of(config))
+    return Path(config.checkpoint.resume)
+
+
+def resumed_config(config: Config, folder: Path) -> Config:
+    """`config` as it goes on from the checkpoint `folder`, with the edges that its next update has.
+
+    Edges that were chosen (by routers, bytes or stages) are chosen once: from then on they are the checkpoint's, whatever
+    the stages or the routers are now. A run loses edges at a step of `depth.switch_at` only.
+    Raises: CheckpointError where it would lose others; PlanError, ConfigError.
+    """
+    reader = CheckpointReader(folder)
+    saved, step = saved_config(reader), reader.meta.step
+    due = config.at_step(step)
+    if saved.depth.router != config.depth.router or saved.model.num_layers != config.model.num_layers:
+        return due  # of another model: loading says so
+    if due.depth.name == saved.depth.name and due.depth.is_chosen:
+        return due.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
+    is_switch = any(at <= step for at in config.depth.switch_at)
+    due = resolve_pattern(due, folder)
+    lost = lost_edges(saved.pattern, due.pattern)
+    if lost and not is_switch:
+        raise CheckpointError(
+            f"depth.pattern: {due.depth.name} lacks {lost} of the {saved.pattern.num_edges} edges of checkpoint {folder} "
+            f"({saved.depth.name}); set depth.pattern={saved.depth.name}, or depth.switch_at={{{step}: {due.depth.name}}} to drop them"
+        )
+    return due
+
+
+def evaluated_config(config: Config, folder: Path) -> Config:
+    """`config` with the checkpoint's own edges: the model that was trained. Raises: CheckpointError."""
+    saved = saved_config(CheckpointReader(folder))
+    return config.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
+
+
+def check_switches(config: Config, before: Pattern | None) -> None:
+    """Raises: PlanError for a pattern of `depth.switch_at` that cannot be read or reads what the one before it does not.
+
+    before: the pattern of the first step; None where the run is past it, so that the checkpoint's edges count.
+    """
+    for step, pattern in sorted(config.depth.switch_at.items()):
+        after = config.at_step(step)
+        try:
+            # What trained routers will choose is not known yet; they choose among the edges that are there.
+            known = None if after.depth.chosen_by_routers else resolve_pattern(after).pattern
+        except PlanError as error:
+            raise PlanError(str(error).replace("depth.pattern", f"depth.switch_at.{step}", 1)) from None
+        added = lost_edges(known, before) if known and before else 0
+        if added:
+            raise PlanError(
+                f"depth.switch_at.{step}: {pattern} has {added} edges that the pattern before it lacks; edges can only be dropped"
+            )
+        before = known
+
+
+def resolve_pattern(config: Config, trained: Path | None = None) -> Config:
     """`depth.pattern` as edges where it is a file, a budget, top_p or depends on the stages.
 
-    weights_from: the checkpoint whose routers choose, in place of `depth.weights_from`.
+    trained: the checkpoint that goes on, whose routers choose among its edges, in place of `depth.weights_from`.
     """
     text = config.depth.pattern
     if config.depth.router == "none" or not isinstance(text, str):
         return config
     kind, _, argument = text.partition(":")
     if kind in _KINDS:
-        weights = weights_from or (Path(config.depth.weights_from) if config.depth.weights_from else None)
-        return config.with_pattern(_KINDS[kind](config, argument, weights).edges, text)
-    return config.with_pattern(config.pattern.edges, text) if "within_stage" in text else config
+        return config.with_pattern(_KINDS[kind](config, argument, _weights(config, trained)).edges, text)
+    return config.with_pattern(config.pattern.edges, text) if config.depth.is_chosen else config
 
 
-def _edges(config: Config, argument: str, _: Path | None) -> Pattern:
+def _weights(config: Config, trained: Path | None) -> _Weights:
+    """Of the edges that may be chosen; None where nothing was trained."""
+
+    def read() -> EdgeWeights | None:
+        if trained is not None:
+            return router_weights(trained, config)
+        if config.depth.weights_from:
+            unread = dict.fromkeys(prior_weights(config.model.num_layers), 0.0)
+            return unread | dict(router_weights(Path(config.depth.weights_from), config))
+        return None
+
+    return read
+
+
+def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
     """A YAML file: a mapping of each reader to the earlier layers that it reads."""
     try:
         edges = yaml.safe_load(Path(argument).read_text())
@@ -60,13 +145,12 @@ def _edges(config: Config, argument: str, _: Path | None) -> Pattern:
     return pattern_of_edges(edges, config.model.num_layers)
 
 
-def _budget(config: Config, argument: str, weights_from: Path | None) -> Pattern:
+def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
     budget_bytes = parse_bytes(argument)
     if budget_bytes is None:
         raise PlanError(f"depth.pattern: budget:{argument} needs bytes, such as budget:4194304 or budget:4MiB")
-    weights = prior_weights(config.model.num_layers) if weights_from is None else router_weights(weights_from, config)
     return select_budget(
-        weights,
+        weights() or prior_weights(config.model.num_layers),
         config.stages,
         policy=config.depth.policy if config.depth.routing.presummable else "relay",
         bundle_bytes=plan_shape(config).bundle_bytes,
@@ -74,23 +158,24 @@ def _budget(config: Config, argument: str, weights_from: Path | None) -> Pattern
     )
 
 
-def _top_p(config: Config, argument: str, weights_from: Path | None) -> Pattern:
+def _top_p(config: Config, argument: str, weights: _Weights) -> Pattern:
     try:
         top_p = float(argument)
     except ValueError:
         top_p = 0.0
     if not 0 < top_p <= 1:
         raise PlanError(f"depth.pattern: top_p:{argument} needs a share above 0 and at most 1, such as top_p:0.9")
-    if weights_from is None:
+    known = weights()
+    if known is None:
         raise PlanError("depth.weights_from: top_p chooses by trained routers; name a checkpoint")
-    return select_top_p(router_weights(weights_from, config), config.model.num_layers, top_p)
+    return select_top_p(known, config.model.num_layers, top_p)
 
 
-_KINDS: dict[str, Callable[[Config, str, Path | None], Pattern]] = {"edges": _edges, "budget": _budget, "top_p": _top_p}
+_KINDS: dict[str, Callable[[Config, str, _Weights], Pattern]] = {"edges": _edges, "budget": _budget, "top_p": _top_p}
 
 
 def router_weights(folder: Path, config: Config) -> EdgeWeights:
-    """Mean |R| of every edge of a checkpoint, or its mean share of the softmax; edges that it does not have count nothing.
+    """Mean |R| of every edge of a checkpoint, or its mean share of the softmax.
 
     Raises: CheckpointError when it has no fixed routers or another number of layers.
     """
@@ -114,9 +199,7 @@ def router_weights(folder: Path, config: Config) -> EdgeWeights:
     }
     if pattern.routing is Routing.HIDDEN_STATIC:
         routers = {layer: softmax(router) for layer, router in routers.items()}
-    return dict.fromkeys(prior_weights(pattern.num_layers), 0.0) | mean_magnitudes(
-        routers, dict(enumerate(pattern.sources))
-    )
+    return mean_magnitudes(routers, dict(enumerate(pattern.sources)))
 
 
 def saved_config(reader: CheckpointReader) -> Config:

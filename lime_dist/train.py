@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.files import find_latest, read_meta, set_aside_after, step_folder
+from lime_dist.checkpoint.files import set_aside_after, step_folder
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
@@ -22,7 +22,8 @@ from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
 from lime_dist.ownership import Ownership
 from lime_dist.rank import Rank, join_world
-from lime_dist.resolve import resolve_pattern
+from lime_dist.resolve import checkpoints_of, evaluated_config, resume_folder, resumed_config
+from lime_dist.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.stopping import StopRequest, stop_request
 from lime_dist.watch.pulse import Pulse
 from lime_dist.watch.watchdog import Watchdog
@@ -63,19 +64,6 @@ def _open(config: Config, sources: list, split: tuple[float, float], key: str) -
     )
 
 
-def resume_folder(config: Config) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh start."""
-    if config.checkpoint.resume == "never":
-        return None
-    if config.checkpoint.resume == "auto":
-        return find_latest(checkpoints_of(config))
-    return Path(config.checkpoint.resume)
-
-
-def checkpoints_of(config: Config) -> Path:
-    return Path(config.run.dir) / "checkpoints"
-
-
 def train(config: Config, place: Place) -> int:
     """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`ending.py`)."""
     stop = stop_request()
@@ -92,20 +80,23 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> di
 
     Raises: CheckpointError, ConfigError.
     """
-    held_out, folder = open_held_out_data(config), checkpoint or resume_folder(config)
+    held_out = open_held_out_data(config)
     if held_out is None:
         raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
-    if folder is None:
+    groups, device = join_world(config, place)
+    check_alike(config, device)
+    start = decide_start(config, device, lambda: checkpoint or resume_folder(config), evaluated_config)
+    if start.folder is None:
         raise CheckpointError(
             f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint"
         )
-    rank = Rank(_config_at(config, read_meta(folder).step, folder), *join_world(config, place))
-    meta = load_checkpoint(rank, folder)
+    rank = Rank(start.config, groups, device)
+    meta = load_checkpoint(rank, start.folder)
     loss = evaluate_batches(rank, held_out)
     dist.barrier()
     if not rank.is_logger:
         return None
-    return {"checkpoint": str(folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
+    return {"checkpoint": str(start.folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
 
 
 class TrainingRun:
@@ -113,23 +104,23 @@ class TrainingRun:
 
     def __init__(self, config: Config, groups: Groups, device: torch.device, stop: StopRequest, pulse: Pulse):
         self.config, self._groups, self._device, self._stop, self._pulse = config, groups, device, stop, pulse
+        check_alike(config, device)
         self._samples = open_training_data(config)
         self._held_out = open_held_out_data(config)
         self.step = self.samples_seen = self._saved_step = self._pattern_since = 0
-        folder = resume_folder(config)
-        if folder is None:
+        start = agree_on_start(config, device)
+        if start.folder is None:
             self.rank = Rank(config, groups, device, pulse)
         else:
-            self._load(folder)
+            self._load(start)
         self._metrics = self._owner = None
         if self.rank.is_logger:
-            self._open_run_folder(folder)
+            self._open_run_folder(start.folder)
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, start: Start) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached."""
-        config = _config_at(self.config, read_meta(folder).step, folder)
-        self.rank = Rank(config, self._groups, self._device, self._pulse)
-        meta = load_checkpoint(self.rank, folder)
+        self.rank = Rank(start.config, self._groups, self._device, self._pulse)
+        meta = load_checkpoint(self.rank, start.folder)
         self.step = self._saved_step = self._pattern_since = meta.step
         self.samples_seen = meta.samples_seen
 
@@ -165,7 +156,7 @@ class TrainingRun:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
         folder = step_folder(checkpoints_of(self.config), self.step) if self._saved_step == self.step else self._save()
         del self.rank
-        self._load(folder)
+        self._load(decide_start(self.config, self._device, lambda: folder, resumed_config))
         if self._metrics is not None:
             pattern = self.rank.config.pattern
             print(
@@ -246,11 +237,6 @@ def _take_run(run_dir: Path) -> Ownership:
         return Ownership(run_dir)
     except OSError as error:
         raise ConfigError(f"run.dir: {run_dir}: {error.strerror or error}; name a folder that can be written") from None
-
-
-def _config_at(config: Config, step: int, folder: Path) -> Config:
-    """The config for the next update; patterns that trained routers choose are chosen by this checkpoint's."""
-    return resolve_pattern(config.at_step(step), weights_from=folder)
 
 
 def evaluate_batches(rank: Rank, held_out: TokenSamples) -> float:

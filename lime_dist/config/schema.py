@@ -49,6 +49,20 @@ class DepthConfig:
     partial_sum_dtype: str = "bundle"  # bundle: run.dtype | fp32
 
     @property
+    def name(self) -> str:
+        """The pattern as the user wrote it."""
+        return self.pattern_name or str(self.pattern)
+
+    @property
+    def chosen_by_routers(self) -> bool:
+        return self.name.startswith(("top_p:", "budget:"))
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the same text may stand for other edges at another time: for other weights, bytes or stages."""
+        return self.chosen_by_routers or "within_stage" in self.name
+
+    @property
     def routing(self) -> Routing:
         if self.entry == "kv" or self.router == "none":
             return Routing.KEY_VALUE

@@ -66,6 +66,11 @@ class Pattern:
         return tuple(last)
 
 
+def lost_edges(before: Pattern, after: Pattern) -> int:
+    """How many edges of `before` are not in `after`."""
+    return sum(len(set(old) - set(new)) for old, new in zip(before.sources, after.sources, strict=True))
+
+
 def none_pattern(num_layers: int) -> Pattern:
     """Every layer reads only itself: the ordinary transformer."""
     return Pattern("none", tuple((layer,) for layer in range(num_layers)))

@@ -14,7 +14,8 @@ from lime_dist.depth.pattern import Pattern, parse_pattern, pattern_of_edges
 from lime_dist.depth.transfer import BoundaryPlan, plan_transfer
 from lime_dist.errors import PlanError
 
-EdgeWeights = Mapping[tuple[int, int], float]  # (reader, source) -> mean |R|, earlier sources only
+# (reader, source) -> mean |R|, earlier sources only. An edge that is not in it is not chosen.
+EdgeWeights = Mapping[tuple[int, int], float]
 
 
 def prior_weights(num_layers: int) -> dict[tuple[int, int], float]:
@@ -34,7 +35,8 @@ def select_top_p(weights: EdgeWeights, num_layers: int, top_p: float) -> Pattern
     """For each reader its largest edges, up to the one with which they reach `top_p` of the reader's sum."""
     edges: dict[int, list[int]] = {}
     for reader in range(1, num_layers):
-        ordered = sorted(range(reader), key=lambda source: -weights[reader, source])
+        known = [source for source in range(reader) if (reader, source) in weights]
+        ordered = sorted(known, key=lambda source: -weights[reader, source])
         wanted, kept = top_p * sum(weights[reader, source] for source in ordered), 0.0
         for source in ordered:
             edges.setdefault(reader, []).append(source)
@@ -57,7 +59,10 @@ def select_budget(
     Raises: PlanError when the residual alone does not fit.
     """
     num_layers = stages[-1].stop
-    within = parse_pattern("within_stage", num_layers, stages).edges
+    within = {
+        reader: [source for source in sources if (reader, source) in weights]
+        for reader, sources in parse_pattern("within_stage", num_layers, stages).edges.items()
+    }
     crossing = sorted(
         ((reader, source) for reader, source in weights if source not in within.get(reader, ())),
         key=lambda edge: (-weights[edge], edge),

@@ -103,7 +103,7 @@ def test_a_checkpoint_loads_on_another_layout_and_with_fewer_edges(router: str, 
 def test_top_p_takes_the_largest_shares_and_dynamic_routers_choose_nothing(tmp_path: Path) -> None:
     config = make_config("hidden")
     weights = saved(config, tmp_path / "static")
-    chosen = resolve_pattern(config.with_pattern("top_p:0.6"), weights_from=tmp_path / "static" / "step_000001").pattern
+    chosen = resolve_pattern(config.with_pattern("top_p:0.6"), trained=tmp_path / "static" / "step_000001").pattern
     shares = weights["layers.3.self_attn.lime_router.weight"].softmax(-1).mean(0)[:-1]
     largest = int(shares.argmax())
     assert largest in chosen.sources[3] and len(chosen.sources[3]) < 4
@@ -115,4 +115,4 @@ def test_top_p_takes_the_largest_shares_and_dynamic_routers_choose_nothing(tmp_p
     with pytest.raises(
         CheckpointError, match="depth.weights_from: the routers of .* have other weights for each token"
     ):
-        resolve_pattern(budget, weights_from=tmp_path / "dynamic" / "step_000001")
+        resolve_pattern(budget, trained=tmp_path / "dynamic" / "step_000001")
