@@ -38,8 +38,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Raises: ConfigError.
     """
-    read = parse_config if isinstance(source, Mapping) else read_config
-    return check_config(read(source, overrides))
+    if isinstance(source, Mapping):
+        return check_config(parse_config(source, overrides))
+    return check_config(read_config(source, overrides))
 
 
 class Plan(dict[str, Any]):
@@ -130,7 +131,7 @@ def load_model(path: str | Path, *, device: str = "auto", tokenizer: str | Path 
 
 def _find_tokenizer(config: Config, given: str | Path | None) -> SentencePieceProcessor | None:
     """A run's tokenizer may lie elsewhere by now, and logits need none; one that was given must be there."""
+    if given is not None:
+        return load_tokenizer_of(config, Path(given))
     own = config.data.tokenizer
-    if given is None and (own is None or not Path(own).is_file()):
-        return None
-    return load_tokenizer_of(config, Path(given or own))
+    return load_tokenizer_of(config, Path(own)) if own is not None and Path(own).is_file() else None
