@@ -104,7 +104,8 @@ def _sent(boundary_bytes: Sequence[int]) -> list[str]:
         return []
     most = max(boundary_bytes)
     busiest = boundary_bytes.index(most)
-    return [f"sent {format_si(sum(boundary_bytes))}B, most {busiest}>{busiest + 1} {format_si(most)}B"]
+    sent = f"sent {format_si(sum(boundary_bytes))}B"
+    return [sent if len(boundary_bytes) == 1 else f"{sent}, most {busiest}>{busiest + 1} {format_si(most)}B"]
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
