@@ -86,19 +86,26 @@ class Metrics:
     def _progress(self, record: dict[str, Any]) -> str:
         step = record["step"]
         seconds_left = (self._num_steps - step) * sum(self._recent) / len(self._recent)
-        crossing = " ".join(
-            f"{index}>{index + 1} {format_si(count)}B" for index, count in enumerate(record["boundary_bytes"])
-        )
         parts = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
             f"loss {record['loss']:.4f}",
             f"grad {record['grad_norm']:.3f}",
             f"lr {record['lr']:.2e}",
-            f"{format_si(record['tokens_per_second'])} tokens/s",
-            *([f"sent {crossing}"] if crossing else []),
+            f"{format_si(record['tokens_per_second'])} tok/s",
+            *_sent(record["boundary_bytes"]),
             f"left {format_clock(seconds_left)}",
         ]
         return "  ".join(parts)
+
+
+def _sent(boundary_bytes: Sequence[int]) -> list[str]:
+    """Over all boundaries and over the busiest, however many there are; metrics.jsonl has each."""
+    if not boundary_bytes:
+        return []
+    most = max(boundary_bytes)
+    busiest = boundary_bytes.index(most)
+    sent = f"sent {format_si(sum(boundary_bytes))}B"
+    return [sent if len(boundary_bytes) == 1 else f"{sent}, most {busiest}>{busiest + 1} {format_si(most)}B"]
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -188,6 +189,6 @@ def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     for spec, parameter in specified_parameters(rank.stage):
         rank.pulse.touch()
         for kind in KINDS:
-            local = assemble_local(spec, lambda tensor, kind=kind: saved.tensor(kind, tensor))
+            local = assemble_local(spec, partial(saved.tensor, kind))
             set_state(rank.optimizer, parameter, kind, local)
     return saved.meta

@@ -90,7 +90,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def build_section(cls: type, values: Any, prefix: str) -> Any:
+def build_section(cls: Any, values: Any, prefix: str) -> Any:
     """The dataclass `cls` from a mapping; `prefix` stands before its keys in errors. Raises: ConfigError."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.') or 'config'}: must be a section with keys, not {values!r}")

@@ -76,7 +76,7 @@ def none_pattern(num_layers: int) -> Pattern:
     return Pattern("none", tuple((layer,) for layer in range(num_layers)))
 
 
-def pattern_of_edges(edges: Edges, num_layers: int, name: str = "edges") -> Pattern:
+def pattern_of_edges(edges: Mapping[int, Iterable[int]], num_layers: int, name: str = "edges") -> Pattern:
     """Raises: PlanError for an edge outside the model or to a layer that is not earlier."""
     sources = []
     for reader in edges:
