@@ -181,27 +181,17 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
         from lime_dist import train
 
         return _as_launched_rank(getattr(train, function), config, place, args)
-    layout = config.layout
-    from lime_dist.local import run_local
-    from lime_dist.preflight.devices import check_devices
+    from lime_dist.local_ranks import run_local_ranks
 
-    check_devices(config)
-    print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
+    return run_local_ranks(_as_local_rank, config, function, *args, shared_import="lime_dist.train")[0]
+
+
+def _as_local_rank(config: Config, function: str, *args: Any) -> Any:
+    if function == "train":
+        stop_request()  # before the slow imports of a fresh interpreter
     from lime_dist import train
 
-    results = run_local(
-        _as_local_rank,
-        layout.world_size,
-        getattr(train, function),
-        config,
-        args,
-        describe=lambda rank: str(layout.coordinate(rank)),
-    )
-    return results[0]
-
-
-def _as_local_rank(function: Callable[..., Any], config: Config, args: tuple) -> Any:
-    return function(config, find_place(), *args)
+    return getattr(train, function)(config, find_place(), *args)
 
 
 def _as_launched_rank(function: Callable[..., Any], config: Config, place: Place, args: tuple) -> Any:
