@@ -79,7 +79,7 @@ class Rank:
         )
         initialize(self.stage, config.run.seed)
         self.optimizer = ZeroOptimizer(self.stage, config, groups)
-        self._transport = Transport.connect(groups.pp_forward, groups.pp_backward)
+        self._transport = Transport.connect(groups.pp_forward, groups.pp_backward, device)
         self._executor = Executor(
             self.stage,
             self.plan,
