@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
+from lime_dist.launcher import SECRET_VARIABLE, new_job_secret
 from lime_dist.stopping import STOP_SIGNALS
 
 LEAVE_GRACE = timedelta(seconds=5)  # for ranks that have told their results
@@ -53,12 +54,12 @@ def run_local(
     signal and a run longer than `timeout`.
     """
     context = multiprocessing.get_context("fork")
-    port = free_port()
+    port, secret = free_port(), new_job_secret()
     pipes, processes = [], []
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            environment = _environment(rank, world_size, port)
+            environment = _environment(rank, world_size, port) | {SECRET_VARIABLE: secret}
             process = context.Process(target=_rank_main, args=(function, args, environment, sender))
             process.start()
             sender.close()

@@ -43,16 +43,16 @@ class Channel(Protocol):
 
 @dataclass
 class GroupChannel:
-    """A channel over a process group that serves this direction alone."""
+    """A channel over a process group, which this rank is in, that serves this direction alone."""
 
     group: ProcessGroup
     peer: int
 
     def send(self, tensor: Tensor) -> dist.Work:
-        return dist.isend(tensor, self.peer, group=self.group)
+        return dist.isend(tensor, self.peer, group=self.group)  # type: ignore[return-value]  # None outside the group
 
     def receive(self, tensor: Tensor) -> dist.Work:
-        return dist.irecv(tensor, self.peer, group=self.group)
+        return dist.irecv(tensor, self.peer, group=self.group)  # type: ignore[return-value]
 
 
 @dataclass
