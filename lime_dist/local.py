@@ -27,6 +27,7 @@ from typing import Any, NoReturn, Protocol
 
 from lime_dist import errors
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
+from lime_dist.launcher import SECRET_VARIABLE, new_job_secret
 from lime_dist.ownership import RunTaken
 from lime_dist.stopping import STOP_SIGNALS
 from lime_dist.wire import find, name_of, pack, unpack
@@ -35,7 +36,6 @@ LEAVE_GRACE = timedelta(seconds=5)  # for ranks that have told their results
 FAILURE_WINDOW = timedelta(seconds=1)  # after the first failure, how long to wait for its cause to show
 _MAX_RESULT_BYTES = 2**36
 _MAX_TEXT = 100_000  # characters of an error
-_LOOPBACKS = ("lo", "lo0")  # Linux, macOS
 
 
 class RankFailed(RuntimeError):
@@ -63,14 +63,15 @@ def run_local(
     signal and a run longer than `timeout`.
     """
     begin = _begin_fresh if fresh else _begin_fork
-    port = free_port()
+    port, secret = free_port(), new_job_secret()
     pipes: list[Connection] = []
     processes: list[_Process] = []
     try:
         for rank in range(world_size):
             receiver, sender = multiprocessing.Pipe(duplex=False)
+            environment = _environment(rank, world_size, port) | {SECRET_VARIABLE: secret}
             pipes.append(receiver)
-            processes.append(begin(function, args, _environment(rank, world_size, port), sender))
+            processes.append(begin(function, args, environment, sender))
             sender.close()
         with _stop_signals_passed_on(processes):
             results = _collect(pipes, processes, timeout, describe)
@@ -91,8 +92,6 @@ def free_port() -> int:
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    loopback = next((name for _, name in socket.if_nameindex() if name in _LOOPBACKS), None)
-    is_named = loopback is None or "GLOO_SOCKET_IFNAME" in os.environ
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -100,7 +99,6 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        **({} if is_named else {"GLOO_SOCKET_IFNAME": loopback}),  # else gloo listens where the host's name points
     }
 
 
