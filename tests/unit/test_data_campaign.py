@@ -61,9 +61,14 @@ def zero_range(random: np.random.Generator, content: bytes) -> bytes:
 
 
 def swap_entries(random: np.random.Generator, content: bytes) -> bytes:
-    """Entries of 4 or 8 bytes, aligned as the index's are."""
+    """Two near entries of 4 or 8 bytes, aligned as the lengths in an index are: their sum stays."""
     size = int(random.choice([4, 8]))
-    first, second = (34 + size * int(random.integers((len(content) - 34) // size)) for _ in range(2))
+    count = (len(content) - 34) // size
+    if count < 2:
+        return content
+    first = int(random.integers(count - 1))
+    second = min(count - 1, first + int(random.integers(1, 9)))
+    first, second = 34 + size * first, 34 + size * second
     swapped = _with(content, first, content[second : second + size])
     return _with(swapped, second, content[first : first + size])
 
@@ -99,7 +104,7 @@ def _with(content: bytes, place: int, data: bytes) -> bytes:
 
 
 ANY_FILE: tuple[Mutation, ...] = (
-    flip_bit, set_byte, zero_range, swap_entries, copy_range, truncate, extend, drop_range,
+    flip_bit, set_byte, zero_range, swap_entries, swap_entries, copy_range, truncate, extend, drop_range,
 )  # fmt: skip
 HOSTILE = (
     "null", "true", "-1", "0", "1.5", "1e999", "NaN", '"12"', '""', "[]", "{}", "[1]", "9" * 5000, "[" * 20_000,
