@@ -15,6 +15,7 @@ from lime_dist.checkpoint.files import set_aside_after, step_folder
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
+from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.ending import DONE, REQUEUE, write_outcome
 from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from lime_dist.launcher import Place
@@ -41,19 +42,19 @@ class SampleBatch:
 
 
 def open_training_data(config: Config) -> TokenSamples:
-    return _open(config, config.data.train, (0.0, 1.0 - config.data.valid_fraction), "data.train")
+    return _open(config, config.data.train, train_split(config.data.valid_fraction), "data.train")
 
 
 def open_held_out_data(config: Config) -> TokenSamples | None:
     """`data.valid`, or the documents kept back from `data.train`, or None."""
     if config.data.valid:
-        return _open(config, config.data.valid, (0.0, 1.0), "data.valid")
+        return _open(config, config.data.valid, WHOLE, "data.valid")
     if config.data.valid_fraction:
-        return _open(config, config.data.train, (1.0 - config.data.valid_fraction, 1.0), "data.train")
+        return _open(config, config.data.train, held_out_split(config.data.valid_fraction), "data.train")
     return None
 
 
-def _open(config: Config, sources: list, split: tuple[float, float], key: str) -> TokenSamples:
+def _open(config: Config, sources: list, split: Split, key: str) -> TokenSamples:
     return TokenSamples(
         [(source.path, source.weight) for source in sources],
         seq_length=config.data.seq_length,

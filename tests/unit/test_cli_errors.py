@@ -33,6 +33,7 @@ BASE = {
         "num_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 96,
     },
     "data": {"train": "train", "valid": "valid", "seq_length": 8, "global_batch_size": 12},
+    "eval": {"batches": 2},
     "run": {"dir": "run", "device": "cpu", "steps": 2, "timeout_seconds": 60},
 }  # fmt: skip
 
@@ -225,7 +226,7 @@ def test_command(line: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_data_too_short_for_a_sample(capfd: pytest.CaptureFixture[str]) -> None:
     code = main(["train", "run.yaml", "data.seq_length=500", "parallel.dp=2"])
-    check_mistake(code, capfd, r"data\.train: train has 500 tokens .*; lower data\.seq_length", ranks_may_start=True)
+    check_mistake(code, capfd, r"data\.train: train has 500 tokens, .*; lower data\.seq_length")
 
 
 def without(tensor: str) -> Callable[[Path], None]:
