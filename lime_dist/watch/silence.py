@@ -103,6 +103,8 @@ def first_silent(heartbeats: Sequence[Heartbeat | None], now: float, stale_after
 def _order(heartbeat: Heartbeat | None, now: float, stale_after: float) -> tuple[bool, int, bool, float]:
     if heartbeat is None:
         return False, -1, False, 0.0
+    if heartbeat.ended and heartbeat.phase == "leave":  # as one does behind all work
+        return True, heartbeat.done + 1, True, heartbeat.moved
     return not is_stale(heartbeat, now, stale_after), heartbeat.done, not heartbeat.busy, heartbeat.moved
 
 
