@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, find_place, require_address, require_rendezvous
 from lime_dist.resolve import ready_config
-from lime_dist.stopping import stop_request
+from lime_dist.stopping import leaving_when_asked, stop_request
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -129,17 +130,35 @@ def _plot(config: Config, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    if find_place() is not None:
-        stop_request()  # before the slow imports: a signal in the meantime must not end the rank
-    from lime_dist.preflight.files import check_files
+    return _ended(_ready_on_ranks(args, "train"))
 
-    config = _resolve(args)
-    check_files(config)
-    code = _on_ranks(config, "train")
+
+def _ready_on_ranks(args: argparse.Namespace, function: str, *more: Any) -> Any:
+    """As `_on_ranks`; signals are heard from here on, before the slow imports."""
+    with _signals_heard():
+        from lime_dist.preflight.files import check_files
+
+        config = _resolve(args)
+        check_files(config)
+        return _on_ranks(config, function, *more)
+
+
+@contextmanager
+def _signals_heard() -> Iterator[None]:
+    if find_place() is None:
+        with leaving_when_asked():
+            yield
+    else:
+        stop_request().is_alone = True
+        yield
+
+
+def _ended(code: int) -> int:
+    """A rank leaves at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give."""
     if find_place() is not None:
         from lime_dist.local import leave
 
-        leave(code)  # at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give
+        leave(code)
     return code
 
 
@@ -153,14 +172,10 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from lime_dist.preflight.files import check_files
-
-    config = _resolve(args)
-    check_files(config)
-    report = _on_ranks(config, "evaluate", args.checkpoint)
+    code, report = _ready_on_ranks(args, "evaluate", args.checkpoint)
     if report is not None:
         print(json.dumps(report))
-    return 0
+    return _ended(code)
 
 
 def _resolve(args: argparse.Namespace) -> Config:

@@ -33,6 +33,7 @@ from lime_dist.stopping import STOP_SIGNALS
 from lime_dist.wire import find, name_of, pack, unpack
 
 LEAVE_GRACE = timedelta(seconds=5)  # for ranks that have told their results
+STRAGGLER_LIMIT = timedelta(seconds=60)  # for ranks after the first result: all end together, but one that is frozen
 FAILURE_WINDOW = timedelta(seconds=1)  # after the first failure, how long to wait for its cause to show
 _MAX_RESULT_BYTES = 2**36
 _MAX_TEXT = 100_000  # characters of an error
@@ -60,7 +61,7 @@ def run_local(
     result, and, where fresh, an argument. `describe` says of a rank what it is, for the error. No rank outlives the call.
     Signals that ask to stop are passed on to the ranks, which know what to do; call on the main thread.
     Raises: the `LimeDistError` of a rank as it is; RankFailed for anything else, among it a rank killed by a
-    signal and a run longer than `timeout`.
+    signal, a run longer than `timeout`, and a rank that is still there long after another's result.
     """
     begin = _begin_fresh if fresh else _begin_fork
     port, secret = free_port(), new_job_secret()
@@ -292,14 +293,17 @@ def _collect(
                 failures.append(outcome)
             else:
                 results[rank] = outcome
+                if deadline is None:
+                    deadline = time.monotonic() + STRAGGLER_LIMIT.total_seconds()
         if not ready:
             break
     if failures:
         _raise(min(failures, key=lambda failure: failure.order), describe)
     if pending:
+        limit = f"after {timeout}" if timeout else f"{STRAGGLER_LIMIT} after others had ended"
         first, *_ = running = sorted(pending.values())
         waiting = ", ".join(map(str, running))
-        raise RankFailed(first, describe(first), f"no end after {timeout}; still running: rank {waiting}")
+        raise RankFailed(first, describe(first), f"no end {limit}; still running: rank {waiting}")
     return [results[rank] for rank in range(len(pipes))]
 
 

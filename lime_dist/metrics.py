@@ -14,15 +14,21 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from lime_dist.checkpoint.files import flush_to_disk
 from lime_dist.formats import RECENT_STEPS, format_clock, format_si
+from lime_dist.records import read_records
 
 
 class Metrics:
-    """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it."""
+    """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it.
+
+    evaluated_step: the last one of which there is an evaluation.
+    """
 
     def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, log_every: int):
         self._path = run_dir / "metrics.jsonl"
         _drop_lines_after(self._path, first_step)
+        self.evaluated_step = _last_evaluated(self._path)
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._num_steps, self._log_every = num_steps, log_every
@@ -73,6 +79,7 @@ class Metrics:
     def flush_to_disk(self) -> None:
         """On return what was recorded survives a power cut."""
         os.fsync(self._file.fileno())
+        flush_to_disk(self._path.parent)  # the file itself may be new in it
 
     def close(self) -> None:
         self._file.close()
@@ -125,6 +132,10 @@ def _drop_lines_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(replacement, path)
+
+
+def _last_evaluated(path: Path) -> int | None:
+    return next((record["step"] for record in reversed(read_records(path)) if "eval_loss" in record), None)
 
 
 def is_finite(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -23,8 +23,8 @@ from lime_dist.lime.weights import initialize
 from lime_dist.network import choose_interfaces
 from lime_dist.pipeline.bundle import StagePlan, plan_stages
 from lime_dist.pipeline.executor import Executor
-from lime_dist.pipeline.schedule import plan_forward_only
-from lime_dist.pipeline.transport import ResidualShare, Transport
+from lime_dist.pipeline.schedule import Kind, plan_forward_only
+from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
 from lime_dist.rendezvous import open_store
 from lime_dist.watch.pulse import Pulse
 
@@ -87,7 +87,11 @@ class Rank:
             ResidualShare(groups.tp, config.parallel.sequence_parallel),
             call=self.pulse.around("forward", self.optimizer.call),
             backward=self.pulse.around("backward", self.optimizer.backward),
+            await_input=self._await_input,
         )
+
+    def _await_input(self, kind: Kind, incoming: Incoming) -> list[Tensor]:
+        return self.pulse.awaiting(kind.name.lower(), incoming.wait)
 
     @property
     def is_logger(self) -> bool:
@@ -124,17 +128,22 @@ class Rank:
         return StepResult(loss, self.optimizer.step(lr_factor), boundary_bytes)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over global batches."""
+    def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss over global batches; None when `stop`, asked on all ranks before each batch, says so."""
+        losses: list[float] = []
         self.stage.eval()
-        total = 0.0
         for batch in batches:
-            self.pulse.beat("evaluate")
-            actions = plan_forward_only(self.config.pipeline.num_microbatches)
-            losses = self._executor.run(actions, self.microbatches(batch))
-            total += self._share(losses, self._transport.take_bytes_sent()[0])[0]
+            if stop():
+                break
+            losses.append(self._evaluate_batch(batch))
         self.stage.train()
-        return total / len(batches)
+        return sum(losses) / len(batches) if len(losses) == len(batches) else None
+
+    def _evaluate_batch(self, batch: Batch) -> float:
+        self.pulse.beat("evaluate")
+        actions = plan_forward_only(self.config.pipeline.num_microbatches)
+        losses = self._executor.run(actions, self.microbatches(batch))
+        return self._share(losses, self._transport.take_bytes_sent()[0])[0]
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:

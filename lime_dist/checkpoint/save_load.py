@@ -63,9 +63,11 @@ class _Agreed:
         self._rank, self._folder = rank, folder
 
     def __enter__(self) -> _Agreed:
+        self._rank.pulse.beat("save")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._rank.pulse.finish()
         problem = None
         if isinstance(error, TrainingDiverged):
             problem = {"diverged": str(error)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ class TokenSamples:
     A source is a prefix of token files and its weight, relative to the other weights. `split` is the range
     of every source's documents that is used.
     `vocab_size`, where given, is the model's: files and samples with larger ids are refused. `key` is
-    the configuration key that errors name; `seed` is 0 or more.
+    the configuration key that errors name; `seed` is 0 or more; `between` is called after each source is open.
 
     Raises: DataError for files that are not whole, do not fit the vocabulary or hold less than one sample.
     """
@@ -43,12 +43,14 @@ class TokenSamples:
         split: Split = WHOLE,
         vocab_size: int | None = None,
         key: str = "data.train",
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         if not 0 <= split[0] < split[1] <= 1:
             raise DataError(f"{key}: the split {split} is not a range within 0 and 1; give two ascending fractions")
         self._blend = Blend(sources, key=key)
-        self._sources = [
-            PackedSource(
+        self._sources: list[PackedSource] = []
+        for position, (prefix, _) in enumerate(sources):
+            source = PackedSource(
                 prefix,
                 seq_length=seq_length,
                 split=split,
@@ -56,8 +58,8 @@ class TokenSamples:
                 vocab_size=vocab_size,
                 key=key,
             )
-            for position, (prefix, _) in enumerate(sources)
-        ]
+            self._sources.append(source)
+            between()
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +83,12 @@ class TokenSamples:
         """
         source_position, source_index = self._blend.locate(index)
         return self._sources[source_position].sample(source_index)
+
+    def prepare(self, index: int, between: Callable[[], None]) -> None:
+        """Shuffle what the samples from `index` on need, which may take long; `between` is called after each source."""
+        for position, source in enumerate(self._sources):
+            source.prepare(self._blend.count_before(index, position))
+            between()
 
     def batch(self, start: int, count: int) -> torch.Tensor:
         """Samples `start` to `start + count`: int64 [count, seq_length + 1]."""
@@ -114,6 +122,11 @@ class Blend:
         period, place = divmod(index, BLEND_PERIOD)
         source = int(self._source_at[place])
         return source, period * int(self._counts[source]) + int(self._rank_at[place])
+
+    def count_before(self, index: int, source: int) -> int:
+        """The samples of `source` among the first `index` of the blend, hence its next one."""
+        period, place = divmod(index, BLEND_PERIOD)
+        return period * int(self._counts[source]) + int(np.count_nonzero(self._source_at[:place] == source))
 
 
 def _apportion(weights: np.ndarray) -> np.ndarray:
@@ -164,6 +177,10 @@ class PackedSource:
         self.num_tokens = int(bounds[-1] - bounds[0])
         self.samples_per_epoch = num_samples(bounds, seq_length)
         self._epochs: dict[int, _Epoch] = {}
+
+    def prepare(self, index: int) -> None:
+        """Make the order of the epoch that sample `index` lies in."""
+        self._epoch(index // self.samples_per_epoch)
 
     def sample(self, index: int) -> np.ndarray:
         """int64 [seq_length + 1], sample `index` of this source. Raises: DataError on an id outside the vocabulary."""

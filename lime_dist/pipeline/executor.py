@@ -17,6 +17,8 @@ from lime_dist.pipeline.transport import Incoming, Link, ResidualShare, Transpor
 
 # Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]
+# Waits for what a pass of this kind reads from the neighbouring stage.
+AwaitInput = Callable[[Kind, Incoming], list[Tensor]]
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Executor:
 
     call: the stage module, or what wraps it (DeepSpeed's engine under ZeRO 2 and 3).
     backward: `joint_backward`, or what wraps that.
+    await_input: `Incoming.wait`, or what wraps that.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class Executor:
         *,
         call: Callable[..., tuple[Tensor, Tensor]],
         backward: Backward,
+        await_input: AwaitInput = lambda kind, incoming: incoming.wait(),
     ):
         self._stage, self._plan, self._transport, self._share = stage, plan, transport, residual_share
-        self._call, self._backward_roots = call, backward
+        self._call, self._backward_roots, self._await_input = call, backward, await_input
         self._in_flight: dict[int, _InFlight] = {}
         self._incoming: dict[Action, tuple[DepthMemory, Incoming]] = {}
         # Used only where the plan has the neighbour, and then there.
@@ -121,7 +125,7 @@ class Executor:
 
     def _forward(self, action: Action, tokens: Tensor, with_loss: bool) -> list[Tensor]:
         memory, incoming = self._incoming.pop(action)
-        received = incoming.wait()
+        received = self._await_input(action.kind, incoming)
         residual = None
         if not self._plan.is_first_stage:
             self._load_received(memory, received)
@@ -168,7 +172,7 @@ class Executor:
 
     def _backward_from_next(self, held: _InFlight, action: Action) -> None:
         _, incoming = self._incoming.pop(action)
-        residual_share, entries, sums = incoming.wait()
+        residual_share, entries, sums = self._await_input(action.kind, incoming)
         sent = self._plan.transfer.sent
         held.memory.entries.load_gradients(sent.raw_entries, entries)
         held.memory.sums.load_gradients(sent.partial_sums, sums)
