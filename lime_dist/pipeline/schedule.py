@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lime_dist.errors import ConfigError
+from lime_dist.errors import ConfigError, shown
 
 
 class Kind(Enum):
@@ -55,7 +55,7 @@ SCHEDULE_NAMES = tuple(_SCHEDULES)
 def plan_schedule(name: str, *, stage_index: int, num_stages: int, num_microbatches: int) -> list[Action]:
     """The actions of one stage in order. Raises: ConfigError for an unknown name."""
     if name not in _SCHEDULES:
-        raise ConfigError(f"pipeline.schedule: {name!r} is unknown; use one of {', '.join(SCHEDULE_NAMES)}")
+        raise ConfigError(f"pipeline.schedule: {shown(name)} is unknown; use one of {', '.join(SCHEDULE_NAMES)}")
     return _SCHEDULES[name](stage_index, num_stages, num_microbatches)
 
 
