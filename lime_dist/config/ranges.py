@@ -50,7 +50,7 @@ def _above(low: float, high: float = LARGEST_FLOAT) -> Range:
 _MONTH_SECONDS = 30 * 86400  # timers and gloo take no more than a few of these
 # The upper ends are far above what anyone trains; they keep plans quick and numbers from overflowing.
 RANGES: dict[str, Range] = {
-    "model.num_layers": _whole(1, 1024),
+    "model.num_layers": _whole(1, 512),
     "model.hidden_size": _whole(1, 2**20),
     "model.intermediate_size": _whole(1, 2**22),
     "model.num_heads": _whole(1, 2**16),
@@ -59,11 +59,11 @@ RANGES: dict[str, Range] = {
     "model.rope_theta": _above(0, 1e15),
     "model.rms_norm_eps": _above(0, 1),
     "parallel.tp": _whole(1, 1024),
-    "parallel.pp": _whole(1, 1024),
+    "parallel.pp": _whole(1, 512),
     "parallel.dp": _whole(1, MAX_WORLD_SIZE),
     "parallel.virtual_stages": _whole(1, 1024),
-    "pipeline.num_microbatches": _whole(1, 16384),
-    "pipeline.partition": _whole(1, 1024),
+    "pipeline.num_microbatches": _whole(1, 8192),
+    "pipeline.partition": _whole(1, 512),
     "pipeline.boundary_cost": _above(0, 1e9),
     "optim.lr": _from(0),
     "optim.router_lr": _from(0),

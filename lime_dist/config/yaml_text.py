@@ -13,9 +13,9 @@ import yaml
 
 from lime_dist.errors import ConfigError, one_line, shown
 
-MAX_TEXT_BYTES = 8 * 2**20  # a resolved config with all edges of 1,024 layers has 6 MiB
+MAX_TEXT_BYTES = 4 * 2**20  # a resolved config with all edges of 512 layers has 1.3 MiB
 _LARGE_TEXT = 2**16
-MAX_VALUES = 1_000_000  # with aliases expanded
+MAX_VALUES = 300_000  # with aliases expanded
 MAX_DEPTH = 20
 MAX_INTEGER = 2**63 - 1
 

@@ -158,7 +158,9 @@ def _blocks(text: str, terms: Sequence[tuple[_Term, int]], num_layers: int) -> t
     """The whole blocks of a `block:n` term; a block of one layer is that layer's own entry."""
     sizes = [number for term, number in terms if term is _block]
     if sizes and (len(sizes) > 1 or any(term is _within_stage for term, _ in terms)):
-        raise PlanError(f"depth.pattern: {shown(text)}: block:n stands once, and not with within_stage; drop one of them")
+        raise PlanError(
+            f"depth.pattern: {shown(text)}: block:n stands once, and not with within_stage; drop one of them"
+        )
     size = sizes[0] if sizes else 1
     return tuple(range(end - size, end) for end in range(size, num_layers, size)) if size > 1 else ()
 

@@ -102,18 +102,22 @@ class TransferPlan:
         """The one stage that adds the source into the reader's sum: the first that has both."""
         return max(self.sum_from[reader], self.stage_of[source])
 
+    @cached_property
+    def _reads(self) -> tuple[dict[int, tuple[int, ...]], ...]:
+        """For each stage, the sources that it adds into each reader's sum."""
+        reads: tuple[dict[int, list[int]], ...] = tuple({} for _ in self.stages)
+        for reader, sources in enumerate(self.pattern.sources):
+            for source in sources if self.pattern.has_router(reader) else ():
+                reads[self.added_at(reader, source)].setdefault(reader, []).append(source)
+        return tuple({reader: tuple(sources) for reader, sources in stage.items()} for stage in reads)
+
     def stage(self, stage_index: int) -> StageTransfer:
         nothing = BoundaryPlan(boundary=-1)
-        reads: dict[int, tuple[int, ...]] = {}
-        for reader, sources in enumerate(self.pattern.sources):
-            here = tuple(source for source in sources if self.added_at(reader, source) == stage_index)
-            if here and self.pattern.has_router(reader):
-                reads[reader] = here
         return StageTransfer(
             pattern=self.pattern,
             received=self.boundaries[stage_index - 1] if stage_index > 0 else nothing,
             sent=self.boundaries[stage_index] if stage_index < len(self.boundaries) else nothing,
-            reads=reads,
+            reads=self._reads[stage_index],
         )
 
 
@@ -215,8 +219,8 @@ def _check_size(meetings: Sequence[tuple[_Group, _Group]], num_layers: int, num_
     size = sum(reader_group[0] - group[0] for group, reader_group in meetings)
     if size > MAX_CUT_EDGES:
         raise PlanError(
-            f"depth.policy: least is too large to plan, {size} edges over {num_boundaries} boundaries of {num_layers} layers, "
-            f"at most {MAX_CUT_EDGES}; lower parallel.pp, choose a smaller depth.pattern, or set depth.policy=relay"
+            f"depth.pattern: too large to plan, {size} edges over {num_boundaries} boundaries of {num_layers} layers, "
+            f"at most {MAX_CUT_EDGES}; lower parallel.pp or choose a smaller depth.pattern"
         )
 
 

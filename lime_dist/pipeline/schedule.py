@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 from lime_dist.errors import ConfigError, shown
 
@@ -28,12 +29,17 @@ class Action:
         return f"{self.kind.value}{self.microbatch_index}"
 
 
+@lru_cache(maxsize=4)  # all stages have the same
+def _passes(kind: Kind, count: int) -> tuple[Action, ...]:
+    return tuple(Action(kind, index) for index in range(count))
+
+
 def _forwards(count: int) -> list[Action]:
-    return [Action(Kind.FORWARD, index) for index in range(count)]
+    return list(_passes(Kind.FORWARD, count))
 
 
 def _backwards(count: int) -> list[Action]:
-    return [Action(Kind.BACKWARD, index) for index in range(count)]
+    return list(_passes(Kind.BACKWARD, count))
 
 
 def _gpipe(stage_index: int, num_stages: int, num_microbatches: int) -> list[Action]:
