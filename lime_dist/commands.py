@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lime_dist.config import Config, dump_yaml, load_config
+from lime_dist.config import Config, dump_yaml, find_warnings, load_config
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, find_place, require_address, require_rendezvous
@@ -135,6 +135,9 @@ def _train(args: argparse.Namespace) -> int:
 
     config = _resolve(args)
     check_files(config)
+    place = find_place()
+    if place is None or place.rank == 0:
+        _warn(find_warnings(config))
     code = _on_ranks(config, "train")
     if find_place() is not None:
         from lime_dist.local import leave
@@ -143,10 +146,16 @@ def _train(args: argparse.Namespace) -> int:
     return code
 
 
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"lime-dist: warning: {warning}", file=sys.stderr, flush=True)
+
+
 def _dry_run(args: argparse.Namespace) -> int:
     from lime_dist.pipeline.table import stage_table
 
     config = ready_config(load_config(args.config, args.overrides), args.nproc)
+    _warn(find_warnings(config))
     print(dump_yaml(config))
     print(stage_table(config))
     return 0
@@ -183,10 +192,12 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
         return _as_launched_rank(getattr(train, function), config, place, args)
     layout = config.layout
     from lime_dist.local import run_local
-    from lime_dist.preflight.devices import check_devices
+    from lime_dist.preflight.devices import check_devices, check_memory
 
     check_devices(config)
+    memory = check_memory(config)
     print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
+    _warn([memory] if memory else [])
     from lime_dist import train
 
     results = run_local(

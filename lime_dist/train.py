@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> di
     dist.barrier()
     if not rank.is_logger:
         return None
+    _warn_of_repeats(config, held_out)
     return {"checkpoint": str(start.folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
 
 
@@ -221,12 +223,25 @@ class TrainingRun:
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
         self._owner = _take_run(run_dir)
+        if self._held_out is not None:
+            _warn_of_repeats(self.config, self._held_out)
         set_aside_after(checkpoints_of(self.config), self.step)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
         self._metrics = Metrics(
             run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
+        )
+
+
+def _warn_of_repeats(config: Config, held_out: TokenSamples) -> None:
+    wanted, there = config.eval.batches * config.data.global_batch_size, sum(held_out.samples_per_epoch)
+    if wanted > there:
+        print(
+            f"lime-dist: warning: eval.batches: {config.eval.batches} batches are {wanted} sequences, the held-out text has "
+            f"{there}, so some are read again; lower eval.batches or hold out more text",
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from lime_dist.config.deepspeed_keys import (
@@ -40,6 +40,14 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     _check_batch(config)
     _check_deepspeed(config)
     return config
+
+
+def find_warnings(config: Config) -> list[str]:
+    """What runs, but hardly as it is meant: a line each."""
+    warmup, steps = config.optim.warmup_steps, config.run.steps
+    if warmup >= steps and warmup > 0:
+        return [f"optim.warmup_steps: {warmup} is not below run.steps={steps}: the whole run is warm-up; lower it"]
+    return []
 
 
 def _require(holds: bool, message: str, error: type[ConfigError] = ConfigError) -> None:
@@ -212,7 +220,7 @@ def _check_deepspeed(config: Config) -> None:
     )
 
 
-def _unknown(section: str, key: Any, known: Iterable[str]) -> str:
+def _unknown(section: str, key: Any, known: Collection[str]) -> str:
     return (
         f"{section}.{shown_key(key)}: DeepSpeed {DEEPSPEED_VERSION} has no such key{nearest(str(key), sorted(known))}"
     )

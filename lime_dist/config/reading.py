@@ -7,7 +7,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from lime_dist.config.schema import Config, Source
 from lime_dist.config.yaml_text import MAX_TEXT_BYTES, parse_yaml
 from lime_dist.errors import ConfigError, shown
 
-
 _MAX_SECTIONS = 10  # of an override
+_KNOWN_SHOWN = 10
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -113,10 +113,13 @@ def shown_key(name: Any) -> str:
     return shown(name).strip("'")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown `name`: the nearest known one, or all of them."""
     close = difflib.get_close_matches(name[:100], list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]}?"
+    first = list(known)[:_KNOWN_SHOWN]
+    return f"; known: {', '.join(first)}" + (", ..." if len(first) < len(list(known)) else "")
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

@@ -69,12 +69,9 @@ def repeat_line(lines: list[str], choose: random.Random) -> list[str]:
 
 
 def rename_key(lines: list[str], choose: random.Random) -> list[str]:
-    where = choose.randrange(len(lines))
-    return [
-        *lines[:where],
-        re.sub(r"\w+:", f"{choose.choice(SCALARS)[:200]}:", lines[where], count=1),
-        *lines[where + 1 :],
-    ]
+    where, name = choose.randrange(len(lines)), choose.choice(SCALARS)[:200]
+    renamed = re.sub(r"\w+:", lambda _: f"{name}:", lines[where], count=1)
+    return [*lines[:where], renamed, *lines[where + 1 :]]
 
 
 def multiply_aliases(lines: list[str], choose: random.Random) -> list[str]:
