@@ -12,10 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lime_dist.config import Config, dump_yaml, load_config
+from lime_dist.config import Config, dump_yaml, find_warnings, load_config
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
-from lime_dist.launcher import Place, find_place, require_address, require_rendezvous
+from lime_dist.launcher import Place, find_place, require_address, require_rendezvous, warn
 from lime_dist.resolve import ready_config
 from lime_dist.stopping import leaving_when_asked, stop_request
 
@@ -140,6 +140,7 @@ def _ready_on_ranks(args: argparse.Namespace, function: str, *more: Any) -> Any:
 
         config = _resolve(args)
         check_files(config)
+        warn(find_warnings(config))
         return _on_ranks(config, function, *more)
 
 
@@ -166,6 +167,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     from lime_dist.pipeline.table import stage_table
 
     config = ready_config(load_config(args.config, args.overrides), args.nproc)
+    warn(find_warnings(config))
     print(dump_yaml(config))
     print(stage_table(config))
     return 0
@@ -202,8 +204,7 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
 
 
 def _as_local_rank(config: Config, function: str, *args: Any) -> Any:
-    if function == "train":
-        stop_request()  # before the slow imports of a fresh interpreter
+    stop_request()  # before the slow imports of a fresh interpreter
     from lime_dist import train
 
     return getattr(train, function)(config, find_place(), *args)

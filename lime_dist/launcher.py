@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Mapping, MutableMapping
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from lime_dist.cluster.nodelist import expand_nodelist, step_nodelist
@@ -107,3 +108,11 @@ def new_job_secret() -> str:
 def job_secret(environment: Mapping[str, str] = os.environ) -> bytes | None:
     """With which ranks sign what they tell one another before there are groups; None when the launcher has made none."""
     return environment.get(SECRET_VARIABLE, "").encode() or None
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """A line each on standard error, by one process of a run: rank 0, or whoever starts the ranks."""
+    place = find_place()
+    if place is None or place.rank == 0:
+        for warning in warnings:
+            print(f"lime-dist: warning: {warning}", file=sys.stderr, flush=True)

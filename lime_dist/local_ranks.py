@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from lime_dist.config import Config
+from lime_dist.launcher import warn
 from lime_dist.local import run_local
 from lime_dist.preflight import devices
 
@@ -26,6 +27,7 @@ def run_local_ranks(
     `function` imports slowly; forks get it from this process. Raises: LayoutError, and as `run_local`.
     """
     devices.check_devices(config)
+    warn(filter(None, [devices.check_memory(config)]))
     fresh = devices.needs_fresh_interpreters(config, devices.count_gpus())
     layout = config.layout
     print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)

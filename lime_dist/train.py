@@ -22,7 +22,7 @@ from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.ending import DONE, REQUEUE
 from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from lime_dist.joint_stop import JointStop, Stopped
-from lime_dist.launcher import Place
+from lime_dist.launcher import Place, warn
 from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
 from lime_dist.ownership import Ownership
@@ -135,6 +135,7 @@ def _evaluate_checkpoint(
         raise Stopped(stop.cause)
     if not rank.is_logger:
         return None
+    _warn_of_repeats(config, held_out)
     return {"checkpoint": str(start.folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
 
 
@@ -292,6 +293,8 @@ class TrainingRun:
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
         self._owner = _take_run(run_dir, checkpoints_of(self.config))
+        if self._held_out is not None:
+            _warn_of_repeats(self.config, self._held_out)
         set_aside_after(checkpoints_of(self.config), self.step)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         if resumed_from is not None:
@@ -299,6 +302,16 @@ class TrainingRun:
         self._metrics = Metrics(
             run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
         )
+
+
+def _warn_of_repeats(config: Config, held_out: TokenSamples) -> None:
+    wanted, there = config.eval.batches * config.data.global_batch_size, sum(held_out.samples_per_epoch)
+    if wanted > there:
+        text = (
+            f"eval.batches: {config.eval.batches} batches are {wanted} sequences, the held-out text has {there}, "
+            "so some are read again; lower eval.batches or hold out more text"
+        )
+        warn([text])
 
 
 def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from lime_dist.data.split import (
 )
 from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
 from lime_dist.errors import CheckpointError, ConfigError, DataError
-from lime_dist.launcher import find_place
+from lime_dist.launcher import warn
 
 
 def check_files(config: Config) -> None:
@@ -44,7 +43,7 @@ def check_files(config: Config) -> None:
         held_out = (valid, WHOLE) if valid else (train, held_out_split(config.data.valid_fraction))
         warnings += _short_evaluation(config, _count_samples(config, *held_out))
     _check_resume(config.checkpoint.resume)
-    _warn(warnings)
+    warn(warnings)
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,3 @@ def _short_evaluation(config: Config, num_held_out: int) -> list[str]:
         f"eval.batches: {config.eval.batches} batches are {needed} samples, the held-out text has {num_held_out}, so some "
         "count more than once; lower eval.batches or hold out more text"
     ]
-
-
-def _warn(warnings: Sequence[str]) -> None:
-    place = find_place()
-    if place is None or place.rank == 0:
-        for warning in warnings:
-            print(f"lime-dist: warning: {warning}", file=sys.stderr, flush=True)
