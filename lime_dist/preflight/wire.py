@@ -88,12 +88,14 @@ def conform(tree: Any, shape: Any) -> Any:
 
 
 def _conform_to_one(tree: Any, shapes: tuple[Any, ...]) -> Any:
-    for shape in shapes[:-1]:
+    """The first that fits; if none does, what is wrong with the first."""
+    errors = []
+    for shape in shapes:
         try:
             return conform(tree, shape)
-        except Refused:
-            continue
-    return conform(tree, shapes[-1])
+        except Refused as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _build(tree: Any, cls: type) -> Any:
