@@ -167,7 +167,8 @@ class TrainingRun:
             self._load(start)
         between()
         self._samples.prepare(self.samples_seen, between)
-        self._metrics = self._owner = None
+        self._metrics: Metrics | None = None
+        self._owner: Ownership | None = None
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
@@ -201,14 +202,15 @@ class TrainingRun:
 
     def _evaluate_and_agree(self) -> int:
         """What is due after a step, and before the first one; REQUEUE when all leave here with work left."""
-        is_whole = not self._evaluation_is_due() or self._evaluate(self._held_out)
+        held_out = self._held_out if self._evaluation_is_due() else None
+        is_whole = held_out is None or self._evaluate(held_out)
         stopping = self._stop.agreed()
         return REQUEUE if stopping and not (self._is_last_step and is_whole) else DONE
 
     def _evaluation_is_due(self) -> bool:
         """An evaluation that the start before was too short for is still due here."""
         is_due = self.step == 0 or self._is_last_step or _is_due(self.step, self.config.eval.every)
-        return is_due and self._held_out is not None and self._evaluated_step != self.step
+        return is_due and self._evaluated_step != self.step
 
     def _record(self, phase: str, write: Callable[[Metrics], None]) -> None:
         """A piece of work on all ranks, though one writes: a disk that hangs under it must name that one."""
@@ -322,7 +324,9 @@ def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
             flush_to_disk(folder)
         return Ownership(run_dir)
     except OSError as error:
-        raise ConfigError(f"run.dir: {run_dir}: {error.strerror or error}; name a folder that can be written") from None
+        raise ConfigError(
+            f"run.dir: {error.filename or run_dir}: {error.strerror or error}; name a folder that can be written"
+        ) from None
 
 
 def evaluate_batches(rank: Rank, held_out: TokenSamples, stop: JointStop) -> float | None:

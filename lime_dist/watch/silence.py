@@ -113,6 +113,12 @@ def is_stale(heartbeat: Heartbeat, now: float, stale_after: float) -> bool:
     return heartbeat.ended or now - heartbeat.alive > stale_after
 
 
+def find_died(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> Heartbeat | None:
+    """Of two readings some heartbeats apart: a rank that wrote none in between and has not left. No clock is asked."""
+    pairs = zip(before, after, strict=True)
+    return next((new for old, new in pairs if old and new and not new.ended and old.alive == new.alive), None)
+
+
 def who(layout: Layout, rank: int) -> str:
     return f"rank {rank} ({layout.coordinate(rank)})"
 

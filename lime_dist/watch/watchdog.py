@@ -8,6 +8,7 @@ so each has its own watchdog fire: every rank's stacks are in the logs, and the 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -24,11 +25,13 @@ from lime_dist.launcher import Place
 from lime_dist.local import leave_because_of
 from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, write_heartbeat, written_since
 from lime_dist.watch.pulse import Moment, Pulse
-from lime_dist.watch.silence import find_cause
+from lime_dist.watch.silence import find_cause, find_died, last_known, who
 
 _INTERVAL = 1.0  # seconds between heartbeats
 _GRACE = 10.0  # seconds before a rank that has fired leaves: those that moved a little later still show their stacks
+_LOST_PEER = re.compile(r"connection|peer|NCCL|remote process", re.IGNORECASE)  # in what gloo and NCCL say
 _TICKS_COUNTED = 3  # of a longer pause between two looks only this many intervals count as silence
+_DEATH_TICKS = 5  # intervals without a heartbeat after which a rank whose connections broke counts as dead
 
 
 class Watchdog:
@@ -53,8 +56,24 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
+            self._name_who_died()
         self._leaving.set()
         self._said_so.wait(self._grace)  # no longer: a disk that hangs must not keep the rank
+
+    def _name_who_died(self) -> None:
+        """A rank that was killed shows as a broken connection to whoever talked to it, and writes no more heartbeats."""
+        before = self._read()
+        time.sleep(_DEATH_TICKS * self._interval)
+        if (died := find_died(before, self._read())) is not None:
+            reason = (
+                f"{who(self._layout, died.global_rank)} {last_known(died)}; it has died: its connections are closed"
+            )
+            print(f"lime-dist: {reason}", file=sys.stderr, flush=True)
+            write_outcome(FAILED, reason)
+
+    def _read(self) -> list[Heartbeat | None]:
+        return written_since(read_heartbeats(self._folder, self._layout.world_size), self._began)
 
     def settle(self, code: int, reason: str) -> None:
         """The run has ended so, whatever becomes of ranks that do not leave: it is saved on all of them."""
@@ -120,8 +139,7 @@ class Watchdog:
         )
 
     def _give_up(self) -> NoReturn:
-        heartbeats = written_since(read_heartbeats(self._folder, self._layout.world_size), self._began)
-        cause = find_cause(self._layout, heartbeats, time.time(), self._timeout / 2)
+        cause = find_cause(self._layout, self._read(), time.time(), self._timeout / 2)
         self._end(cause.rank, f"no progress for {self._timeout:.0f} s; {cause.text}")
 
     def _end(self, rank: int, silence: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from test_watchdog import start, wait_until, write_endless_run
 from lime_dist.checkpoint.files import find_checkpoints
 from lime_dist.cli import main
 from lime_dist.data.dataset import PackedSource
-from lime_dist.ending import DONE, OUTCOME_VARIABLE, REQUEUE, read_outcome
+from lime_dist.ending import DONE, FAILED, OUTCOME_VARIABLE, REQUEUE, read_outcome
 from lime_dist.local import free_port
 from lime_dist.records import read_records
 from lime_dist.watch.heartbeat import heartbeat_folder, read_heartbeats
@@ -129,6 +130,28 @@ def test_a_rank_that_waits_for_the_others_to_come_leaves_at_once(command: str, c
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == REQUEUE and "Traceback" not in errors
     assert read_outcome(config.parent / "outcome") == (REQUEUE, "SIGUSR1 before the ranks had met")
+
+
+def test_launched_ranks_name_the_one_that_was_killed(config: Path) -> None:
+    """Their launcher says only that a task was killed, and the others only that a connection broke."""
+    environment = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {OUTCOME_VARIABLE: str(config.parent / "outcome"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lime_dist.cli", "train", str(config), "parallel.pp=3", "run.timeout_seconds=60"]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    while len(trained(config)) < 3:
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.05)
+    ranks[1].kill()
+    errors = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
+    code, reason = read_outcome(config.parent / "outcome")
+    named = r"rank 1 \(pp=1 dp=0 tp=0\) on \S+, stage 1, since step \d+ .*; it has died: its connections are closed"
+    assert code == FAILED and re.fullmatch(named, reason)
+    for rank in (0, 2):
+        assert ranks[rank].returncode == FAILED
+        assert re.search(rf"^lime-dist: {named}$", errors[rank], re.MULTILINE)
 
 
 def test_a_command_without_ranks_leaves_at_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from lime_dist.data import dataset
 from lime_dist.data.dataset import BLEND_PERIOD, Blend, PackedSource, TokenSamples
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.errors import DataError
@@ -281,3 +282,30 @@ def test_only_two_epochs_are_kept(prefix: str) -> None:
     for epoch in range(5):
         source.sample(epoch * source.samples_per_epoch)
     assert list(source._epochs) == [3, 4]
+
+
+def test_a_prepared_start_shuffles_nothing_more(
+    prefix: str, other_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any sample on, whichever epoch each source has reached by then."""
+    for start in (0, 7, 200):
+        samples, between = TokenSamples([(prefix, 2.0), (other_prefix, 1.0)], seq_length=SEQ_LENGTH, seed=5), []
+        samples.prepare(start, lambda calls=between: calls.append(None))
+        assert len(between) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset, "_shuffled", lambda *_: pytest.fail("shuffled in a step"))
+            samples.batch(start, 3)
+
+
+def test_the_samples_of_a_source_before_an_index_are_counted() -> None:
+    blend = Blend([("a", 3), ("b", 1), ("c", 1 / 3)])
+    for index in (0, 1, 5, BLEND_PERIOD - 1, BLEND_PERIOD, 2 * BLEND_PERIOD + 9):
+        source, position = blend.locate(index)
+        assert blend.count_before(index, source) == position
+
+
+def test_what_is_between_the_sources_is_called_after_each(prefix: str, other_prefix: str) -> None:
+    calls: list[None] = []
+    samples_of(prefix, between=lambda: calls.append(None))
+    TokenSamples([(prefix, 1.0), (other_prefix, 1.0)], seq_length=8, seed=1, between=lambda: calls.append(None))
+    assert len(calls) == 3

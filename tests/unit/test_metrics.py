@@ -99,3 +99,12 @@ def test_the_last_step_is_always_shown(tmp_path: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "step 3/3  loss 4.5000" in out and "step 2/3  loss" not in out
     assert "step 2/3  held-out loss 4.5000" in out
+
+
+def test_the_last_evaluation_is_known(tmp_path: Path) -> None:
+    """Of those that are left: a start that goes back has lost the later ones."""
+    record(tmp_path, range(1, 6), loss=1.0)
+    for first_step, evaluated in ((5, 4), (3, 2), (1, None), (0, None)):
+        metrics = Metrics(tmp_path, first_step=first_step, num_steps=6, log_every=1)
+        assert metrics.evaluated_step == evaluated
+        metrics.close()

@@ -10,7 +10,7 @@ import pytest
 from lime_dist.layout import Layout
 from lime_dist.watch.heartbeat import Heartbeat, read_heartbeats, write_heartbeat, written_since
 from lime_dist.watch.pulse import Pulse
-from lime_dist.watch.silence import describe_silence, find_cause, first_silent
+from lime_dist.watch.silence import describe_silence, find_cause, find_died, first_silent
 
 LAYOUT = Layout(pp=4, tp=2)
 NOW, STALE_AFTER = 10_000.0, 300.0
@@ -255,6 +255,14 @@ def test_who_has_left_behind_the_last_step_holds_up_nobody() -> None:
     """The others have gone, one has not."""
     left = [heartbeat(rank, phase="leave", microbatch=None, ended=rank != 5) for rank in range(8)]
     assert cause(left).startswith("first silent: rank 5 (pp=2 dp=0 tp=1) on n2, stage 2, since step 41 leave; alive")
+
+
+def test_a_rank_that_writes_no_more_has_died_and_one_that_left_has_not() -> None:
+    before = all_waiting(r1=None, r2=heartbeat(2, alive=NOW + 90))
+    later: list[Heartbeat | None] = [beat and replace(beat, alive=beat.alive + 3) for beat in before]
+    assert find_died(before, later) is None
+    left = [beat and replace(beat, ended=beat.global_rank == 2) for beat in before]
+    assert find_died(before, [later[0], later[1], left[2], before[3], *later[4:]]) == before[3]
 
 
 def test_a_pulse_tells_what_its_rank_awaits_and_how_many_passes_are_done() -> None:
