@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.config import Config, dump_yaml, find_warnings, load_config
+from lime_dist.config.ranges import RANGES
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, find_place, require_address, require_rendezvous, warn
@@ -96,8 +97,15 @@ def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         "overrides", nargs="*", metavar="KEY=VALUE", help="the layout, such as parallel.pp=3 parallel.tp=2"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="give up after (default: 600)")
+    parser.add_argument("--timeout", type=_seconds, default=600, metavar="SECONDS", help="give up after (default: 600)")
     parser.set_defaults(run=_parity)
+
+
+def _seconds(text: str) -> float:
+    problem = RANGES["run.timeout_seconds"].problem(float(text))
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
+    return float(text)
 
 
 # ---- handlers

@@ -50,12 +50,16 @@ def resume_folder(config: Config) -> Path | None:
 
 
 def _found_folder(config: Config) -> Path | None:
+    """`resume_folder` before ranks start. Raises: ConfigError, CheckpointError where there is no such folder."""
+    named = config.checkpoint.resume not in ("auto", "never")
+    key, path = ("checkpoint.resume", config.checkpoint.resume) if named else ("run.dir", config.run.dir)
     try:
-        return resume_folder(config)
+        folder = resume_folder(config)
+        if folder is None or not named or (folder / "meta.json").is_file():
+            return folder
     except OSError as error:
-        raise ConfigError(
-            f"run.dir: {shown(config.run.dir)}: {error.strerror}; name a folder that can be read"
-        ) from None
+        raise ConfigError(f"{key}: {shown(path)}: {error.strerror}; name a folder that can be read") from None
+    raise CheckpointError(f"{key}: {path} is no checkpoint; name a step_N folder, auto or never")
 
 
 def resumed_config(config: Config, folder: Path) -> Config:

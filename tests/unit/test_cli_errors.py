@@ -138,7 +138,7 @@ TRAIN = {
     "model.num_kv_heads=3": r"model\.num_kv_heads: 3 must divide model\.num_heads=4",
     "parallel.pp=5": r"parallel\.pp: 5 stages for model\.num_layers=4; use at most 4",
     "parallel.pp=2 pipeline.partition=[1,2]": r"pipeline\.partition: \[1, 2\] must be .* add up to model\.num_layers=4",
-    "parallel.pp=2 pipeline.partition=[4,0]": r"pipeline\.partition: \[4, 0\] must be counts of at least 1",
+    "parallel.pp=2 pipeline.partition=[4,0]": r"pipeline\.partition: 0 must be at least 1",
     "parallel.pp=2 pipeline.partition=[4]": r"pipeline\.partition: \[4\] has 1 stages, parallel\.pp is 2; give one count",
     "pipeline.partition=even": r"pipeline\.partition: 'even' .*auto",
     "pipeline.partition=x": r"pipeline\.partition: 'x' .*auto",
