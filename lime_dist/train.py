@@ -167,13 +167,15 @@ class TrainingRun:
             self._load(start)
         between()
         self._samples.prepare(self.samples_seen, between)
-        self._metrics = self._owner = None
+        self._metrics: Metrics | None = None
+        self._owner: Ownership | None = None
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
 
     def _load(self, start: Start) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached."""
+        assert start.folder is not None
         self.rank = Rank(start.config, self._groups, self._device, self._pulse)
         meta = load_checkpoint(self.rank, start.folder)
         self.step = self._saved_step = self._pattern_since = meta.step
@@ -201,14 +203,15 @@ class TrainingRun:
 
     def _evaluate_and_agree(self) -> int:
         """What is due after a step, and before the first one; REQUEUE when all leave here with work left."""
-        is_whole = not self._evaluation_is_due() or self._evaluate(self._held_out)
+        held_out = self._held_out
+        is_whole = held_out is None or not self._evaluation_is_due() or self._evaluate(held_out)
         stopping = self._stop.agreed()
         return REQUEUE if stopping and not (self._is_last_step and is_whole) else DONE
 
     def _evaluation_is_due(self) -> bool:
         """An evaluation that the start before was too short for is still due here."""
         is_due = self.step == 0 or self._is_last_step or _is_due(self.step, self.config.eval.every)
-        return is_due and self._held_out is not None and self._evaluated_step != self.step
+        return is_due and self._evaluated_step != self.step
 
     def _record(self, phase: str, write: Callable[[Metrics], None]) -> None:
         """A piece of work on all ranks, though one writes: a disk that hangs under it must name that one."""
