@@ -49,6 +49,13 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return None
 
 
+def own_place() -> Place:
+    """The place of a process that a launcher has started."""
+    place = find_place()
+    assert place is not None
+    return place
+
+
 def _is_srun_step(environment: Mapping[str, str]) -> bool:
     step = environment.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < _SLURM_RESERVED_STEPS

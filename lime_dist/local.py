@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 from lime_dist import errors
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
@@ -284,7 +284,7 @@ def _collect(
     deadline = time.monotonic() + timeout.total_seconds() if timeout else None
     while pending:
         ready = wait(list(pending), timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-        for pipe in ready:
+        for pipe in cast(list[Connection], ready):
             rank = pending.pop(pipe)
             outcome = _receive(pipe, rank, processes[rank])
             if isinstance(outcome, _Failure):

@@ -102,7 +102,7 @@ def check_switches(config: Config, before: Pattern | None) -> None:
         after = config.at_step(step)
         try:
             if after.depth.chosen_by_routers:
-                check_argument(pattern)
+                check_argument(str(pattern))
                 continue  # which edges is not known yet; they are among those that are there
             resolved = resolve_pattern(after)
             known = resolved.pattern
@@ -152,7 +152,7 @@ def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
         return isinstance(value, int) and not isinstance(value, bool)
 
     try:
-        edges = read_yaml(argument, "edges file", "readers and their sources, such as 3: [0, 2]")
+        edges: dict[Any, Any] = read_yaml(argument, "edges file", "readers and their sources, such as 3: [0, 2]")
     except ConfigError as error:
         raise PlanError(f"depth.pattern: {error}") from None
     if not all(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lime_dist.config import Config
-from lime_dist.launcher import find_place
+from lime_dist.launcher import own_place
 from lime_dist.lime.weights import slices, specified_parameters
 from lime_dist.local import run_local
 from lime_dist.rank import Rank, join_world
@@ -36,7 +36,7 @@ def run_ranks(config: Config, work: Callable[..., Any], *args: Any, timeout: tim
 
 def on_rank(config: Config, work: Callable[..., Any], *args: Any) -> Any:
     """`work(rank, *args)` on this rank, begun by `local`. Collective: world."""
-    groups, device = join_world(config, find_place())
+    groups, device = join_world(config, own_place())
     result = work(Rank(config, groups, device), *args)
     dist.barrier()  # no rank leaves while another still talks to it
     return result

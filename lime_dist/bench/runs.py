@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lime_dist.config import Config, load_config
-from lime_dist.launcher import find_place
+from lime_dist.launcher import own_place
 from lime_dist.local_ranks import run_local_ranks
 from lime_dist.pipeline.bundle import plan_stages
 from lime_dist.preflight.files import check_files
@@ -143,7 +143,7 @@ def _train(config: Config) -> None:
     stop_request()  # before the slow imports of a fresh interpreter
     from lime_dist.train import train
 
-    train(config, find_place())
+    train(config, own_place())
 
 
 def _file_name(name: str) -> str:

@@ -67,6 +67,7 @@ def _check_nesting(text: str, loader: Any) -> None:
     for event in yaml.parse(text, loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
+            assert event.start_mark is not None  # it was read from a text
             raise _Refused(f"line {event.start_mark.line + 1}: nested more than {MAX_DEPTH} deep; write it flatter")
 
 

@@ -22,7 +22,7 @@ def plan_partition(num_layers: int, num_stages: int, partition: str | Sequence[i
         raise LayoutError(
             f"pipeline.partition: {shown(partition)} is unknown; use auto or a list of counts, one for each stage"
         )
-    counts = _even_counts(num_layers, num_stages) if partition == "auto" else list(partition)
+    counts = _even_counts(num_layers, num_stages) if isinstance(partition, str) else list(partition)
     if len(counts) != num_stages:
         raise LayoutError(
             f"pipeline.partition: {shown(counts)} has {len(counts)} stages, parallel.pp is {num_stages}; give one count a stage"

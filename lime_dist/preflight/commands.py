@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lime_dist.config import Config, load_config
 from lime_dist.ending import write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
-from lime_dist.launcher import Place, find_place, host_name, require_address, require_rendezvous
+from lime_dist.launcher import Place, find_place, host_name, own_place, require_address, require_rendezvous
 from lime_dist.resolve import ready_config
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _on_local_ranks(args: argparse.Namespace) -> int:
 
 
 def _as_local_rank(config: Config, options: dict[str, Any]) -> int:
-    return _run(argparse.Namespace(**options), config, find_place())
+    return _run(argparse.Namespace(**options), config, own_place())
 
 
 def _run(args: argparse.Namespace, config: Config | None, place: Place) -> int:

@@ -103,19 +103,21 @@ class _Ends:
         transport, is_forward = self.transport, direction == "forward"
         before, after = (boundary, boundary + 1) if is_forward else (boundary + 1, boundary)
         if self.stage_index == before:
-            links = (
+            out, back = (
                 (transport.to_next, transport.from_next)
                 if is_forward
                 else (transport.to_previous, transport.from_previous)
             )
-            return self._send(boundary, direction, size, *links)
+            assert out is not None and back is not None
+            return self._send(boundary, direction, size, out, back)
         if self.stage_index == after:
-            links = (
+            incoming, back = (
                 (transport.from_previous, transport.to_previous)
                 if is_forward
                 else (transport.from_next, transport.to_next)
             )
-            self._answer(size, *links)
+            assert incoming is not None and back is not None
+            self._answer(size, incoming, back)
         return None
 
     def _send(self, boundary: int, direction: str, size: int, out: Link, back: Link) -> Crossing:

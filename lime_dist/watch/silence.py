@@ -45,7 +45,7 @@ def _silent_link(layout: Layout, heartbeats: Sequence[Heartbeat | None]) -> tupl
 
 def _awaited_neighbour(layout: Layout, heartbeats: Sequence[Heartbeat | None], receiver: Heartbeat) -> Heartbeat | None:
     place = receiver.coordinate
-    pp_rank = place.pp_rank + {"forward": -1, "backward": 1}.get(receiver.awaits, layout.pp)
+    pp_rank = place.pp_rank + {"forward": -1, "backward": 1}.get(receiver.awaits or "", layout.pp)
     if not 0 <= pp_rank < layout.pp:
         return None
     neighbour = Coordinate(pp_rank=pp_rank, dp_rank=place.dp_rank, tp_rank=place.tp_rank)
@@ -53,7 +53,7 @@ def _awaited_neighbour(layout: Layout, heartbeats: Sequence[Heartbeat | None], r
 
 
 def _passes(heartbeat: Heartbeat, kind: str | None) -> int:
-    return heartbeat.passes.get(kind, 0)
+    return heartbeat.passes.get(kind or "", 0)
 
 
 def _describe_link(sender: Heartbeat, receiver: Heartbeat) -> str:
