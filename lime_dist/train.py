@@ -203,8 +203,8 @@ class TrainingRun:
 
     def _evaluate_and_agree(self) -> int:
         """What is due after a step, and before the first one; REQUEUE when all leave here with work left."""
-        held_out = self._held_out
-        is_whole = held_out is None or not self._evaluation_is_due() or self._evaluate(held_out)
+        held_out = self._held_out if self._evaluation_is_due() else None
+        is_whole = held_out is None or self._evaluate(held_out)
         stopping = self._stop.agreed()
         return REQUEUE if stopping and not (self._is_last_step and is_whole) else DONE
 
@@ -325,7 +325,9 @@ def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
             flush_to_disk(folder)
         return Ownership(run_dir)
     except OSError as error:
-        raise ConfigError(f"run.dir: {run_dir}: {error.strerror or error}; name a folder that can be written") from None
+        raise ConfigError(
+            f"run.dir: {error.filename or run_dir}: {error.strerror or error}; name a folder that can be written"
+        ) from None
 
 
 def evaluate_batches(rank: Rank, held_out: TokenSamples, stop: JointStop) -> float | None:
