@@ -6,13 +6,14 @@ files that chose them. Needs no torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from lime_dist.checkpoint.files import CheckpointReader, find_latest
-from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config import Config, check_config
 from lime_dist.config.reading import parse_bytes
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
 from lime_dist.depth.routing import Routing
@@ -30,6 +31,7 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
     Raises: ConfigError, PlanError, CheckpointError.
     """
     config = check_config(config, world_size)
+    _check_checkpoints(checkpoints_of(config))
     folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
     check_switches(config, started.pattern if folder is None else None)
@@ -39,6 +41,13 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
 
 def checkpoints_of(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
+
+
+def _check_checkpoints(path: Path) -> None:
+    """Before ranks start: what is there can take checkpoints. A link to a folder, such as scratch storage, can."""
+    if os.path.lexists(path) and not path.is_dir():
+        problem = "a link that leads to no folder" if path.is_symlink() else "a file"
+        raise CheckpointError(f"checkpoint {path}: is {problem}; remove it or name another run.dir")
 
 
 def resume_folder(config: Config) -> Path | None:
@@ -204,4 +213,4 @@ def router_weights(folder: Path, config: Config) -> EdgeWeights:
 
 def saved_config(reader: CheckpointReader) -> Config:
     """The config of the run that wrote the checkpoint, with the pattern that its weights have."""
-    return parse_config(reader.meta.config)
+    return reader.config

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import lime_dist
 from lime_dist.agreement import gather, tell_all
-from lime_dist.checkpoint.files import read_meta
+from lime_dist.checkpoint.checking import read_meta
 from lime_dist.config import Config, DepthConfig, to_dict
 from lime_dist.errors import CheckpointError, ConfigError, LimeDistError, one_line
 from lime_dist.launcher import host_name

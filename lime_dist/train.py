@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
 from lime_dist.checkpoint.files import set_aside_after, step_folder
-from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
+from lime_dist.checkpoint.save_load import load_checkpoint, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.ending import DONE, REQUEUE, write_outcome
@@ -68,7 +68,7 @@ def train(config: Config, place: Place) -> int:
     """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`ending.py`)."""
     stop = stop_request()
     pulse = Pulse()
-    with Watchdog(config, place, pulse):
+    with Watchdog(config, place, pulse), naming_full_disk(Path(config.run.dir), checkpoints_of(config)):
         run = TrainingRun(config, *join_world(config, place), stop, pulse)
         code, reason = run.train()
     write_outcome(code, reason)  # by every rank, as each node's launcher may have a file of its own
