@@ -70,7 +70,7 @@ def restarted_each_two_steps(run_dir: Path, *overrides: str) -> list[int]:
     return edges
 
 
-@pytest.mark.parametrize("pattern", ["top_p:0.7", "budget:5KiB", "within_stage+first:1"])
+@pytest.mark.parametrize("pattern", ["top_p:0.7", "budget:4KiB", "within_stage+first:1"])
 def test_a_switch_chooses_once(pattern: str, tmp_path: Path) -> None:
     switch = f"depth.switch_at={{2: {pattern}}}"
     assert train(tmp_path / "whole", switch) == 0
@@ -89,14 +89,14 @@ def test_two_switches_and_a_config_that_a_job_has_resolved(tmp_path: Path) -> No
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("pattern", ["within_stage", "budget:5KiB"])
+@pytest.mark.parametrize("pattern", ["within_stage", "budget:4KiB"])
 def test_what_the_stages_chose_stays_on_other_stages(pattern: str, tmp_path: Path) -> None:
     assert train(tmp_path / "whole", f"depth.pattern={pattern}") == 0
     assert train(tmp_path / "parts", f"depth.pattern={pattern}", "run.steps=4") == 0
     edges = num_edges(tmp_path / "parts")
     assert train(tmp_path / "parts", f"depth.pattern={pattern}", "parallel.pp=2", "run.steps=7") == 0
     assert train(tmp_path / "parts", f"depth.pattern={pattern}", "parallel.pp=6") == 0
-    assert num_edges(tmp_path / "parts") == edges == num_edges(tmp_path / "whole") > 0
+    assert num_edges(tmp_path / "parts") == edges == num_edges(tmp_path / "whole") and 0 < edges < 15
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=TOLERANCE)
 
 
