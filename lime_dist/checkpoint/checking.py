@@ -26,7 +26,7 @@ _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(r"([a-z_]+:(\S+))@([0-9]{1,18})")
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_COUNT = 2**53  # of updates and samples
-_MAX_MESSAGE = 300  # characters of what is wrong with a config
+_MAX_MESSAGE = 300  # characters of what others say is wrong
 _ELEMENT_BYTES = 4  # fp32
 
 
@@ -56,6 +56,11 @@ Places = Mapping[str, Mapping[str, Any]]  # stem -> key -> what the file says of
 
 def refuse(path: Path, problem: str) -> NoReturn:
     raise CheckpointError(f"checkpoint {path}: {problem}; name another checkpoint")
+
+
+def brief(error: BaseException) -> str:
+    """The error's text on one line, cut where a value in it is long."""
+    return one_line(error)[:_MAX_MESSAGE]
 
 
 # ---- files
@@ -147,7 +152,7 @@ def checked_config(folder: Path, meta: Meta, places: Places) -> Config:
         config = check_config(config)
         _ = config.pattern
     except ConfigError as error:
-        refuse(folder, f"config in meta.json: {one_line(error)[:_MAX_MESSAGE]}")
+        refuse(folder, f"config in meta.json: {brief(error)}")
     return config
 
 

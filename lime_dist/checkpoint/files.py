@@ -19,8 +19,17 @@ from typing import Any
 import numpy
 from safetensors import SafetensorError, safe_open
 
-from lime_dist.checkpoint.checking import STEP_NAME, Slice, checked_config, checked_slices, read_json, read_meta, refuse
-from lime_dist.errors import CheckpointError, one_line
+from lime_dist.checkpoint.checking import (
+    STEP_NAME,
+    Slice,
+    brief,
+    checked_config,
+    checked_slices,
+    read_json,
+    read_meta,
+    refuse,
+)
+from lime_dist.errors import CheckpointError
 from lime_dist.lime.parameters import LogicalTensor
 
 
@@ -113,4 +122,4 @@ class CheckpointReader:
                     refuse(path, f"{part.key} is {found[0]} {list(found[1])}, not F32 {list(part.shape)}")
                 return file.get_tensor(part.key)
         except (OSError, SafetensorError) as error:
-            refuse(path, one_line(error))
+            refuse(path, brief(error))
