@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, find_place, require_address, require_rendezvous
-from lime_dist.resolve import ready_config
+from lime_dist.resolve import ready_config, ready_to_evaluate
 from lime_dist.stopping import stop_request
 
 
@@ -155,7 +156,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from lime_dist.preflight.files import check_files
 
-    config = _resolve(args)
+    config = _resolve(args, partial(ready_to_evaluate, checkpoint=args.checkpoint))
     check_files(config)
     report = _on_ranks(config, "evaluate", args.checkpoint)
     if report is not None:
@@ -163,13 +164,13 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _resolve(args: argparse.Namespace) -> Config:
+def _resolve(args: argparse.Namespace, ready: Callable[[Config, int | None], Config] = ready_config) -> Config:
     """The checked config for the ranks that a launcher has started, or for --nproc."""
     place = find_place()
     if place is not None and args.nproc is not None:
         raise ConfigError("--nproc: a launcher has started this already; leave --nproc out")
     world_size = place.world_size if place is not None else args.nproc
-    return ready_config(load_config(args.config, args.overrides), world_size)
+    return ready(load_config(args.config, args.overrides), world_size)
 
 
 def _on_ranks(config: Config, function: str, *args: Any) -> Any:

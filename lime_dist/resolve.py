@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -39,6 +40,18 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
     return started
 
 
+def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoint: Path | None = None) -> Config:
+    """The same for an evaluation of `checkpoint`, or of the one that a start would go on from: with its own edges.
+
+    Raises: ConfigError, PlanError, CheckpointError.
+    """
+    config = check_config(config, world_size)
+    folder = checkpoint or resume_folder(config)
+    evaluated = resolve_pattern(config) if folder is None else evaluated_config(config, folder)
+    plan_run_transfer(evaluated)
+    return evaluated
+
+
 def checkpoints_of(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
@@ -68,15 +81,13 @@ def resumed_config(config: Config, folder: Path) -> Config:
     """
     reader = CheckpointReader(folder)
     saved, step = saved_config(reader), reader.meta.step
+    check_same_model(folder, saved, config)
     due = config.at_step(step)
-    if saved.depth.router != config.depth.router or saved.model.num_layers != config.model.num_layers:
-        return due  # of another model: loading says so
     if due.depth.name == saved.depth.name and due.depth.is_chosen:
         return due.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
-    is_switch = any(at <= step for at in config.depth.switch_at)
     due = resolve_pattern(due, folder)
     lost = lost_edges(saved.pattern, due.pattern)
-    if lost and not is_switch:
+    if lost and step not in config.depth.switch_at:
         raise CheckpointError(
             f"depth.pattern: {due.depth.name} lacks {lost} of the {saved.pattern.num_edges} edges of checkpoint {folder} "
             f"({saved.depth.name}); set depth.pattern={saved.depth.name}, or depth.switch_at={{{step}: {due.depth.name}}} to drop them"
@@ -84,9 +95,25 @@ def resumed_config(config: Config, folder: Path) -> Config:
     return due
 
 
+def check_same_model(folder: Path, saved: Config, config: Config) -> None:
+    """Raises: CheckpointError when the run's model is another than the saved one."""
+    facts = {
+        f"model.{item.name}": (getattr(saved.model, item.name), getattr(config.model, item.name))
+        for item in fields(config.model)
+    }
+    facts["model.num_kv_heads"] = saved.model.kv_heads, config.model.kv_heads
+    facts |= {f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry")}
+    for key, (theirs, ours) in facts.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"checkpoint {folder}: saved with {key}={theirs}, the run has {ours}; set {key}={theirs} or another run.dir"
+            )
+
+
 def evaluated_config(config: Config, folder: Path) -> Config:
     """`config` with the checkpoint's own edges: the model that was trained. Raises: CheckpointError."""
     saved = saved_config(CheckpointReader(folder))
+    check_same_model(folder, saved, config)
     return config.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
 
 

@@ -41,6 +41,9 @@ class Start:
 def check_alike(config: Config, device: torch.device) -> None:
     """Compare code, config and token files over the ranks. Collective: world. Raises: ConfigError on all of them."""
     facts = _facts(config)
+    if any(gather(resume_folder(config) is not None, device)):
+        # Then the edges are the checkpoint's, which rank 0 names: not every rank may see it yet.
+        del facts["depth.pattern"], facts["depth.pattern_name"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if len(set(gather(digest, device))) == 1:
         return
@@ -57,8 +60,6 @@ def check_alike(config: Config, device: torch.device) -> None:
 def _facts(config: Config) -> dict[str, Any]:
     """By name, in the order in which a difference is told."""
     values = {f"{section}.{key}": value for section, key, value in _keys(to_dict(config))}
-    if resume_folder(config) is not None:  # then they are the checkpoint's, which rank 0 names
-        del values["depth.pattern"], values["depth.pattern_name"]
     sources = (*config.data.train, *config.data.valid)
     return {
         "lime_dist": f"{lime_dist.__version__} {_code_digest()}",

@@ -231,11 +231,11 @@ class TrainingRun:
 
 
 def _take_run(run_dir: Path) -> Ownership:
-    """Raises: ConfigError where nothing can be written."""
+    """Raises: ConfigError where nothing can be written; OSError for a full disk."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         return Ownership(run_dir)
-    except OSError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"run.dir: {run_dir}: {error.strerror or error}; name a folder that can be written") from None
 
 

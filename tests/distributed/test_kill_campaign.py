@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
+import lime_dist.train  # noqa: F401  (before ranks are forked: its imports take seconds)
 from lime_dist.checkpoint.files import CheckpointReader, find_checkpoints
 from lime_dist.cli import main
 from lime_dist.data.indexed import IndexedWriter
@@ -70,6 +71,7 @@ def wait_for_a_save(process: BaseProcess, checkpoints: Path, count: int) -> None
     deadline = time.monotonic() + START_SECONDS
     while len(begun) < count and process.is_alive():
         assert time.monotonic() < deadline
+        time.sleep(0.0005)
         if checkpoints.is_dir():
             begun |= {name for name in os.listdir(checkpoints) if name.startswith(".unfinished-step_")}
 
