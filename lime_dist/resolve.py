@@ -32,7 +32,7 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
     Raises: ConfigError, PlanError, CheckpointError.
     """
     config = check_config(config, world_size)
-    _check_checkpoints(checkpoints_of(config))
+    _check_folders(config)
     folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
     check_switches(config, started.pattern if folder is None else None)
@@ -46,6 +46,7 @@ def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoi
     Raises: ConfigError, PlanError, CheckpointError.
     """
     config = check_config(config, world_size)
+    _check_folders(config)
     folder = checkpoint or resume_folder(config)
     evaluated = resolve_pattern(config) if folder is None else evaluated_config(config, folder)
     plan_run_transfer(evaluated)
@@ -56,11 +57,14 @@ def checkpoints_of(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def _check_checkpoints(path: Path) -> None:
-    """Before ranks start: what is there can take checkpoints. A link to a folder, such as scratch storage, can."""
+def _check_folders(config: Config) -> None:
+    """Before ranks start: checkpoints can be made and found. A link to a folder, such as scratch storage, is as good."""
+    path, resume = checkpoints_of(config), config.checkpoint.resume
     if os.path.lexists(path) and not path.is_dir():
         problem = "a link that leads to no folder" if path.is_symlink() else "a file"
         raise CheckpointError(f"checkpoint {path}: is {problem}; remove it or name another run.dir")
+    if resume not in ("auto", "never") and not (Path(resume) / "meta.json").is_file():
+        raise CheckpointError(f"checkpoint.resume: {resume} is no checkpoint; name a step_N folder, auto or never")
 
 
 def resume_folder(config: Config) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
 from lime_dist.checkpoint.files import set_aside_after, step_folder
-from lime_dist.checkpoint.save_load import load_checkpoint, naming_full_disk, save_checkpoint
+from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.ending import DONE, REQUEUE, write_outcome
@@ -235,7 +235,9 @@ def _take_run(run_dir: Path) -> Ownership:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         return Ownership(run_dir)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise ConfigError(f"run.dir: {run_dir}: {error.strerror or error}; name a folder that can be written") from None
 
 

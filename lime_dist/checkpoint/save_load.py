@@ -85,7 +85,7 @@ def naming_full_disk(run_dir: Path, checkpoints: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        if error.errno not in FULL_DISK:
             raise
         raise _full_disk(f"run.dir: {run_dir}", os.strerror(error.errno), checkpoints) from None
 
@@ -98,7 +98,7 @@ def _full_disk(what: str, reason: str, checkpoints: Path) -> CheckpointError:
     )
 
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
@@ -107,7 +107,7 @@ def disk_problem(error: BaseException) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
-    return os.strerror(number) if number in (*_FULL_DISK, *_NOT_WRITABLE) else None
+    return os.strerror(number) if number in (*FULL_DISK, *_NOT_WRITABLE) else None
 
 
 _UNFINISHED = ".unfinished-"

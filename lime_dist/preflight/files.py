@@ -7,11 +7,11 @@ from pathlib import Path
 from lime_dist.config import Config, Source
 from lime_dist.data.indexed import check_files as check_token_files
 from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
-from lime_dist.errors import CheckpointError, ConfigError, DataError
+from lime_dist.errors import ConfigError, DataError
 
 
 def check_files(config: Config) -> None:
-    """Raises: DataError, ConfigError, CheckpointError for a file that is missing, cut short or does not fit the model."""
+    """Raises: DataError, ConfigError for a file that is missing, cut short or does not fit the model."""
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir: {run_dir} is a file; name a folder")
@@ -22,9 +22,6 @@ def check_files(config: Config) -> None:
             _check_source(config, key, source)
     if config.data.tokenizer is not None:
         _check_tokenizer(config, Path(config.data.tokenizer))
-    resume = config.checkpoint.resume
-    if resume not in ("auto", "never") and not (Path(resume) / "meta.json").is_file():
-        raise CheckpointError(f"checkpoint.resume: {resume} is no checkpoint; name a step_N folder, auto or never")
 
 
 def _check_source(config: Config, key: str, source: Source) -> None:
