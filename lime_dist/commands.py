@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lime_dist.config.ranges import RANGES
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.launcher import Place, find_place, require_address, require_rendezvous, warn
-from lime_dist.resolve import ready_config
+from lime_dist.resolve import ready_config, ready_to_evaluate
 from lime_dist.stopping import leaving_when_asked, stop_request
 
 
@@ -138,15 +139,18 @@ def _plot(config: Config, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    return _ended(_ready_on_ranks(args, "train"))
+    return _ended(_ready_on_ranks(args, ready_config, "train"))
 
 
-def _ready_on_ranks(args: argparse.Namespace, function: str, *more: Any) -> Any:
+_Ready = Callable[[Config, int | None], Config]  # `ready_config`, or what makes a config ready for an evaluation
+
+
+def _ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more: Any) -> Any:
     """As `_on_ranks`; signals are heard from here on, before the slow imports."""
     with _signals_heard():
         from lime_dist.preflight.files import check_files
 
-        config = _resolve(args)
+        config = _resolve(args, ready)
         check_files(config)
         warn(find_warnings(config))
         return _on_ranks(config, function, *more)
@@ -182,19 +186,20 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    code, report = _ready_on_ranks(args, "evaluate", args.checkpoint)
+    ready = partial(ready_to_evaluate, checkpoint=args.checkpoint)
+    code, report = _ready_on_ranks(args, ready, "evaluate", args.checkpoint)
     if report is not None:
         print(json.dumps(report))
     return _ended(code)
 
 
-def _resolve(args: argparse.Namespace) -> Config:
+def _resolve(args: argparse.Namespace, ready: _Ready) -> Config:
     """The checked config for the ranks that a launcher has started, or for --nproc."""
     place = find_place()
     if place is not None and args.nproc is not None:
         raise ConfigError("--nproc: a launcher has started this already; leave --nproc out")
     world_size = place.world_size if place is not None else args.nproc
-    return ready_config(load_config(args.config, args.overrides), world_size)
+    return ready(load_config(args.config, args.overrides), world_size)
 
 
 def _on_ranks(config: Config, function: str, *args: Any) -> Any:

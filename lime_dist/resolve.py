@@ -6,12 +6,15 @@ files that chose them. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lime_dist.checkpoint.files import CheckpointReader, find_latest
-from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config import Config, check_config
 from lime_dist.config.reading import parse_bytes, read_yaml, shown_key
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
 from lime_dist.depth.routing import Routing
@@ -29,15 +32,53 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
     Raises: ConfigError, PlanError, CheckpointError.
     """
     config = check_config(config, world_size)
-    folder = _found_folder(config)
+    _check_folders(config)
+    folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
     check_switches(config, started.pattern if folder is None else None)
     plan_run_transfer(started)  # raises what is left: patterns and costs that do not fit the stages
     return started
 
 
+def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoint: Path | None = None) -> Config:
+    """The same for an evaluation of `checkpoint`, or of the one that a start would go on from: with its own edges.
+
+    Raises: ConfigError, PlanError, CheckpointError.
+    """
+    config = check_config(config, world_size)
+    _check_folders(config)
+    folder = checkpoint or resume_folder(config)
+    evaluated = resolve_pattern(config) if folder is None else evaluated_config(config, folder)
+    plan_run_transfer(evaluated)
+    return evaluated
+
+
 def checkpoints_of(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
+
+
+def _check_folders(config: Config) -> None:
+    """Before ranks start: checkpoints can be made and found. A link to a folder, such as scratch storage, is as good."""
+    path, resume = checkpoints_of(config), config.checkpoint.resume
+    with _naming_path("run.dir", config.run.dir):
+        is_folder = not os.path.lexists(path) or path.is_dir()
+    if not is_folder:
+        problem = "a link that leads to no folder" if path.is_symlink() else "a file"
+        raise CheckpointError(f"checkpoint {path}: is {problem}; remove it or name another run.dir")
+    with _naming_path("checkpoint.resume", resume):
+        is_known = resume in ("auto", "never") or (Path(resume) / "meta.json").is_file()
+    if not is_known:
+        raise CheckpointError(
+            f"checkpoint.resume: {shown(resume)} is no checkpoint; name a step_N folder, auto or never"
+        )
+
+
+@contextmanager
+def _naming_path(key: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}: {shown(path)}: {error.strerror}; name a folder that can be read") from None
 
 
 def resume_folder(config: Config) -> Path | None:
@@ -49,19 +90,6 @@ def resume_folder(config: Config) -> Path | None:
     return Path(config.checkpoint.resume)
 
 
-def _found_folder(config: Config) -> Path | None:
-    """`resume_folder` before ranks start. Raises: ConfigError, CheckpointError where there is no such folder."""
-    named = config.checkpoint.resume not in ("auto", "never")
-    key, path = ("checkpoint.resume", config.checkpoint.resume) if named else ("run.dir", config.run.dir)
-    try:
-        folder = resume_folder(config)
-        if folder is None or not named or (folder / "meta.json").is_file():
-            return folder
-    except OSError as error:
-        raise ConfigError(f"{key}: {shown(path)}: {error.strerror}; name a folder that can be read") from None
-    raise CheckpointError(f"{key}: {path} is no checkpoint; name a step_N folder, auto or never")
-
-
 def resumed_config(config: Config, folder: Path) -> Config:
     """`config` as it goes on from the checkpoint `folder`, with the edges that its next update has.
 
@@ -71,15 +99,13 @@ def resumed_config(config: Config, folder: Path) -> Config:
     """
     reader = CheckpointReader(folder)
     saved, step = saved_config(reader), reader.meta.step
+    check_same_model(folder, saved, config)
     due = config.at_step(step)
-    if saved.depth.router != config.depth.router or saved.model.num_layers != config.model.num_layers:
-        return due  # of another model: loading says so
     if due.depth.name == saved.depth.name and due.depth.is_chosen:
         return due.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
-    is_switch = any(at <= step for at in config.depth.switch_at)
     due = resolve_pattern(due, folder)
     lost = lost_edges(saved.pattern, due.pattern)
-    if lost and not is_switch:
+    if lost and step not in config.depth.switch_at:
         raise CheckpointError(
             f"depth.pattern: {due.depth.name} lacks {lost} of the {saved.pattern.num_edges} edges of checkpoint {folder} "
             f"({saved.depth.name}); set depth.pattern={saved.depth.name}, or depth.switch_at={{{step}: {due.depth.name}}} to drop them"
@@ -87,9 +113,25 @@ def resumed_config(config: Config, folder: Path) -> Config:
     return due
 
 
+def check_same_model(folder: Path, saved: Config, config: Config) -> None:
+    """Raises: CheckpointError when the run's model is another than the saved one."""
+    facts = {
+        f"model.{item.name}": (getattr(saved.model, item.name), getattr(config.model, item.name))
+        for item in fields(config.model)
+    }
+    facts["model.num_kv_heads"] = saved.model.kv_heads, config.model.kv_heads
+    facts |= {f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry")}
+    for key, (theirs, ours) in facts.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"checkpoint {folder}: saved with {key}={theirs}, the run has {ours}; set {key}={theirs} or another run.dir"
+            )
+
+
 def evaluated_config(config: Config, folder: Path) -> Config:
     """`config` with the checkpoint's own edges: the model that was trained. Raises: CheckpointError."""
     saved = saved_config(CheckpointReader(folder))
+    check_same_model(folder, saved, config)
     return config.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
 
 
@@ -244,4 +286,4 @@ def router_weights(folder: Path, config: Config) -> EdgeWeights:
 
 def saved_config(reader: CheckpointReader) -> Config:
     """The config of the run that wrote the checkpoint, with the pattern that its weights have."""
-    return parse_config(reader.meta.config)
+    return reader.config

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import lime_dist
 from lime_dist.agreement import gather, tell_all
-from lime_dist.checkpoint.files import read_meta
+from lime_dist.checkpoint.checking import read_meta
 from lime_dist.config import Config, DepthConfig, to_dict
 from lime_dist.data.checksums import block_digest
 from lime_dist.errors import CheckpointError, ConfigError, LimeDistError, one_line
@@ -42,6 +42,9 @@ class Start:
 def check_alike(config: Config, device: torch.device) -> None:
     """Compare code, config and token files over the ranks. Collective: world. Raises: ConfigError on all of them."""
     facts = _facts(config)
+    if any(gather(resume_folder(config) is not None, device)):
+        # Then the edges are the checkpoint's, which rank 0 names: not every rank may see it yet.
+        del facts["depth.pattern"], facts["depth.pattern_name"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if len(set(gather(digest, device))) == 1:
         return
@@ -58,8 +61,6 @@ def check_alike(config: Config, device: torch.device) -> None:
 def _facts(config: Config) -> dict[str, Any]:
     """By name, in the order in which a difference is told."""
     values = {f"{section}.{key}": value for section, key, value in _keys(to_dict(config))}
-    if resume_folder(config) is not None:  # then they are the checkpoint's, which rank 0 names
-        del values["depth.pattern"], values["depth.pattern_name"]
     sources = (*config.data.train, *config.data.valid)
     return {
         "lime_dist": f"{lime_dist.__version__} {_code_digest()}",

@@ -15,14 +15,14 @@ from torch import Tensor
 from lime_dist.agreement import tell_all
 from lime_dist.backends.megatron import Groups
 from lime_dist.checkpoint.files import flush_to_disk, set_aside_after, step_folder
-from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
+from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.ending import DONE, REQUEUE
 from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from lime_dist.joint_stop import JointStop, Stopped
-from lime_dist.launcher import Place, warn
+from lime_dist.launcher import Place
 from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
 from lime_dist.ownership import Ownership
@@ -77,7 +77,8 @@ def _open(config: Config, sources: list, split: Split, key: str, between: Betwee
 def train(config: Config, place: Place) -> int:
     """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`ending.py`)."""
     request, pulse = stop_request(), Pulse()
-    with Watchdog(config, place, pulse) as watchdog:
+    full_disk = naming_full_disk(Path(config.run.dir), checkpoints_of(config))
+    with Watchdog(config, place, pulse) as watchdog, full_disk:
         groups, device = join_world(config, place)
         code, reason = _train_or_stop(config, groups, device, JointStop(request, device), pulse)
         watchdog.settle(code, reason)  # by every rank, as each node's launcher may have a file of its own
@@ -135,7 +136,6 @@ def _evaluate_checkpoint(
         raise Stopped(stop.cause)
     if not rank.is_logger:
         return None
-    _warn_of_repeats(config, held_out)
     return {"checkpoint": str(start.folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
 
 
@@ -296,8 +296,6 @@ class TrainingRun:
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
         self._owner = _take_run(run_dir, checkpoints_of(self.config))
-        if self._held_out is not None:
-            _warn_of_repeats(self.config, self._held_out)
         set_aside_after(checkpoints_of(self.config), self.step)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         if resumed_from is not None:
@@ -307,24 +305,16 @@ class TrainingRun:
         )
 
 
-def _warn_of_repeats(config: Config, held_out: TokenSamples) -> None:
-    wanted, there = config.eval.batches * config.data.global_batch_size, sum(held_out.samples_per_epoch)
-    if wanted > there:
-        text = (
-            f"eval.batches: {config.eval.batches} batches are {wanted} sequences, the held-out text has {there}, "
-            "so some are read again; lower eval.batches or hold out more text"
-        )
-        warn([text])
-
-
 def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
-    """Raises: ConfigError where nothing can be written."""
+    """Raises: ConfigError where nothing can be written; OSError for a full disk."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         for folder in (run_dir, run_dir.parent):  # else a power cut takes the whole run, checkpoints and all
             flush_to_disk(folder)
         return Ownership(run_dir)
     except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise ConfigError(
             f"run.dir: {error.filename or run_dir}: {error.strerror or error}; name a folder that can be written"
         ) from None

@@ -12,30 +12,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 from safetensors import SafetensorError, safe_open
 
-from lime_dist.errors import CheckpointError, one_line
+from lime_dist.checkpoint.checking import (
+    STEP_NAME,
+    Slice,
+    brief,
+    checked_config,
+    checked_slices,
+    read_json,
+    read_meta,
+    refuse,
+)
+from lime_dist.errors import CheckpointError
 from lime_dist.lime.parameters import LogicalTensor
-
-FORMAT = 1
-_STEP_NAME = re.compile(r"step_(\d+)")
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What the checkpoint says of itself."""
-
-    step: int  # updates done
-    samples_seen: int  # the next sample to read
-    config: dict[str, Any]
-    files: list[str]  # stems
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -47,7 +42,7 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [
-        path for path in checkpoints.iterdir() if _STEP_NAME.fullmatch(path.name) and (path / "meta.json").is_file()
+        path for path in checkpoints.iterdir() if STEP_NAME.fullmatch(path.name) and (path / "meta.json").is_file()
     ]
     return sorted(found, key=step_of)
 
@@ -84,70 +79,47 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "cut short or not JSON"
-        raise CheckpointError(f"checkpoint {path}: {reason}; name another checkpoint") from None
-
-
-def read_meta(folder: Path) -> Meta:
-    """Raises: CheckpointError when the folder is no checkpoint or of another format."""
-    if not (folder / "meta.json").is_file():
-        raise CheckpointError(
-            f"checkpoint {folder}: no meta.json in it; name a folder such as RUN/checkpoints/step_000100"
-        )
-    values = _read_json(folder / "meta.json")
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"checkpoint {folder}: format {found}, this version reads {FORMAT}; use that version")
-    try:
-        return Meta(values["step"], values["samples_seen"], values["config"], values["files"])
-    except KeyError as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: no {error.args[0]} in meta.json; name another checkpoint"
-        ) from None
-
-
 class CheckpointReader:
     """Logical tensors from a checkpoint's slices, whatever layout wrote them."""
 
     def __init__(self, folder: Path):
-        """Raises: CheckpointError."""
+        """Checks all that the files say, and that they are as large as that. Raises: CheckpointError."""
         self.folder, self.meta = folder, read_meta(folder)
-        self._slices: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
-        for stem in self.meta.files:
-            for key, place in _read_json(folder / f"{stem}.json").items():
-                self._slices.setdefault(key.partition("@")[0], []).append((stem, key, place))
+        places = {stem: read_json(folder / f"{stem}.json") for stem in self.meta.files}
+        for stem, keys in places.items():
+            if not isinstance(keys, dict):
+                refuse(folder / f"{stem}.json", "no mapping of tensors")
+        self.config = checked_config(folder, self.meta, places)  # of the run that wrote it
+        self._slices = checked_slices(folder, self.config, places)
 
     def array(self, kind: str, logical: LogicalTensor) -> numpy.ndarray:
-        """fp32, whole. Raises: CheckpointError when slices are missing or of another shape."""
+        """fp32, whole. Raises: CheckpointError when it is missing, damaged or of another shape."""
         key = f"{kind}:{logical.name}"
         if key not in self._slices:
             raise CheckpointError(
                 f"checkpoint {self.folder}: no {key}; it is of another model or without optimiser state"
             )
-        whole = numpy.empty(logical.shape, dtype=numpy.float32)
-        covered = 0
-        for stem, slice_key, place in self._slices[key]:
-            if tuple(place["shape"]) != logical.shape:
-                raise CheckpointError(
-                    f"checkpoint {self.folder}: {logical.name} has shape {place['shape']}, the model {list(logical.shape)}; "
-                    "use the checkpoint's model and depth keys"
-                )
-            part = self._read(stem, slice_key)
-            start, dim = place["start"], place["dim"]
-            whole[(slice(None),) * dim + (slice(start, start + part.shape[dim]),)] = part
-            covered += part.size
-        if covered != whole.size:
-            raise CheckpointError(f"checkpoint {self.folder}: {key} is incomplete; name another checkpoint")
+        parts = self._slices[key]
+        dim = parts[0].dim
+        shape = (*parts[0].shape[:dim], sum(part.shape[dim] for part in parts), *parts[0].shape[dim + 1 :])
+        if shape != logical.shape:
+            raise CheckpointError(
+                f"checkpoint {self.folder}: {logical.name} has shape {list(shape)}, the model {list(logical.shape)}; "
+                "use the checkpoint's model and depth keys"
+            )
+        whole = numpy.empty(shape, dtype=numpy.float32)
+        for part in parts:
+            whole[(slice(None),) * dim + (slice(part.start, part.start + part.shape[dim]),)] = self._read(part)
         return whole
 
-    def _read(self, stem: str, key: str) -> numpy.ndarray:
-        path = self.folder / f"{stem}.safetensors"
+    def _read(self, part: Slice) -> numpy.ndarray:
+        path = self.folder / f"{part.stem}.safetensors"
         try:
             with safe_open(path, framework="np") as file:
-                return file.get_tensor(key)
+                view = file.get_slice(part.key)
+                found = view.get_dtype(), tuple(view.get_shape())
+                if found != ("F32", part.shape):
+                    refuse(path, f"{part.key} is {found[0]} {list(found[1])}, not F32 {list(part.shape)}")
+                return file.get_tensor(part.key)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path}: {one_line(error)}; name another checkpoint") from None
+            refuse(path, brief(error))

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,15 +20,8 @@ from torch import Tensor
 
 from lime_dist.agreement import gather
 from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state
-from lime_dist.checkpoint.files import (
-    FORMAT,
-    Meta,
-    find_checkpoints,
-    find_latest,
-    flush_to_disk,
-    step_folder,
-    write_json,
-)
+from lime_dist.checkpoint.checking import FORMAT, Meta
+from lime_dist.checkpoint.files import find_checkpoints, find_latest, flush_to_disk, step_folder, write_json
 from lime_dist.checkpoint.weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
@@ -84,14 +78,31 @@ class _Agreed:
             shutil.rmtree(self._folder, ignore_errors=True)
         if "diverged" in problem:
             raise TrainingDiverged(problem["diverged"]) from None
-        last = find_latest(self._folder.parent)
-        raise CheckpointError(
-            f"checkpoint {self._folder.parent}: {problem['disk']}; free space or name another run.dir, then start again"
-            f" (the last whole checkpoint is {last.name if last else 'none'})"
-        ) from None
+        checkpoints = self._folder.parent
+        raise _full_disk(f"checkpoint {checkpoints}", problem["disk"], checkpoints) from None
 
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+@contextmanager
+def naming_full_disk(run_dir: Path, checkpoints: Path) -> Iterator[None]:
+    """For what a run writes besides checkpoints. Raises: CheckpointError when the disk takes no more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise _full_disk(f"run.dir: {run_dir}", os.strerror(error.errno), checkpoints) from None
+
+
+def _full_disk(what: str, reason: str, checkpoints: Path) -> CheckpointError:
+    last = find_latest(checkpoints)
+    return CheckpointError(
+        f"{what}: {reason}; free space or name another run.dir, then start again"
+        f" (the last whole checkpoint is {last.name if last else 'none'})"
+    )
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def disk_problem(error: BaseException) -> str | None:
@@ -99,7 +110,7 @@ def disk_problem(error: BaseException) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
-    return os.strerror(number) if number in _FULL_DISK else None
+    return os.strerror(number) if number in (*FULL_DISK, *_NOT_WRITABLE) else None
 
 
 _UNFINISHED = ".unfinished-"
@@ -109,10 +120,7 @@ def _make_room(folder: Path) -> None:
     """Remove what an interrupted save left, and nothing else; then make the folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left_behind in folder.parent.glob(f"{_UNFINISHED}*step_*"):
-        if left_behind.is_symlink() or not left_behind.is_dir():
-            left_behind.unlink()
-        else:
-            shutil.rmtree(left_behind)
+        _delete(left_behind)
     folder.mkdir()
 
 
@@ -169,7 +177,7 @@ def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int)
     }
     write_json(folder / "meta.json", meta)
     flush_to_disk(folder)
-    if final.exists():
+    if os.path.lexists(final):
         _remove(final)
     os.rename(folder, final)
     flush_to_disk(final.parent)
@@ -181,7 +189,15 @@ def _remove(folder: Path) -> None:
     """Under a name that is no checkpoint's first, so that none is ever half there."""
     leaving = folder.with_name(f"{_UNFINISHED}old-{folder.name}")
     os.rename(folder, leaving)
-    shutil.rmtree(leaving)
+    _delete(leaving)
+
+
+def _delete(path: Path) -> None:
+    """A link goes, and what it leads to stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -13,7 +13,7 @@ from lime_dist.checkpoint.files import CheckpointReader
 from lime_dist.config import Config
 from lime_dist.errors import CheckpointError
 from lime_dist.lime.parameters import ROUTER_ROLES, LogicalTensor, Role
-from lime_dist.resolve import saved_config
+from lime_dist.resolve import check_same_model, saved_config
 
 
 class SavedWeights:
@@ -23,7 +23,7 @@ class SavedWeights:
         """Raises: CheckpointError when it is no whole checkpoint or of another model."""
         self._reader = CheckpointReader(folder)
         saved = saved_config(self._reader)
-        _check_same_model(folder, saved, config)
+        check_same_model(folder, saved, config)
         self.meta, self._pattern, self._saved_pattern = self._reader.meta, config.pattern, saved.pattern
 
     def tensor(self, kind: str, logical: LogicalTensor) -> Tensor:
@@ -54,17 +54,3 @@ def _resized(shape: tuple[int, ...], role: Role, sources: tuple[int, ...], other
     if role is Role.DYNAMIC_ROUTER:
         return shape[0] // len(sources) * len(others), shape[1]
     return shape[0], len(others), *shape[2:]
-
-
-def _check_same_model(folder: Path, saved: Config, config: Config) -> None:
-    facts = {
-        f"model.{item.name}": (getattr(saved.model, item.name), getattr(config.model, item.name))
-        for item in fields(config.model)
-    }
-    facts["model.num_kv_heads"] = saved.model.kv_heads, config.model.kv_heads
-    facts |= {f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry")}
-    for key, (theirs, ours) in facts.items():
-        if theirs != ours:
-            raise CheckpointError(
-                f"checkpoint {folder}: saved with {key}={theirs}, the run has {ours}; set {key}={theirs} or another run.dir"
-            )

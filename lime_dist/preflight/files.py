@@ -20,12 +20,12 @@ from lime_dist.data.split import (
     train_split,
 )
 from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
-from lime_dist.errors import CheckpointError, ConfigError, DataError
+from lime_dist.errors import ConfigError, DataError
 from lime_dist.launcher import warn
 
 
 def check_files(config: Config) -> None:
-    """Raises: DataError, ConfigError, CheckpointError for a file that is missing, damaged, too short or does not fit.
+    """Raises: DataError, ConfigError for a file that is missing, damaged, too short or does not fit.
 
     What is doubtful but usable is warned of on stderr, by one rank.
     """
@@ -42,7 +42,6 @@ def check_files(config: Config) -> None:
     if valid or config.data.valid_fraction:
         held_out = (valid, WHOLE) if valid else (train, held_out_split(config.data.valid_fraction))
         warnings += _short_evaluation(config, _count_samples(config, *held_out))
-    _check_resume(config.checkpoint.resume)
     warn(warnings)
 
 
@@ -92,11 +91,6 @@ def _count_samples(config: Config, sources: Sequence[_Source], split: Split) -> 
     seq_length = config.data.seq_length
     cuts = [cut_documents(source.files, split, seq_length=seq_length, key=source.key) for source in sources]
     return sum(num_samples(bounds, seq_length) for bounds in cuts)
-
-
-def _check_resume(resume: str) -> None:
-    if resume not in ("auto", "never") and not (Path(resume) / "meta.json").is_file():
-        raise CheckpointError(f"checkpoint.resume: {resume} is no checkpoint; name a step_N folder, auto or never")
 
 
 # ---- warnings

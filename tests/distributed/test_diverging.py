@@ -164,3 +164,28 @@ def test_equal_replicas_average_to_one_of_them(text: str) -> None:
     for stage, masters in enumerate(one):
         for alone, averaged in zip(masters, three[3 * stage], strict=True):
             assert torch.allclose(alone, averaged, rtol=0, atol=UPDATE_TOLERANCE)
+
+
+def both_ends_of_the_embedding(rank: Rank, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """This end's gradient before the ends are added, and after."""
+    stage, optimizer = rank.stage, rank.optimizer
+    weight = (stage.embed_tokens if stage.is_first_stage else stage.lm_head).weight
+    before: list[Tensor] = []
+    finish = optimizer.finish_gradients
+
+    def finish_and_note() -> None:
+        before.append(optimizer._local_gradient(weight).float().clone())
+        finish()
+
+    optimizer.finish_gradients = finish_and_note
+    rank.accumulate(batch)
+    return before[0], optimizer.gradient(weight)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_the_ends_of_a_tied_embedding_add_up_in_fp32(zero_stage: int) -> None:
+    """Bit for bit; most sums of two numbers of eight bits have more."""
+    config = make_config(f"pp=2 zero={zero_stage} bf16")
+    (first, summed), (last, same) = run_ranks(config, both_ends_of_the_embedding, make_batches(config)[0])
+    assert torch.equal(summed, first + last) and torch.equal(same, summed)
+    assert not torch.equal(summed, summed.bfloat16().float()), "no sum that bf16 cannot hold: shows nothing"

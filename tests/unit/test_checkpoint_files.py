@@ -1,82 +1,172 @@
-"""A checkpoint's files: slices of any layout make the tensor; a missing or damaged part is named."""
+"""A checkpoint's files: slices of any layout make the tensors; what is missing, damaged or crafted is named."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from checkpoint_stand_ins import all_tensors, write_checkpoint
+from safetensors.numpy import load_file, save_file
 
-from lime_dist.checkpoint.files import FORMAT, CheckpointReader, find_checkpoints, find_latest, read_meta, step_folder
+from lime_dist.checkpoint.checking import read_meta
+from lime_dist.checkpoint.files import CheckpointReader, find_checkpoints, find_latest, step_folder
 from lime_dist.errors import CheckpointError
 from lime_dist.lime.parameters import LogicalTensor, Role
 
-MATRIX = LogicalTensor("layers.0.mlp.down_proj.weight", (4, 6), Role.PROJECTION)
-VALUES = np.arange(24, dtype=np.float32).reshape(4, 6)
-KEY = f"weight:{MATRIX.name}"
-
-
-def write_part(folder: Path, stem: str, *slices: tuple[int, int]) -> None:
-    """Columns `start` to `end` of the matrix, slice by slice."""
-    keys = [f"{KEY}@{start}" for start, _ in slices]
-    save_file(
-        {key: VALUES[:, start:end].copy() for key, (start, end) in zip(keys, slices, strict=True)},
-        folder / f"{stem}.safetensors",
-    )
-    places = [{"dim": 1, "start": start, "shape": list(MATRIX.shape)} for start, _ in slices]
-    (folder / f"{stem}.json").write_text(json.dumps(dict(zip(keys, places, strict=True))))
+NAME = "layers.0.mlp.down_proj.weight"
+KEY = f"weight:{NAME}"
+HALVES = f"{KEY}@0", f"{KEY}@6"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The matrix in two files, one with two slices."""
-    folder = step_folder(tmp_path, 7)
-    folder.mkdir()
-    write_part(folder, "a", (2, 3))
-    write_part(folder, "b", (3, 6), (0, 2))
-    meta = {"format": FORMAT, "step": 7, "samples_seen": 84, "config": {"run": {}}, "files": ["a", "b"]}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
+    write_checkpoint(step_folder(tmp_path, 7))
+    return step_folder(tmp_path, 7)
 
 
-def change(path: Path, key: str, value: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+def change(path: Path, *keys: str, value: Any) -> None:
+    """Set `tree[key][key]... = value`."""
+    tree = node = json.loads(path.read_text())
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    path.write_text(json.dumps(tree))
+
+
+def meta(*keys: str, value: Any) -> Callable[[Path], None]:
+    return lambda folder: change(folder / "meta.json", *keys, value=value)
+
+
+def place(key: str, **values: Any) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        for stem in "ab":
+            places = json.loads((folder / f"{stem}.json").read_text())
+            if key in places:
+                places[key] |= values
+                (folder / f"{stem}.json").write_text(json.dumps(places))
+
+    return act
+
+
+def rename_slice(old: str, new: str) -> Callable[[Path], None]:
+    """In both files of its part."""
+
+    def act(folder: Path) -> None:
+        for stem in "ab":
+            path = folder / f"{stem}.json"
+            places, tensors = json.loads(path.read_text()), load_file(folder / f"{stem}.safetensors")
+            if old in places:
+                places[new], tensors[new] = places.pop(old), tensors.pop(old)
+                places[new]["start"] = int(new.partition("@")[2])
+                path.write_text(json.dumps(places))
+                save_file(tensors, folder / f"{stem}.safetensors")
+
+    return act
+
+
+def retype(folder: Path) -> None:
+    save_file(
+        {k: v.astype(np.float64) for k, v in load_file(folder / "a.safetensors").items()}, folder / "a.safetensors"
+    )
 
 
 def cut(path: Path, count: int) -> None:
     path.write_bytes(path.read_bytes()[:count])
 
 
-def test_slices_make_the_tensor(folder: Path) -> None:
-    reader = CheckpointReader(folder)
-    values = reader.array("weight", MATRIX)
-    assert values.dtype == np.float32 and np.array_equal(values, VALUES)
-    assert (reader.meta.step, reader.meta.samples_seen, reader.meta.config) == (7, 84, {"run": {}})
+def move_away(path: Path, replace: Callable[[Path, Path], object]) -> None:
+    """`replace(elsewhere, path)` after the file has gone elsewhere."""
+    elsewhere = path.parent.parent / path.name
+    path.rename(elsewhere)
+    replace(elsewhere, path)
+
+
+def link(path: Path) -> None:
+    move_away(path, lambda elsewhere, path: path.symlink_to(elsewhere))
+
+
+def pipe(path: Path) -> None:
+    move_away(path, lambda _, path: os.mkfifo(path))
+
+
+def make_folder(path: Path) -> None:
+    move_away(path, lambda _, path: path.mkdir())
+
+
+def test_slices_make_the_tensors(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path / "step_000007")
+    found = all_tensors(tmp_path / "step_000007")
+    assert found.keys() == written.keys()
+    assert all(found[key].dtype == np.float32 and np.array_equal(found[key], written[key]) for key in written)
+    reader = CheckpointReader(tmp_path / "step_000007")
+    assert (reader.meta.step, reader.meta.samples_seen, reader.config.run.steps) == (7, 84, 9)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no meta": (lambda f: (f / "meta.json").unlink(), r"no meta\.json in it; name a folder"),
     "empty meta": (lambda f: cut(f / "meta.json", 0), r"meta\.json: cut short or not JSON"),
     "cut meta": (lambda f: cut(f / "meta.json", 40), r"meta\.json: cut short or not JSON"),
-    "format": (lambda f: change(f / "meta.json", "format", 99), "format 99, this version reads 1"),
+    "brackets": (lambda f: (f / "meta.json").write_text("[" * 200_000), r"meta\.json: cut short or not JSON"),
+    "format": (meta("format", value=99), "format 99, this version reads 1"),
+    "format true": (meta("format", value=True), "format True, this version reads 1"),
     "no format": (lambda f: (f / "meta.json").write_text("{}"), "format None"),
-    "meta without a step": (lambda f: (f / "meta.json").write_text('{"format": 1}'), r"meta\.json"),
-    "meta is a list": (lambda f: (f / "meta.json").write_text("[]"), r"meta\.json|format"),
+    "meta without a step": (lambda f: (f / "meta.json").write_text('{"format": 1}'), r"no step in meta\.json"),
+    "meta is a list": (lambda f: (f / "meta.json").write_text("[]"), r"format None"),
+    "another step": (meta("step", value=8), r"step 8 in meta\.json"),
+    "a step that is text": (meta("step", value="7"), r"step in meta\.json cannot be '7'"),
+    "samples below 0": (meta("samples_seen", value=-1), r"samples_seen in meta\.json cannot be -1"),
+    "samples without end": (meta("samples_seen", value=10**40), r"samples_seen in meta\.json cannot be 10"),
+    "config is a list": (meta("config", value=[]), r"config in meta\.json cannot be \[\]"),
+    "config without a model": (meta("config", value={}), r"config in meta\.json: model: missing"),
+    "config of another": (
+        meta("config", "model", "hidden_size", value=7),
+        r"config in meta\.json: model\.hidden_size: 7",
+    ),
+    "a pattern": (meta("config", "depth", "pattern", value="x"), r"config in meta\.json: depth\.pattern: 'x'"),
+    "a million layers": (meta("config", "model", "num_layers", value=10**6), r"3 layers .*num_layers=1000000 in its"),
+    "vocabulary": (
+        meta("config", "model", "vocab_size", value=10**12),
+        r"has shape .* its config says \[1000000000000",
+    ),
+    "a name outside": (meta("files", value=["../other/a", "b"]), r"files in meta\.json cannot be \['\.\./other/a'"),
+    "an absolute name": (meta("files", value=["/etc/a", "b"]), r"files in meta\.json cannot be"),
+    "a name twice": (meta("files", value=["a", "a", "b"]), r"files in meta\.json cannot be"),
+    "a name and a line": (meta("files", value=["a\n", "b"]), r"files in meta\.json cannot be"),
+    "names are a text": (meta("files", value="ab"), r"files in meta\.json cannot be 'ab'"),
     "no places": (lambda f: (f / "b.json").unlink(), r"b\.json: No such file"),
     "cut places": (lambda f: cut(f / "b.json", 10), r"b\.json: cut short or not JSON"),
+    "places are a list": (lambda f: (f / "b.json").write_text("[]"), r"b\.json: no mapping"),
     "no tensors": (lambda f: (f / "b.safetensors").unlink(), r"b\.safetensors: No such file"),
     "empty tensors": (lambda f: cut(f / "b.safetensors", 0), r"b\.safetensors: "),
     "cut tensors": (lambda f: cut(f / "b.safetensors", -4), r"b\.safetensors: "),
     "no tensors but a text": (lambda f: (f / "b.safetensors").write_text("version https://"), r"b\.safetensors: "),
-    "places of other tensors": (lambda f: save_file({"x": VALUES}, f / "b.safetensors"), r"b\.safetensors: .*weight:"),
-    "a part is left out": (lambda f: change(f / "meta.json", "files", ["a"]), f"{KEY} is incomplete"),
-    "a slice lost a column": (lambda f: write_part(f, "b", (3, 5), (0, 2)), f"{KEY} is incomplete"),
-    "a slice is left out": (lambda f: write_part(f, "b", (3, 6)), f"{KEY} is incomplete"),
-    "no part at all": (lambda f: change(f / "meta.json", "files", []), f"no {KEY}; it is of another model"),
+    "other tensors": (lambda f: save_file({"x": np.zeros(9999)}, f / "b.safetensors"), r"b\.safetensors: .*weight:"),
+    "tensors of doubles": (retype, r"a\.safetensors: .* is F64 \[.*, not F32"),
+    "a part is left out": (meta("files", value=["a"]), "is incomplete, or its slices overlap|cut short"),
+    "no part at all": (meta("files", value=[]), "0 layers in its files"),
+    "a slice overlaps": (rename_slice(HALVES[1], f"{KEY}@5"), rf"{KEY}@. is F32 \[8, 6\], not F32 \[8, [57]\]"),
+    "a slice twice": (rename_slice(HALVES[1], f"{KEY}@00"), f"{KEY} is incomplete, or its slices overlap"),
+    "a slice behind the end": (rename_slice(HALVES[1], f"{KEY}@12"), f"{KEY}@12 cannot be at"),
+    "a tensor of another model": (rename_slice(HALVES[1], "weight:x@0"), "'weight:x@0' is no tensor of the model"),
+    "another start": (place(HALVES[1], start=5), f"{KEY}@6 cannot be at"),
+    "a start that is text": (place(HALVES[1], start="6"), f"{KEY}@6 cannot be at"),
+    "another dim": (place(HALVES[1], dim=0), f"{KEY} is incomplete, or its slices overlap"),
+    "dim too large": (place(HALVES[1], dim=2), f"{KEY}@6 cannot be at"),
+    "dim below 0": (place(HALVES[1], dim=-1), f"{KEY}@6 cannot be at"),
+    "another shape": (place(HALVES[1], shape=[8, 10**12]), f"{KEY}@6 has shape"),
+    "no shape": (place(HALVES[1], shape=None), f"{KEY}@6 has shape None"),
+    **{
+        f"{kind.__name__} in place of {name}": (lambda f, kind=kind, name=name: kind(f / name), "no regular file")
+        for kind in (link, pipe, make_folder)
+        for name in ("meta.json", "b.json", "b.safetensors")
+    },
 }
 
 
@@ -85,27 +175,56 @@ def test_damage_is_named(folder: Path, name: str) -> None:
     damage, message = DAMAGES[name]
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        CheckpointReader(folder).array("weight", MATRIX)
+        all_tensors(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
     assert re.search("; (name|use) |another model", str(caught.value)), "no mend"
 
 
+def test_nothing_of_a_crafted_size_is_made(folder: Path) -> None:
+    """Sizes that agree with one another, and with no file: refused before anything is allocated."""
+    rows = 2**40
+    change(folder / "meta.json", "config", "model", "vocab_size", value=rows)
+    for stem in "ab":
+        places = json.loads((folder / f"{stem}.json").read_text())
+        for key, where in places.items():
+            if ":embed_tokens" in key:
+                where["shape"] = [rows, 8]
+        (folder / f"{stem}.json").write_text(json.dumps(places))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        CheckpointError, match=r"safetensors: cut short, or a slice is missing: its tensors have \d{13,}"
+    ):
+        CheckpointReader(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
 def test_another_shape(folder: Path) -> None:
-    wider = LogicalTensor(MATRIX.name, (4, 8), Role.PROJECTION)
-    with pytest.raises(CheckpointError, match=re.escape("has shape [4, 6], the model [4, 8]; use the checkpoint's")):
+    wider = LogicalTensor(NAME, (8, 14), Role.PROJECTION)
+    with pytest.raises(CheckpointError, match=re.escape("has shape [8, 12], the model [8, 14]; use the checkpoint's")):
         CheckpointReader(folder).array("weight", wider)
 
 
 @pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
-def test_moments_are_not_weights(folder: Path, kind: str) -> None:
+def test_moments_may_be_missing_and_are_not_weights(folder: Path, kind: str) -> None:
+    for stem in "ab":
+        path = folder / f"{stem}.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k.startswith("weight:")}))
+    reader = CheckpointReader(folder)
+    assert reader.array("weight", LogicalTensor(NAME, (8, 12), Role.PROJECTION)).shape == (8, 12)
     with pytest.raises(CheckpointError, match=f"no {kind}:.* without optimiser state"):
-        CheckpointReader(folder).array(kind, MATRIX)
+        reader.array(kind, LogicalTensor(NAME, (8, 12), Role.PROJECTION))
 
 
 @pytest.mark.parametrize("missing", ["", "step_000001"])
 def test_no_folder(tmp_path: Path, missing: str) -> None:
     with pytest.raises(CheckpointError, match=r"no meta\.json in it"):
         read_meta(tmp_path / missing)
+
+
+def test_a_checkpoint_may_have_another_name_or_be_reached_by_a_link(folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / "best")
+    (tmp_path / "linked").symlink_to(tmp_path / "best")
+    assert read_meta(tmp_path / "best").step == read_meta(tmp_path / "linked").step == 7
 
 
 def test_the_newest_whole_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import lime_dist.train  # noqa: F401  (at its first import DeepSpeed runs a compiler, which must not be taken for our output)
-from lime_dist.checkpoint.files import FORMAT
+from lime_dist.checkpoint.checking import FORMAT
 from lime_dist.cli import main
 from lime_dist.config import parse_config, to_dict
 from lime_dist.data.indexed import IndexedWriter

@@ -1,0 +1,202 @@
+"""What a user may find, or put, where checkpoints go: other files, links, a disk that is full, crafted checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import lime_dist.train  # noqa: F401  (what DeepSpeed prints at its first import must not be taken for our output)
+from lime_dist.checkpoint.files import find_checkpoints
+from lime_dist.cli import main
+from lime_dist.data.indexed import IndexedWriter
+
+CONFIG = {
+    "model": {"num_layers": 4, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": 96},
+    "parallel": {"pp": 2},
+    "data": {"train": "train", "valid": "train", "seq_length": 8, "global_batch_size": 2},
+    "optim": {"warmup_steps": 0},
+    "eval": {"batches": 1},
+    "checkpoint": {"every": 1},
+    "run": {"dir": "run", "steps": 2, "device": "cpu", "timeout_seconds": 60},
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with IndexedWriter(tmp_path / "train", vocab_size=96) as writer:
+        writer.add_document(np.arange(2000) % 96)
+        writer.commit({"vocab_size": 96, "tokens": 2000})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*overrides: str) -> int:
+    return main(["train", "run.yaml", *overrides])
+
+
+def names(path: str = "run/checkpoints") -> set[str]:
+    return {found.name for found in Path(path).iterdir()}
+
+
+def a_file(path: Path) -> None:
+    path.write_text("a note")
+
+
+def a_link_to_nowhere(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def a_link_to_a_file(path: Path) -> None:
+    path.symlink_to(Path("run.yaml").absolute())
+
+
+def a_link_to_a_folder(path: Path) -> None:
+    Path("elsewhere").mkdir(exist_ok=True)
+    Path("elsewhere/kept").touch()
+    path.symlink_to(Path("elsewhere").absolute())
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "kept").touch()
+
+
+THINGS = (a_file, a_link_to_nowhere, a_link_to_a_file, a_link_to_a_folder, a_folder)
+
+
+@pytest.mark.parametrize("thing", THINGS[:3])
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_no_folder_is_refused_before_ranks_start(
+    thing: Callable[[Path], None], resume: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("run").mkdir()
+    thing(Path("run/checkpoints"))
+    assert train(f"checkpoint.resume={resume}") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    what = "a file" if thing is a_file else "a link that leads to no folder"
+    assert line == f"lime-dist: checkpoint run/checkpoints: is {what}; remove it or name another run.dir"
+
+
+def test_a_link_to_other_storage_holds_the_checkpoints() -> None:
+    Path("run").mkdir()
+    a_link_to_a_folder(Path("run/checkpoints"))
+    assert train() == 0
+    assert names("elsewhere") == {"kept", "step_000001", "step_000002"}
+    assert train("run.steps=3") == 0
+    assert names("elsewhere") == {"kept", "step_000002", "step_000003"}
+
+
+@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize(
+    "name", [".unfinished-x", ".unfinished-step_000002", ".unfinished-old-step_000001", "step_000003"]
+)
+def test_strays_do_not_stop_saves(thing: Callable[[Path], None], name: str) -> None:
+    """What bears one of our own names makes room, links without what they lead to; anything else stays."""
+    Path("run/checkpoints").mkdir(parents=True)
+    thing(Path("run/checkpoints") / name)
+    assert train("run.steps=3") == 0
+    assert {path.name for path in find_checkpoints(Path("run/checkpoints"))} == {"step_000002", "step_000003"}
+    assert names() - {"step_000002", "step_000003"} == ({name} if name == ".unfinished-x" else set())
+    assert thing is not a_link_to_a_folder or Path("elsewhere/kept").exists()
+
+
+def test_a_link_among_the_checkpoints_goes_and_what_it_leads_to_stays() -> None:
+    assert train() == 0
+    Path("run/checkpoints/step_000001").rename("first")
+    Path("run/checkpoints/step_000001").symlink_to(Path("first").absolute())
+    assert train("run.steps=3") == 0
+    assert names() == {"step_000002", "step_000003"}
+    assert Path("first/meta.json").exists()
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of its own with a MiB."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk: Path, leave_bytes: int) -> None:
+    free = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - leave_bytes))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize(("leave_bytes", "what"), [(100_000, "checkpoint {run}/checkpoints"), (0, "run.dir: {run}")])
+def test_a_full_disk(leave_bytes: int, what: str, small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Under a checkpoint, and under all else that a run writes. With room it goes on where it was."""
+    run = f"run.dir={small_disk}/run"
+    assert train(run, "run.steps=1") == 0
+    fill(small_disk, leave_bytes)
+    capfd.readouterr()
+    assert train(run) == 2
+    *others, line = capfd.readouterr().err.splitlines()
+    assert all(other.startswith(("starting ", "lime-dist: ")) for other in others), "a stack trace"
+    assert line.startswith(
+        f"lime-dist: {what.format(run=f'{small_disk}/run')}: No space left on device; free space or "
+    )
+    assert line.endswith("(the last whole checkpoint is step_000001)")
+    assert names(f"{small_disk}/run/checkpoints") == {"step_000001"}
+    (small_disk / "filler").unlink()
+    assert train(run) == 0
+    assert names(f"{small_disk}/run/checkpoints") == {"step_000001", "step_000002"}
+
+
+# ---- crafted checkpoints, by each command that reads one
+
+
+def many_layers(folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["config"]["model"]["num_layers"] = 10**9
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def outside(folder: Path) -> None:
+    for end in ("json", "safetensors"):
+        shutil.move(folder / f"pp00-tp00.{end}", folder.parent / f"pp00-tp00.{end}")
+    (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("pp00-tp00", "../pp00-tp00"))
+
+
+def a_pipe(folder: Path) -> None:
+    (folder / "pp01-tp00.safetensors").unlink()
+    os.mkfifo(folder / "pp01-tp00.safetensors")
+
+
+CRAFTED = {
+    many_layers: "4 layers in its files, model.num_layers=1000000000 in its config; name another checkpoint",
+    outside: "files in meta.json cannot be ['../pp00-tp00', 'pp01-tp00']; name another checkpoint",
+    a_pipe: "pp01-tp00.safetensors: no regular file; name another checkpoint",
+}
+
+
+def test_commands_refuse_what_is_crafted(capfd: pytest.CaptureFixture[str]) -> None:
+    assert train("run.steps=1") == 0
+    whole = Path("run/checkpoints/step_000001")
+    for craft, said in CRAFTED.items():
+        shutil.rmtree("crafted", ignore_errors=True)
+        shutil.copytree(whole, copy := Path("crafted/step_000001"))
+        craft(copy)
+        for command in (
+            ["generate", str(copy), "--prompt", "a"],
+            ["eval", "run.yaml", "--checkpoint", str(copy)],
+            ["train", "run.yaml", "run.dir=other", f"checkpoint.resume={copy}"],
+            ["plan", "run.yaml", "run.dir=other", "depth.pattern=top_p:0.5", f"depth.weights_from={copy}"],
+        ):
+            capfd.readouterr()
+            assert main(command) == 2, command
+            line = capfd.readouterr().err.splitlines()[-1]
+            assert line.startswith(f"lime-dist: checkpoint {copy}") and line.endswith(said), (command, line)

@@ -1,0 +1,133 @@
+"""All ranks of a run killed at random moments, most of them within a save: every checkpoint that is there is whole, and the
+run that is started again ends as one that nobody disturbed, to the bit.
+
+`--cases` counts tenths of a kill: a start takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import lime_dist.train  # noqa: F401  (before ranks are forked: its imports take seconds)
+from lime_dist.checkpoint.files import CheckpointReader, find_checkpoints
+from lime_dist.cli import main
+from lime_dist.data.indexed import IndexedWriter
+
+STEPS_PER_KILL = 6  # at most so many saves pass before a kill
+START_SECONDS = 60
+CONFIG = {
+    "model": {"num_layers": 6, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": 96},
+    "parallel": {"pp": 3},
+    "pipeline": {"num_microbatches": 2},
+    "optim": {"warmup_steps": 4},
+    "data": {"train": "train", "seq_length": 8, "global_batch_size": 4},
+    "checkpoint": {"every": 1},
+    "run": {"device": "cpu", "timeout_seconds": 60},
+}
+
+
+def start(run_dir: Path, *overrides: str) -> BaseProcess:
+    """`lime-dist train` as a process group of its own."""
+
+    def command() -> None:
+        os.setsid()
+        descriptor = os.open(run_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os._exit(main(["train", "run.yaml", f"run.dir={run_dir}", *overrides]))
+
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    return process
+
+
+def kill_all(process: BaseProcess) -> None:
+    """The whole group at once; on return none of it is left."""
+    group = process.pid
+    os.killpg(group, signal.SIGKILL)
+    process.join()
+    try:
+        while True:
+            os.killpg(group, signal.SIGKILL)
+            time.sleep(0.01)
+    except ProcessLookupError:
+        pass
+
+
+def wait_for_a_save(process: BaseProcess, checkpoints: Path, count: int) -> None:
+    """Return as the `count`-th save from now begins."""
+    begun: set[str] = set()
+    deadline = time.monotonic() + START_SECONDS
+    while len(begun) < count and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+        if checkpoints.is_dir():
+            begun |= {name for name in os.listdir(checkpoints) if name.startswith(".unfinished-step_")}
+
+
+def kill_at_random(process: BaseProcess, checkpoints: Path, draw: random.Random) -> None:
+    """Three of four within a save or right behind it, the others anywhere, the start included."""
+    if draw.random() < 0.75:
+        wait_for_a_save(process, checkpoints, draw.randint(1, STEPS_PER_KILL))
+        time.sleep(draw.choice((0.0, 0.002, 0.005, 0.01, 0.02, 0.05)) * draw.random())
+    else:
+        time.sleep(draw.uniform(0.0, 6.0))
+    assert process.is_alive(), "the run has ended by itself"
+    kill_all(process)
+
+
+def tensors_of(checkpoint: Path) -> dict[str, bytes]:
+    CheckpointReader(checkpoint)  # raises where it is not whole
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tokens = np.minimum(np.random.default_rng(5).zipf(1.3, 2000), 95)
+    with IndexedWriter(tmp_path / "train", vocab_size=96) as writer:
+        writer.add_document(tokens)
+        writer.commit({"vocab_size": 96, "tokens": len(tokens)})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.campaign
+def test_killed_and_resumed(folder: Path, num_cases: int, case_seed: int) -> None:
+    draw, kills = random.Random(case_seed), max(1, num_cases // 10)
+    steps = f"run.steps={STEPS_PER_KILL * kills + 100}"
+    whole, killed = folder / "whole", folder / "killed"
+    undisturbed = start(whole, steps, "checkpoint.keep=100000")
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    interrupted_saves = 0
+    for _ in range(kills):
+        process = start(killed, steps, "checkpoint.keep=3")
+        kill_at_random(process, killed / "checkpoints", draw)
+        interrupted_saves += any((killed / "checkpoints").glob(".unfinished-step_*"))
+        for checkpoint in find_checkpoints(killed / "checkpoints"):
+            assert tensors_of(checkpoint) == tensors_of(whole / "checkpoints" / checkpoint.name)
+    print(f"{kills} kills, {interrupted_saves} left an unfinished save")
+    assert interrupted_saves > 0 or kills < 5
+    last = start(killed, steps, "checkpoint.keep=3")
+    last.join()
+    assert last.exitcode == 0
+    newest = find_checkpoints(killed / "checkpoints")[-1]
+    assert tensors_of(newest) == tensors_of(find_checkpoints(whole / "checkpoints")[-1])
+    assert losses(killed) == losses(whole)
