@@ -1,4 +1,4 @@
-"""Commands that start local ranks where the device may be CUDA: in fresh interpreters, not by fork.
+"""Commands that start local ranks: where the device may be CUDA in fresh interpreters, not by fork; none sends objects.
 
 There is no GPU here, so a stand-in starts the command: it believes that it sees GPUs, and its forks end at once, as forks
 of a process that has asked for CUDA cannot use it. Its fresh interpreters see that there is none and train on the CPU.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from torch.distributed import distributed_c10d
 
 from lime_dist.checkpoint.files import find_latest
 from lime_dist.cli import main
@@ -113,6 +115,24 @@ def test_by_fork_the_stand_in_fails() -> None:
 def test_the_other_commands(command: list[str]) -> None:
     code, output, errors = run(*command)
     assert code == 0 and output, errors
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("an object was sent")
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.pp=1", "parallel.dp=2", "deepspeed.zero_optimization.stage=3"]])
+def test_no_library_sends_objects_either(layout: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's object collectives and stores pickle; what DeepSpeed and Megatron do in a run must not need them."""
+    for module, name in (
+        (distributed_c10d, "_object_to_tensor"),
+        (distributed_c10d, "_tensor_to_object"),
+        (pickle, "loads"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    train = ["train", "run.yaml", "run.dir=run", "run.device=cpu", "pipeline.num_microbatches=1", *layout]
+    assert main([*train, "run.steps=1", "optim.lr_schedule=constant"]) == DONE
+    assert main(train) == DONE, "resuming"
 
 
 def ranks_of(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
