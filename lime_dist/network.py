@@ -36,7 +36,7 @@ def meeting_host(place: Place, environment: Mapping[str, str] = os.environ) -> s
     if address is None and spans_hosts:
         raise LayoutError(
             f"environment: MASTER_ADDR={name} is {resolve(name)} on {host_name(environment)} itself, which the other hosts "
-            "do not reach; set an address that all know (in a cluster file under export), or mend /etc/hosts there"
+            "do not reach; set an address that all know (in a cluster file under export), or fix /etc/hosts there"
         )
     return address or name
 
