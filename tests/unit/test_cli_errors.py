@@ -240,6 +240,16 @@ def test_the_checkpoint_itself_is_sound(words: str, capfd: pytest.CaptureFixture
     assert "step 1 of 2" in capfd.readouterr().out
 
 
+def test_what_runs_but_is_hardly_meant_is_said(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """62 held-out sequences, 5 batches of 12 of them are all new."""
+    warm_up, batches = "optim.warmup_steps: 5 is not below run.steps=2", "eval.batches: 6 batches are 72 sequences"
+    for overrides, said in (["eval.batches=5"], []), (["optim.warmup_steps=5", "eval.batches=6"], [warm_up, batches]):
+        assert main(["train", "run.yaml", f"run.dir={tmp_path}/{len(said)}", *overrides]) == 0
+        warnings = [line for line in capfd.readouterr().err.splitlines() if "warning: " in line]
+        assert len(warnings) == len(said)
+        assert all(line.startswith(f"lime-dist: warning: {text}") for line, text in zip(warnings, said, strict=True))
+
+
 @pytest.mark.parametrize("line", OTHERS)
 def test_command(line: str, capfd: pytest.CaptureFixture[str]) -> None:
     words = line.format(golden=REPOSITORY / "tests" / "golden" / "mha4").split()

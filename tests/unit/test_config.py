@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
+from lime_dist.cluster.schema import load_cluster
 from lime_dist.config import (
     Config,
     ModelConfig,
@@ -350,6 +351,19 @@ def test_a_file_and_its_line_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(path)
     assert str(error.value) == f"config {path}: line 3: the key 'steps' stands twice in its section; remove one of them"
+
+
+def test_edges_and_cluster_files_are_read_alike(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    for text, said in ("3: [0]\n3: [1]", "line 2: the key 3 stands twice"), ("3: !!float x", "line 1: 'x' is no float"):
+        path.write_text(text)
+        with pytest.raises(PlanError, match=f"^depth.pattern: edges file {path}: {said}"):
+            ready_config(make_config(f"depth.pattern=edges:{path}"))
+        with pytest.raises(ConfigError, match=f"^cluster file {path}: {said}"):
+            load_cluster(path)
+    path.write_text("true: [0]")
+    with pytest.raises(PlanError, match=f"^depth.pattern: edges file {path}: must map each reader"):
+        ready_config(make_config(f"depth.pattern=edges:{path}"))
 
 
 # ---- replicas
