@@ -172,7 +172,9 @@ class _Index:
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
     def document_bounds(self) -> np.ndarray:
-        return np.append(self.pointers, self.num_bytes)[self.bounds] // self.dtype.itemsize
+        starts = np.append(self.pointers, self.num_bytes)
+        bounds: np.ndarray = starts[self.bounds] // self.dtype.itemsize
+        return bounds
 
     def contradicts_itself(self) -> bool:
         """Whether sequences do not follow one another without a gap, or documents do not take them all in order.

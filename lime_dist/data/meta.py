@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lime_dist.data.checksums import RULE, file_digest
 from lime_dist.errors import DataError
@@ -70,7 +70,7 @@ def _read_object(path: Path, key: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and value > 0
 
 
