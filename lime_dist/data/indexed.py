@@ -70,7 +70,7 @@ class TokenFiles:
 def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
     """Check that the files at `prefix` are whole and belong together.
 
-    Costs a fraction of a second: checksums are of sampled blocks (`checksums.py`), and the index, 20 bytes a document,
+    Takes about a second for 50 million documents: checksums are of sampled blocks (`checksums.py`), and the index
     is read with NumPy to see that its three lists agree. Imports neither torch nor megatron.
     `key` is the configuration key that errors name.
     Raises: DataError when a file is missing, cut short, of another format, or not of the same data as the others.
@@ -172,7 +172,9 @@ class _Index:
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
     def document_bounds(self) -> np.ndarray:
-        return np.append(self.pointers, self.num_bytes)[self.bounds] // self.dtype.itemsize
+        starts = np.append(self.pointers, self.num_bytes)
+        bounds: np.ndarray = starts[self.bounds] // self.dtype.itemsize
+        return bounds
 
     def contradicts_itself(self) -> bool:
         """Whether sequences do not follow one another without a gap, or documents do not take them all in order.
