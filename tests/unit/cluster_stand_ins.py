@@ -1,4 +1,5 @@
-"""SLURM's clients as tiny executables that record how they were called, for running a rendered script in real bash."""
+"""SLURM's clients as tiny executables that record how they were called, for running a rendered script in real bash; and
+`beat STEP`, the heartbeats of the four ranks of a run called `run`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from lime_dist.cluster.schema import ClusterConfig
 from lime_dist.cluster.script import Submission, render_script
 
 RECORD = """#!/bin/bash
-{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$RECORD"
+printf '%s\\0' "${0##*/}" "$@" $'\\n' >>"$RECORD"
 """
 CLIENTS = {
     # SRUN: what the ranks do, as bash
@@ -21,6 +22,7 @@ CLIENTS = {
     "sbatch": 'echo "${SBATCH_ANSWER-43}"; exit "${SBATCH_CODE:-0}"',
     "scancel": "",
     "squeue": 'printf "%s" "${SQUEUE_ANSWER:-}"',
+    "beat": """mkdir -p run/heartbeat; for rank in 0 1 2 3; do echo "{\\"step\\": $1}" >"run/heartbeat/rank_0000$rank.json"; done""",
     "scontrol": """case "$1 $2" in
   "show hostnames") printf 'n1\\nn2\\n' ;;
   "show job") echo "JobId=$3 JobName=x JobState=${STATE:-RUNNING} Requeue=1 Restarts=0 ${JOB:-Reason=None PreemptTime=None}" ;;

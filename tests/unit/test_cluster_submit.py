@@ -110,9 +110,9 @@ def test_lead_from_earlier_starts(bash: Bash, capsys: pytest.CaptureFixture[str]
     (bash.folder / "runs/a b/metrics.jsonl").write_text(records)
     assert main([*COMMAND, "--dry-run"]) == 0
     told = capsys.readouterr()
-    assert "#SBATCH --signal=B:USR1@80\n" in told.out and "80 s before the time limit" in told.err
+    assert "\nstop_lead=80\nlead_is_measured=yes\n" in told.out and "80 s before the time limit" in told.err
     assert main([*COMMAND, "--dry-run", "cluster.stop_lead_seconds=77"]) == 0
-    assert "#SBATCH --signal=B:USR1@77\n" in capsys.readouterr().out
+    assert "\nstop_lead=77\nlead_is_measured=no\n" in capsys.readouterr().out
 
 
 MISTAKES = {
