@@ -93,7 +93,7 @@ CONTAINER: dict[str, Any] = {"image": "image.sif", "runtime": "apptainer"}
 PLACES = {
     "str": [lambda text: text],
     "list[str]": [lambda text: [text], lambda text: [f"--comment={text}"], lambda text: [f"/a:{text}"]],
-    "dict[str, str | int | float]": [lambda text: {"NAME": text}, lambda text: {text: "value"}],
+    "dict[str, str | int | float]": [lambda text: {"NCCL_DEBUG": text}, lambda text: {text: "value"}],
 }
 
 
@@ -164,8 +164,8 @@ def check_passed(name: str, text: str, value: Any, calls: list[list[str]], run: 
 
 
 def test_exported_values_arrive(tmp_path: Path) -> None:
-    run = Run(Bash(tmp_path), make_cluster("", "export", {"A": HOSTILE[0], "B": "ü 漢 %j \\ '\""}))
-    run.start(SRUN='printf "%s|%s" "$A" "$B" >arrived')
+    run = Run(Bash(tmp_path), make_cluster("", "export", {"NCCL_DEBUG": HOSTILE[0], "TZ": "ü 漢 %j \\ '\""}))
+    run.start(SRUN='printf "%s|%s" "$NCCL_DEBUG" "$TZ" >arrived')
     assert (tmp_path / "arrived").read_text() == f"{HOSTILE[0]}|ü 漢 %j \\ '\""
 
 
