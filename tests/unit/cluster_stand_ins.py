@@ -14,7 +14,7 @@ from lime_dist.cluster.schema import ClusterConfig
 from lime_dist.cluster.script import Submission, render_script
 
 RECORD = """#!/bin/bash
-printf '%s\\0' "${0##*/}" "$@" $'\\n' >>"$RECORD"
+{ flock 9; printf '%s\\0' "${0##*/}" "$@" $'\\n' >&9; } 9>>"$RECORD"
 """
 CLIENTS = {
     # SRUN: what the ranks do, as bash
@@ -106,11 +106,12 @@ class Run:
         self.submission = Submission(
             run_dir=bash.folder / name, folder=bash.folder, python="python", stop_lead_seconds=60
         )
+        text = render_script(cluster, self.submission)
         folder = self.submission.slurm_dir
         (folder / "logs").mkdir(parents=True)
         (folder / "outcomes").mkdir()
         self.script = self.submission.script
-        self.script.write_text(render_script(cluster, self.submission), encoding="utf-8")
+        self.script.write_text(text, encoding="utf-8")
         self.add_history("submitted", restart="-")
 
     def add_history(self, event: str, step: int = 0, restart: str = "0", detail: str = "") -> None:
