@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,8 +201,18 @@ def check_passed(case: Case, text: str, ended: Ended, run: Run) -> None:
     elif case.field == "export":
         told = (run.submission.slurm_dir / "outcomes" / "told").read_text()
         assert told == value.get("NCCL_DEBUG", ""), told
-    directives = [line for line in run.script.read_text().splitlines() if line.startswith("#SBATCH")]
-    assert len(directives) == len({line.partition("=")[0] for line in directives})
+    flags = read_head(run)
+    assert len(flags) == len({flag.partition("=")[0] for flag in flags})
+    assert case.field != "sbatch_flags" or value[0] in flags
+    assert f"--chdir={run.bash.folder}" in flags
+
+
+def read_head(run: Run) -> list[str]:
+    """The flags of the #SBATCH lines, one in each: sbatch knows quotes, \\ and # as the shell does."""
+    lines = run.script.read_text(encoding="utf-8").split("\n")
+    words = [shlex.split(line, comments=True) for line in (line[8:] for line in lines if line.startswith("#SBATCH "))]
+    assert all(len(line) == 1 for line in words), words
+    return [line[0] for line in words]
 
 
 # ---- runs
@@ -221,7 +232,9 @@ def check_folder(text: str, folder: Path) -> None:
     check_nothing_ran(folder, text)
     assert [line[0] for line in run.history()] == ["submitted", "start", "end"]
     assert ended.called("srun")[0][-1] == f"{folder}/{name}/slurm/exclude"
-    job_name = run.script.read_text().split("--job-name=")[1].split("\n")[0]
+    flags = dict(flag.partition("=")[::2] for flag in read_head(run))
+    assert flags["--output"] == f"{run.submission.slurm_dir}/logs/".replace("%", "%%") + "%j.out"
+    job_name = flags["--job-name"]
     assert job_name and not set(job_name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
