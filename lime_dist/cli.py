@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lime_dist import __version__, commands
+from lime_dist import __version__, commands, samples
 from lime_dist.bench import commands as bench_commands
 from lime_dist.cluster import commands as cluster_commands
 from lime_dist.cluster import watching
@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lime-dist {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parsers(subparsers)
+    samples.add_parser(subparsers)
     data_commands.add_parser(subparsers)
     bench_commands.add_parser(subparsers)
     cluster_commands.add_parser(subparsers)

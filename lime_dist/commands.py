@@ -6,17 +6,18 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lime_dist.config import Config, dump_yaml, load_config
+from lime_dist.config import Config, dump_yaml, find_warnings, load_config
 from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
-from lime_dist.launcher import Place, find_place, require_address, require_rendezvous
+from lime_dist.launcher import Place, find_place, require_address, require_rendezvous, warn
 from lime_dist.resolve import ready_config
-from lime_dist.stopping import stop_request
+from lime_dist.stopping import leaving_when_asked, stop_request
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -129,17 +130,36 @@ def _plot(config: Config, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    if find_place() is not None:
-        stop_request()  # before the slow imports: a signal in the meantime must not end the rank
-    from lime_dist.preflight.files import check_files
+    return _ended(_ready_on_ranks(args, "train"))
 
-    config = _resolve(args)
-    check_files(config)
-    code = _on_ranks(config, "train")
+
+def _ready_on_ranks(args: argparse.Namespace, function: str, *more: Any) -> Any:
+    """As `_on_ranks`; signals are heard from here on, before the slow imports."""
+    with _signals_heard():
+        from lime_dist.preflight.files import check_files
+
+        config = _resolve(args)
+        check_files(config)
+        warn(find_warnings(config))
+        return _on_ranks(config, function, *more)
+
+
+@contextmanager
+def _signals_heard() -> Iterator[None]:
+    if find_place() is None:
+        with leaving_when_asked():
+            yield
+    else:
+        stop_request().is_alone = True
+        yield
+
+
+def _ended(code: int) -> int:
+    """A rank leaves at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give."""
     if find_place() is not None:
         from lime_dist.local import leave
 
-        leave(code)  # at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give
+        leave(code)
     return code
 
 
@@ -147,20 +167,17 @@ def _dry_run(args: argparse.Namespace) -> int:
     from lime_dist.pipeline.table import stage_table
 
     config = ready_config(load_config(args.config, args.overrides), args.nproc)
+    warn(find_warnings(config))
     print(dump_yaml(config))
     print(stage_table(config))
     return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from lime_dist.preflight.files import check_files
-
-    config = _resolve(args)
-    check_files(config)
-    report = _on_ranks(config, "evaluate", args.checkpoint)
+    code, report = _ready_on_ranks(args, "evaluate", args.checkpoint)
     if report is not None:
         print(json.dumps(report))
-    return 0
+    return _ended(code)
 
 
 def _resolve(args: argparse.Namespace) -> Config:
@@ -181,27 +198,16 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
         from lime_dist import train
 
         return _as_launched_rank(getattr(train, function), config, place, args)
-    layout = config.layout
-    from lime_dist.local import run_local
-    from lime_dist.preflight.devices import check_devices
+    from lime_dist.local_ranks import run_local_ranks
 
-    check_devices(config)
-    print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
+    return run_local_ranks(_as_local_rank, config, function, *args, shared_import="lime_dist.train")[0]
+
+
+def _as_local_rank(config: Config, function: str, *args: Any) -> Any:
+    stop_request()  # before the slow imports of a fresh interpreter
     from lime_dist import train
 
-    results = run_local(
-        _as_local_rank,
-        layout.world_size,
-        getattr(train, function),
-        config,
-        args,
-        describe=lambda rank: str(layout.coordinate(rank)),
-    )
-    return results[0]
-
-
-def _as_local_rank(function: Callable[..., Any], config: Config, args: tuple) -> Any:
-    return function(config, find_place(), *args)
+    return getattr(train, function)(config, find_place(), *args)
 
 
 def _as_launched_rank(function: Callable[..., Any], config: Config, place: Place, args: tuple) -> Any:

@@ -5,12 +5,31 @@ restart such a run, since it would fail the same way. Anything else that is rais
 or of the machine and keeps its stack trace.
 """
 
+import reprlib
+from typing import Any
+
 USER_ERROR_EXIT_CODE = 2
+MAX_LINE = 400
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlist = _SHORT.maxtuple = 8
+_SHORT.maxlevel = 3
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text on one line."""
-    return " ".join(str(error).split())
+    """The error's text on one line that can be printed; of a text beyond MAX_LINE the middle is left out."""
+    text = str(error)
+    if len(text) > 100 * MAX_LINE:
+        text = f"{text[: 50 * MAX_LINE]} {text[-50 * MAX_LINE :]}"
+    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 125]} ... {line[-120:]}"
+
+
+def shown(value: Any) -> str:
+    """A user's value as messages show it: its `repr`, shortened where it is long."""
+    return _SHORT.repr(value)
 
 
 class LimeDistError(Exception):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from lime_dist.checkpoint.files import CheckpointReader, find_latest
@@ -47,15 +48,27 @@ def generate_text(
 
     checkpoint: a step_N folder, or a run's folder for its newest. Raises: CheckpointError, DataError, ConfigError.
     """
-    model, config = load_model(_checkpoint_folder(checkpoint), _device(device))
+    model, config = load_model(checkpoint_folder(checkpoint), single_device(device))
     path = tokenizer or config.data.tokenizer
     if path is None:
         raise ConfigError("data.tokenizer: the run names none; give --tokenizer")
-    processor = load_tokenizer(Path(path))
+    yield from continue_text(model, load_tokenizer_of(config, Path(path)), prompt, sampling, max_new_tokens)
+
+
+def load_tokenizer_of(config: Config, path: Path) -> SentencePieceProcessor:
+    """Raises: DataError when it is no tokenizer, or has another number of ids than the model."""
+    processor = load_tokenizer(path)
     if processor.vocab_size() != config.model.vocab_size:
         raise DataError(
             f"--tokenizer: {path} has {processor.vocab_size()} ids, the model {config.model.vocab_size}; give the run's own"
         )
+    return processor
+
+
+def continue_text(
+    model: LimeStage, processor: SentencePieceProcessor, prompt: str, sampling: Sampling, max_new_tokens: int
+) -> Iterator[str]:
+    """The prompt, then its continuation piece by piece, up to the end-of-sequence token."""
     ids = processor.encode(prompt) or [processor.bos_id()]
     shown = processor.decode(ids)
     yield shown
@@ -73,10 +86,15 @@ def load_model(folder: Path, device: torch.device) -> tuple[LimeStage, Config]:
     """The whole model of a checkpoint in the run's dtype, whatever layout wrote it. Raises: CheckpointError."""
     config = saved_config(CheckpointReader(folder))
     saved = SavedWeights(folder, config)
-    dtype = torch.bfloat16 if config.run.dtype == "bf16" and device.type == "cuda" else torch.float32
-    model = plain_model(config.model, config.pattern, PlainParts(dtype, device))
+    model = whole_model(config, device)
     load(model, lambda tensor: saved.tensor("weight", tensor))
     return model.eval(), config
+
+
+def whole_model(config: Config, device: torch.device) -> LimeStage:
+    """In the run's dtype, but fp32 on the CPU; its weights are not set."""
+    dtype = torch.bfloat16 if config.run.dtype == "bf16" and device.type == "cuda" else torch.float32
+    return plain_model(config.model, config.pattern, PlainParts(dtype, device))
 
 
 @torch.no_grad()
@@ -113,7 +131,8 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter(0, order, kept)
 
 
-def _checkpoint_folder(path: Path) -> Path:
+def checkpoint_folder(path: Path) -> Path:
+    """A step_N folder itself, or the newest one of a run's folder. Raises: CheckpointError."""
     if (path / "meta.json").is_file():
         return path
     latest = find_latest(path / "checkpoints") or find_latest(path)
@@ -122,7 +141,8 @@ def _checkpoint_folder(path: Path) -> Path:
     return latest
 
 
-def _device(name: str) -> torch.device:
+def single_device(name: str) -> torch.device:
+    """auto, cpu or cuda. Raises: ConfigError where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: cuda, but there is no GPU here; use cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

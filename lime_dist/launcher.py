@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-from collections.abc import Mapping, MutableMapping
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from lime_dist.cluster.nodelist import expand_nodelist, step_nodelist
@@ -21,6 +23,7 @@ class Place:
 # torchrun and DeepSpeed's launcher set the first three names, srun the second three.
 _NAMES = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
 _SLURM_RESERVED_STEPS = 0xFFFFFF00  # SLURM numbers batch and interactive steps from the top of 32 bits
+SECRET_VARIABLE = "LIME_DIST_JOB_SECRET"
 _FIRST_PORT, _NUM_PORTS, _STEPS_APART = 10000, 20000, 97
 
 
@@ -95,3 +98,21 @@ def require_address(place: Place, environment: Mapping[str, str] = os.environ) -
 def host_name(environment: Mapping[str, str] = os.environ) -> str:
     """What SLURM calls this host, so that it can be told to leave it out; else its own name."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def new_job_secret() -> str:
+    """By whoever launches, another one for each start, into `SECRET_VARIABLE` of every rank."""
+    return secrets.token_hex(32)
+
+
+def job_secret(environment: Mapping[str, str] = os.environ) -> bytes | None:
+    """With which ranks sign what they tell one another before there are groups; None when the launcher has made none."""
+    return environment.get(SECRET_VARIABLE, "").encode() or None
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """A line each on standard error, by one process of a run: rank 0, or whoever starts the ranks."""
+    place = find_place()
+    if place is None or place.rank == 0:
+        for warning in warnings:
+            print(f"lime-dist: warning: {warning}", file=sys.stderr, flush=True)

@@ -14,15 +14,21 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from lime_dist.checkpoint.files import flush_to_disk
 from lime_dist.formats import RECENT_STEPS, format_clock, format_si
+from lime_dist.records import read_records
 
 
 class Metrics:
-    """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it."""
+    """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it.
+
+    evaluated_step: the last one of which there is an evaluation.
+    """
 
     def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, log_every: int):
         self._path = run_dir / "metrics.jsonl"
         _drop_lines_after(self._path, first_step)
+        self.evaluated_step = _last_evaluated(self._path)
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._num_steps, self._log_every = num_steps, log_every
@@ -73,6 +79,7 @@ class Metrics:
     def flush_to_disk(self) -> None:
         """On return what was recorded survives a power cut."""
         os.fsync(self._file.fileno())
+        flush_to_disk(self._path.parent)  # the file itself may be new in it
 
     def close(self) -> None:
         self._file.close()
@@ -86,19 +93,26 @@ class Metrics:
     def _progress(self, record: dict[str, Any]) -> str:
         step = record["step"]
         seconds_left = (self._num_steps - step) * sum(self._recent) / len(self._recent)
-        crossing = " ".join(
-            f"{index}>{index + 1} {format_si(count)}B" for index, count in enumerate(record["boundary_bytes"])
-        )
         parts = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
             f"loss {record['loss']:.4f}",
             f"grad {record['grad_norm']:.3f}",
             f"lr {record['lr']:.2e}",
-            f"{format_si(record['tokens_per_second'])} tokens/s",
-            *([f"sent {crossing}"] if crossing else []),
+            f"{format_si(record['tokens_per_second'])} tok/s",
+            *_sent(record["boundary_bytes"]),
             f"left {format_clock(seconds_left)}",
         ]
         return "  ".join(parts)
+
+
+def _sent(boundary_bytes: Sequence[int]) -> list[str]:
+    """Over all boundaries and over the busiest, however many there are; metrics.jsonl has each."""
+    if not boundary_bytes:
+        return []
+    most = max(boundary_bytes)
+    busiest = boundary_bytes.index(most)
+    sent = f"sent {format_si(sum(boundary_bytes))}B"
+    return [sent if len(boundary_bytes) == 1 else f"{sent}, most {busiest}>{busiest + 1} {format_si(most)}B"]
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -118,6 +132,10 @@ def _drop_lines_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(replacement, path)
+
+
+def _last_evaluated(path: Path) -> int | None:
+    return next((record["step"] for record in reversed(read_records(path)) if "eval_loss" in record), None)
 
 
 def is_finite(value: Any) -> bool:

@@ -28,7 +28,7 @@ def build_optimizer(stage: LimeStage, config: Config, placeholder: nn.Parameter 
     return torch.optim.AdamW(
         _parameter_groups(stage, config, placeholder),
         lr=optim.lr,
-        betas=tuple(optim.betas),
+        betas=(optim.betas[0], optim.betas[1]),
         eps=optim.eps,
         foreach=True,
     )
@@ -37,7 +37,9 @@ def build_optimizer(stage: LimeStage, config: Config, placeholder: nn.Parameter 
 def _parameter_groups(stage: LimeStage, config: Config, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
     optim = config.optim
     router_decay = optim.weight_decay if config.depth.routing is Routing.HIDDEN_DYNAMIC else 0.0
-    decayed, undecayed, routers = [], [], [] if placeholder is None else [placeholder]
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    routers = [] if placeholder is None else [placeholder]
     for spec, parameter in specified_parameters(stage):
         group = routers if spec.role in ROUTER_ROLES else decayed if spec.role in DECAYED_ROLES else undecayed
         group.append(parameter)

@@ -24,9 +24,10 @@ from lime_dist.backends.zero_state import set_weights
 from lime_dist.config import Config, parse_config
 from lime_dist.errors import ConfigError, DataError, one_line
 from lime_dist.lime.parameters import LogicalTensor, logical_tensors
+from lime_dist.local_ranks import run_local_ranks
 from lime_dist.rank import Rank
 from lime_dist.resolve import ready_config
-from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+from lime_dist.testing import Pieces, assemble, local_pieces, on_rank
 
 # fp32 with 24 bits: what differs between layouts is the order of sums only. The trace lets such
 # differences grow over the updates.
@@ -157,6 +158,10 @@ class _RankReport:
     grad_norms: list[float]
 
 
+def _report(config: Config, reference: Reference) -> _RankReport:
+    return on_rank(config, _compare_on_rank, reference)
+
+
 def _compare_on_rank(rank: Rank, reference: Reference) -> _RankReport:
     """Collective: world."""
     set_weights(rank.optimizer, rank.stage, lambda tensor: reference.weights[tensor.name])
@@ -179,7 +184,7 @@ def run_parity(folder: Path, overrides: Sequence[str], timeout: timedelta) -> di
     reference = read_reference(folder)
     config = reference_config(reference, overrides)
     _check_names(reference, logical_tensors(config.model, config.pattern))
-    reports = run_ranks(config, _compare_on_rank, reference, timeout=timeout)
+    reports = run_local_ranks(_report, config, reference, timeout=timeout)
     differences = _differences(reference, reports)
     layout = {
         **asdict(config.parallel),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -17,15 +16,16 @@ from torch import Tensor
 from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.backends.megatron import Groups, MegatronParts, create_groups
 from lime_dist.config import Config
-from lime_dist.ending import OUTCOME_VARIABLE
 from lime_dist.errors import LayoutError, TrainingDiverged
 from lime_dist.launcher import Place
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.weights import initialize
+from lime_dist.network import choose_interfaces
 from lime_dist.pipeline.bundle import StagePlan, plan_stages
 from lime_dist.pipeline.executor import Executor
-from lime_dist.pipeline.schedule import plan_forward_only
-from lime_dist.pipeline.transport import ResidualShare, Transport
+from lime_dist.pipeline.schedule import Kind, plan_forward_only
+from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
+from lime_dist.rendezvous import open_store
 from lime_dist.watch.pulse import Pulse
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +79,7 @@ class Rank:
         )
         initialize(self.stage, config.run.seed)
         self.optimizer = ZeroOptimizer(self.stage, config, groups)
-        self._transport = Transport.connect(groups.pp_forward, groups.pp_backward)
+        self._transport = Transport.connect(groups.pp_forward, groups.pp_backward, device)
         self._executor = Executor(
             self.stage,
             self.plan,
@@ -87,7 +87,11 @@ class Rank:
             ResidualShare(groups.tp, config.parallel.sequence_parallel),
             call=self.pulse.around("forward", self.optimizer.call),
             backward=self.pulse.around("backward", self.optimizer.backward),
+            await_input=self._await_input,
         )
+
+    def _await_input(self, kind: Kind, incoming: Incoming) -> list[Tensor]:
+        return self.pulse.awaiting(kind.name.lower(), incoming.wait)
 
     @property
     def is_logger(self) -> bool:
@@ -124,17 +128,22 @@ class Rank:
         return StepResult(loss, self.optimizer.step(lr_factor), boundary_bytes)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over global batches."""
+    def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss over global batches; None when `stop`, asked on all ranks before each batch, says so."""
+        losses: list[float] = []
         self.stage.eval()
-        total = 0.0
         for batch in batches:
-            self.pulse.beat("evaluate")
-            actions = plan_forward_only(self.config.pipeline.num_microbatches)
-            losses = self._executor.run(actions, self.microbatches(batch))
-            total += self._share(losses, self._transport.take_bytes_sent()[0])[0]
+            if stop():
+                break
+            losses.append(self._evaluate_batch(batch))
         self.stage.train()
-        return total / len(batches)
+        return sum(losses) / len(batches) if len(losses) == len(batches) else None
+
+    def _evaluate_batch(self, batch: Batch) -> float:
+        self.pulse.beat("evaluate")
+        actions = plan_forward_only(self.config.pipeline.num_microbatches)
+        losses = self._executor.run(actions, self.microbatches(batch))
+        return self._share(losses, self._transport.take_bytes_sent()[0])[0]
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
@@ -171,35 +180,24 @@ class Rank:
         return loss, [round(count) for count in boundary_bytes]
 
 
-def join_world(config: Config, place: Place) -> tuple[Groups, torch.device]:
-    """Take this process's place among the ranks. Collective: world."""
+def join_world(config: Config, place: Place, store: dist.Store | None = None) -> tuple[Groups, torch.device]:
+    """Take this process's place among the ranks. `store`: where they have met already. Collective: world."""
     device = pick_device(config, place.local_rank)
     timeout = timedelta(seconds=config.run.timeout_seconds) + WATCHDOG_MARGIN
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with naming_taken_port():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
-        )
+    choose_interfaces(place)
+    if store is None:
+        store = open_store(place, timeout, wait_for_all=True)
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("groups", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+    )
     return create_groups(config.layout, device, timeout), device
-
-
-@contextmanager
-def naming_taken_port() -> Iterator[None]:
-    """Raises: LayoutError when rank 0 finds another program at MASTER_PORT; RuntimeError where a job script chose the port,
-    and chooses another for its next start."""
-    try:
-        yield
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        taken = f"environment: MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this host"
-        if "SLURM_JOB_ID" in os.environ and OUTCOME_VARIABLE in os.environ:
-            raise RuntimeError(taken) from None
-        raise LayoutError(f"{taken}; set another") from None
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:

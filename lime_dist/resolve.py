@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from lime_dist.checkpoint.files import CheckpointReader, find_latest
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.config.reading import parse_bytes
+from lime_dist.config.reading import parse_bytes, read_yaml, shown_key
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.depth.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
-from lime_dist.errors import CheckpointError, PlanError, one_line
+from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
 from lime_dist.lime.parameters import logical_tensors
 from lime_dist.pipeline.bundle import plan_run_transfer, plan_shape
 
@@ -30,7 +29,7 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
     Raises: ConfigError, PlanError, CheckpointError.
     """
     config = check_config(config, world_size)
-    folder = resume_folder(config)
+    folder = _found_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
     check_switches(config, started.pattern if folder is None else None)
     plan_run_transfer(started)  # raises what is left: patterns and costs that do not fit the stages
@@ -48,6 +47,15 @@ def resume_folder(config: Config) -> Path | None:
     if config.checkpoint.resume == "auto":
         return find_latest(checkpoints_of(config))
     return Path(config.checkpoint.resume)
+
+
+def _found_folder(config: Config) -> Path | None:
+    try:
+        return resume_folder(config)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: {shown(config.run.dir)}: {error.strerror}; name a folder that can be read"
+        ) from None
 
 
 def resumed_config(config: Config, folder: Path) -> Config:
@@ -89,14 +97,18 @@ def check_switches(config: Config, before: Pattern | None) -> None:
     for step, pattern in sorted(config.depth.switch_at.items()):
         after = config.at_step(step)
         try:
-            # What trained routers will choose is not known yet; they choose among the edges that are there.
-            known = None if after.depth.chosen_by_routers else resolve_pattern(after).pattern
+            if after.depth.chosen_by_routers:
+                check_argument(pattern)
+                continue  # which edges is not known yet; they are among those that are there
+            resolved = resolve_pattern(after)
+            known = resolved.pattern
+            plan_run_transfer(resolved)
         except PlanError as error:
             raise PlanError(str(error).replace("depth.pattern", f"depth.switch_at.{step}", 1)) from None
-        added = lost_edges(known, before) if known and before else 0
+        added = lost_edges(known, before) if before else 0
         if added:
             raise PlanError(
-                f"depth.switch_at.{step}: {pattern} has {added} edges that the pattern before it lacks; edges can only be dropped"
+                f"depth.switch_at.{step}: {shown(pattern)} has {added} edges that the pattern before it lacks; edges can only be dropped"
             )
         before = known
 
@@ -131,12 +143,16 @@ def _weights(config: Config, trained: Path | None) -> _Weights:
 
 def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
     """A YAML file: a mapping of each reader to the earlier layers that it reads."""
+
+    def is_layer(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
     try:
-        edges = yaml.safe_load(Path(argument).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise PlanError(f"depth.pattern: edges file {argument}: {one_line(error)}; give a YAML file") from None
-    if not isinstance(edges, dict) or not all(
-        isinstance(reader, int) and isinstance(sources, list) and all(isinstance(source, int) for source in sources)
+        edges = read_yaml(argument, "edges file", "readers and their sources, such as 3: [0, 2]")
+    except ConfigError as error:
+        raise PlanError(f"depth.pattern: {error}") from None
+    if not all(
+        is_layer(reader) and isinstance(sources, list) and all(map(is_layer, sources))
         for reader, sources in edges.items()
     ):
         raise PlanError(
@@ -145,10 +161,35 @@ def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
     return pattern_of_edges(edges, config.model.num_layers)
 
 
-def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
+def check_argument(text: str) -> None:
+    """Raises: PlanError for `budget:` without bytes or `top_p:` without a share."""
+    kind, _, argument = text.partition(":")
+    _ = _budget_bytes(argument) if kind == "budget" else _share(argument)
+
+
+def _budget_bytes(argument: str) -> int:
     budget_bytes = parse_bytes(argument)
     if budget_bytes is None:
-        raise PlanError(f"depth.pattern: budget:{argument} needs bytes, such as budget:4194304 or budget:4MiB")
+        raise PlanError(
+            f"depth.pattern: budget:{shown_key(argument)} needs bytes, such as budget:4194304 or budget:4MiB"
+        )
+    return budget_bytes
+
+
+def _share(argument: str) -> float:
+    try:
+        share = float(argument)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise PlanError(
+            f"depth.pattern: top_p:{shown_key(argument)} needs a share above 0 and at most 1, such as top_p:0.9"
+        )
+    return share
+
+
+def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
+    budget_bytes = _budget_bytes(argument)
     return select_budget(
         weights() or prior_weights(config.model.num_layers),
         config.stages,
@@ -159,12 +200,7 @@ def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
 
 
 def _top_p(config: Config, argument: str, weights: _Weights) -> Pattern:
-    try:
-        top_p = float(argument)
-    except ValueError:
-        top_p = 0.0
-    if not 0 < top_p <= 1:
-        raise PlanError(f"depth.pattern: top_p:{argument} needs a share above 0 and at most 1, such as top_p:0.9")
+    top_p = _share(argument)
     known = weights()
     if known is None:
         raise PlanError("depth.weights_from: top_p chooses by trained routers; name a checkpoint")

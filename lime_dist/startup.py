@@ -21,6 +21,7 @@ import lime_dist
 from lime_dist.agreement import gather, tell_all
 from lime_dist.checkpoint.files import read_meta
 from lime_dist.config import Config, DepthConfig, to_dict
+from lime_dist.data.checksums import block_digest
 from lime_dist.errors import CheckpointError, ConfigError, LimeDistError, one_line
 from lime_dist.launcher import host_name
 from lime_dist.resolve import resume_folder, resumed_config
@@ -85,10 +86,9 @@ def _code_digest() -> str:
 
 
 def _token_file(prefix: str) -> str:
-    """Its sizes, and the meta file's digest, which has the checksums of the rest."""
-    sizes = [str(Path(f"{prefix}.{suffix}").stat().st_size) for suffix in ("bin", "idx")]
-    meta = Path(f"{prefix}.meta.json")
-    return " ".join([*sizes, hashlib.sha256(meta.read_bytes()).hexdigest()[:12] if meta.is_file() else "no meta file"])
+    """The sizes and checksums of its files, the meta file's too, which names the tokenizer."""
+    paths = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "meta.json")]
+    return ", ".join(f"{path.stat().st_size} bytes {block_digest(path)[:12]}" for path in paths if path.is_file())
 
 
 def agree_on_start(config: Config, device: torch.device) -> Start:

@@ -1,4 +1,6 @@
-"""The wish to stop: SIGTERM and SIGUSR1 only set a flag, which the training loop reads at step boundaries. No torch.
+"""The wish to stop: SIGTERM and SIGUSR1 only set a flag, which all ranks compare between steps (`joint_stop.py`). No torch.
+
+A rank that has not met the others yet has nobody to agree with and nothing to lose: it leaves at once.
 
 A Python signal handler waits for the interpreter, which a rank that stands in a collective does not reach. The
 signal's byte in the wakeup pipe does not wait, so a thread reads it there and a second signal can end a rank that hangs.
@@ -14,6 +16,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from lime_dist.ending import REQUEUE, write_outcome
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPEAT_WINDOW_SECONDS = 2.0  # schedulers send one wish several times over: to the process, its parent and its group
@@ -24,6 +31,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None  # the first
+        self.is_alone = False  # a rank that a launcher has started, until it has met the others
         self._last: tuple[int, float] = (0, 0.0)  # signal, and when
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
@@ -43,10 +51,36 @@ class StopRequest:
         self._last = number, time.monotonic()
         if self.signal_name is None:
             self.signal_name = number.name
-            print(f"{number.name}: stopping behind this step", file=sys.stderr, flush=True)
+            self._begin_to_stop(number.name)
         elif number == before and self._last[1] - when > REPEAT_WINDOW_SECONDS:
             print(f"{number.name} again: leaving at once", file=sys.stderr, flush=True)
             os._exit(128 + number)
+
+    def _begin_to_stop(self, name: str) -> None:
+        if self.is_alone:
+            _leave_before_the_meeting(name)
+        print(f"{name}: stopping behind this step or evaluation batch", file=sys.stderr, flush=True)
+
+
+def _leave_before_the_meeting(name: str) -> NoReturn:
+    print(f"{name}: leaving before the ranks have met", file=sys.stderr, flush=True)
+    write_outcome(REQUEUE, f"{name} before the ranks had met")
+    os._exit(REQUEUE)
+
+
+@contextmanager
+def leaving_when_asked() -> Iterator[None]:
+    """For a command that has no ranks yet: a signal ends it at once as one to be started again."""
+
+    def leave(number: int, _: object) -> None:
+        _leave_before_the_meeting(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave_to_the_thread(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""For tests and `lime-dist parity`: run a config on forked gloo ranks and put the pieces of every tensor together."""
+"""For tests and `lime-dist parity`: work on the ranks of a config, and every tensor from the pieces that they hold."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from lime_dist.rank import Rank, join_world
 
 
 def run_ranks(config: Config, work: Callable[..., Any], *args: Any, timeout: timedelta | None = None) -> list[Any]:
-    """`work(rank, *args)` on every rank of the layout of a checked config; results by rank.
+    """`work(rank, *args)` on every rank of the layout of a checked config, each a fork; results by rank.
 
-    The parent must not have run a threaded CPU operation (see `local`).
+    For the CPU only, where `work` may be any function. The parent must not have run a threaded CPU operation (see `local`).
     """
     layout = config.layout
     return run_local(
-        _rank_work,
+        on_rank,
         layout.world_size,
         config,
         work,
-        args,
+        *args,
         timeout=timeout,
         describe=lambda rank: str(layout.coordinate(rank)),
     )
 
 
-def _rank_work(config: Config, work: Callable[..., Any], args: tuple) -> Any:
+def on_rank(config: Config, work: Callable[..., Any], *args: Any) -> Any:
+    """`work(rank, *args)` on this rank, begun by `local`. Collective: world."""
     groups, device = join_world(config, find_place())
     result = work(Rank(config, groups, device), *args)
     dist.barrier()  # no rank leaves while another still talks to it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lime_dist.agreement import tell_all
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.files import set_aside_after, step_folder
+from lime_dist.checkpoint.files import flush_to_disk, set_aside_after, step_folder
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
-from lime_dist.ending import DONE, REQUEUE, write_outcome
+from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
+from lime_dist.ending import DONE, REQUEUE
 from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
-from lime_dist.launcher import Place
+from lime_dist.joint_stop import JointStop, Stopped
+from lime_dist.launcher import Place, warn
 from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
 from lime_dist.ownership import Ownership
 from lime_dist.rank import Rank, join_world
 from lime_dist.resolve import checkpoints_of, evaluated_config, resume_folder, resumed_config
 from lime_dist.startup import Start, agree_on_start, check_alike, decide_start
-from lime_dist.stopping import StopRequest, stop_request
+from lime_dist.stopping import stop_request
+from lime_dist.watch.heartbeat import eval_heartbeat_folder
 from lime_dist.watch.pulse import Pulse
 from lime_dist.watch.watchdog import Watchdog
 
@@ -40,20 +46,23 @@ class SampleBatch:
         return self._samples.batch(self._start + rows.start, rows.stop - rows.start)
 
 
-def open_training_data(config: Config) -> TokenSamples:
-    return _open(config, config.data.train, (0.0, 1.0 - config.data.valid_fraction), "data.train")
+Between = Callable[[], None]  # called after each token file, as opening one may take long
 
 
-def open_held_out_data(config: Config) -> TokenSamples | None:
+def open_training_data(config: Config, between: Between = lambda: None) -> TokenSamples:
+    return _open(config, config.data.train, train_split(config.data.valid_fraction), "data.train", between)
+
+
+def open_held_out_data(config: Config, between: Between = lambda: None) -> TokenSamples | None:
     """`data.valid`, or the documents kept back from `data.train`, or None."""
     if config.data.valid:
-        return _open(config, config.data.valid, (0.0, 1.0), "data.valid")
+        return _open(config, config.data.valid, WHOLE, "data.valid", between)
     if config.data.valid_fraction:
-        return _open(config, config.data.train, (1.0 - config.data.valid_fraction, 1.0), "data.train")
+        return _open(config, config.data.train, held_out_split(config.data.valid_fraction), "data.train", between)
     return None
 
 
-def _open(config: Config, sources: list, split: tuple[float, float], key: str) -> TokenSamples:
+def _open(config: Config, sources: list, split: Split, key: str, between: Between) -> TokenSamples:
     return TokenSamples(
         [(source.path, source.weight) for source in sources],
         seq_length=config.data.seq_length,
@@ -61,61 +70,107 @@ def _open(config: Config, sources: list, split: tuple[float, float], key: str) -
         split=split,
         vocab_size=config.model.vocab_size,
         key=key,
+        between=between,
     )
 
 
 def train(config: Config, place: Place) -> int:
     """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`ending.py`)."""
-    stop = stop_request()
-    pulse = Pulse()
-    with Watchdog(config, place, pulse):
-        run = TrainingRun(config, *join_world(config, place), stop, pulse)
-        code, reason = run.train()
-    write_outcome(code, reason)  # by every rank, as each node's launcher may have a file of its own
+    request, pulse = stop_request(), Pulse()
+    with Watchdog(config, place, pulse) as watchdog:
+        groups, device = join_world(config, place)
+        code, reason = _train_or_stop(config, groups, device, JointStop(request, device), pulse)
+        watchdog.settle(code, reason)  # by every rank, as each node's launcher may have a file of its own
+        pulse.beat("leave")
+        pulse.finish()
+        dist.barrier()
     return code
 
 
-def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> dict[str, Any] | None:
-    """Held-out loss of a checkpoint (default: what training would resume from); the report on rank 0.
+def _train_or_stop(
+    config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse
+) -> tuple[int, str]:
+    try:
+        return TrainingRun(config, groups, device, stop, pulse).train()
+    except Stopped as cause:
+        return REQUEUE, f"{cause} before the first step"
+
+
+def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> tuple[int, dict[str, Any] | None]:
+    """Held-out loss of a checkpoint (default: what training would resume from): the exit code, and the report on rank 0.
 
     Raises: CheckpointError, ConfigError.
     """
-    held_out = open_held_out_data(config)
+    request, pulse = stop_request(), Pulse()
+    with Watchdog(config, place, pulse, eval_heartbeat_folder(Path(config.run.dir))):
+        groups, device = join_world(config, place)
+        try:
+            found = DONE, _evaluate_checkpoint(config, groups, device, JointStop(request, device), pulse, checkpoint)
+        except Stopped as cause:
+            if place.rank == 0:
+                print(f"lime-dist: {cause}: the evaluation was stopped; start it again", file=sys.stderr, flush=True)
+            found = REQUEUE, None
+        pulse.beat("leave")
+        pulse.finish()
+        dist.barrier()
+    return found
+
+
+def _evaluate_checkpoint(
+    config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse, checkpoint: Path | None
+) -> dict[str, Any] | None:
+    held_out = open_held_out_data(config, _between(stop, pulse))
     if held_out is None:
         raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
-    groups, device = join_world(config, place)
     check_alike(config, device)
     start = decide_start(config, device, lambda: checkpoint or resume_folder(config), evaluated_config)
     if start.folder is None:
         raise CheckpointError(
             f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint"
         )
-    rank = Rank(start.config, groups, device)
+    rank = Rank(start.config, groups, device, pulse)
     meta = load_checkpoint(rank, start.folder)
-    loss = evaluate_batches(rank, held_out)
-    dist.barrier()
+    loss = evaluate_batches(rank, held_out, stop)
+    if loss is None:
+        raise Stopped(stop.cause)
     if not rank.is_logger:
         return None
+    _warn_of_repeats(config, held_out)
     return {"checkpoint": str(start.folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
 
 
-class TrainingRun:
-    """One rank's part in the run; counts the steps and samples done."""
+def _between(stop: JointStop, pulse: Pulse) -> Between:
+    """Collective: world, what it returns. Raises: Stopped, then."""
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device, stop: StopRequest, pulse: Pulse):
+    def moment() -> None:
+        pulse.touch()
+        stop.check()
+
+    return moment
+
+
+class TrainingRun:
+    """One rank's part in the run; counts the steps and samples done. Raises: Stopped when made while asked to stop."""
+
+    def __init__(self, config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse):
         self.config, self._groups, self._device, self._stop, self._pulse = config, groups, device, stop, pulse
+        between = _between(stop, pulse)
+        between()
         check_alike(config, device)
-        self._samples = open_training_data(config)
-        self._held_out = open_held_out_data(config)
+        self._samples = open_training_data(config, between)
+        self._held_out = open_held_out_data(config, between)
         self.step = self.samples_seen = self._saved_step = self._pattern_since = 0
         start = agree_on_start(config, device)
         if start.folder is None:
             self.rank = Rank(config, groups, device, pulse)
         else:
             self._load(start)
+        between()
+        self._samples.prepare(self.samples_seen, between)
         self._metrics = self._owner = None
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
+        self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
 
     def _load(self, start: Start) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached."""
@@ -126,31 +181,41 @@ class TrainingRun:
 
     def train(self) -> tuple[int, str]:
         """The exit code, and the reason in a few words."""
-        config, watch, code = self.config, Stopwatch(), DONE
-        if self.step == 0:
-            self._evaluate()
+        config, watch = self.config, Stopwatch()
+        code = self._evaluate_and_agree()
         while self.step < config.run.steps and code == DONE:
             if self.step in config.depth.switch_at and self._pattern_since < self.step:
                 self._switch_pattern()
             watch.lap()
             self._train_step(watch)
-            is_last = self.step == config.run.steps
-            if is_last or _is_due(self.step, config.eval.every):
-                self._evaluate()
-            code = REQUEUE if self._agree_to_stop() and not is_last else DONE
-            if is_last or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
+            code = self._evaluate_and_agree()
+            if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
                 self._save()
-        if self._metrics is not None:
-            self._metrics.close()
-        dist.barrier()
-        asked = f"{self._stop.signal_name or 'stop asked of another rank'} at " if code == REQUEUE else ""
+        self._record("close", Metrics.close)
+        asked = f"{self._stop.cause} at " if code == REQUEUE else ""
         return code, f"{asked}step {self.step} of {config.run.steps}"
 
-    def _agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop, so that all leave behind the same step. Collective: world."""
-        asked = torch.tensor(int(self._stop.signal_name is not None), device=self._device)
-        dist.all_reduce(asked)
-        return bool(asked.item())
+    @property
+    def _is_last_step(self) -> bool:
+        return self.step == self.config.run.steps
+
+    def _evaluate_and_agree(self) -> int:
+        """What is due after a step, and before the first one; REQUEUE when all leave here with work left."""
+        is_whole = not self._evaluation_is_due() or self._evaluate(self._held_out)
+        stopping = self._stop.agreed()
+        return REQUEUE if stopping and not (self._is_last_step and is_whole) else DONE
+
+    def _evaluation_is_due(self) -> bool:
+        """An evaluation that the start before was too short for is still due here."""
+        is_due = self.step == 0 or self._is_last_step or _is_due(self.step, self.config.eval.every)
+        return is_due and self._held_out is not None and self._evaluated_step != self.step
+
+    def _record(self, phase: str, write: Callable[[Metrics], None]) -> None:
+        """A piece of work on all ranks, though one writes: a disk that hangs under it must name that one."""
+        self._pulse.beat(phase)
+        if self._metrics is not None:
+            write(self._metrics)
+        self._pulse.finish()
 
     def _switch_pattern(self) -> None:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
@@ -176,8 +241,9 @@ class TrainingRun:
             raise self._diverged(f"step {self.step + 1}: {error}, so it was not taken") from None
         self.step += 1
         self.samples_seen += config.data.global_batch_size
-        if self._metrics is not None:
-            self._metrics.step(
+        self._record(
+            "record",
+            lambda metrics: metrics.step(
                 step=self.step,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
@@ -185,20 +251,26 @@ class TrainingRun:
                 tokens=config.tokens_per_step,
                 step_seconds=watch.lap(),
                 boundary_bytes=result.boundary_bytes,
-            )
+            ),
+        )
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(
             f"{what}; start again from step {self._saved_step} with a lower optim.lr or a longer optim.warmup_steps"
         )
 
-    def _evaluate(self) -> None:
-        if self._held_out is None:
-            return
+    def _evaluate(self, held_out: TokenSamples) -> bool:
+        """Whether the evaluation was not left for a stop; a part of it is not recorded."""
         watch = Stopwatch()
-        loss = evaluate_batches(self.rank, self._held_out)
-        if self._metrics is not None:
-            self._metrics.evaluation(step=self.step, eval_loss=loss, eval_seconds=watch.lap())
+        loss = evaluate_batches(self.rank, held_out, self._stop)
+        if loss is None:
+            return False
+        self._record(
+            "record",
+            lambda metrics: metrics.evaluation(step=self.step, eval_loss=loss, eval_seconds=watch.lap()),
+        )
+        self._evaluated_step = self.step
+        return True
 
     def _save(self) -> Path:
         watch = Stopwatch()
@@ -207,6 +279,7 @@ class TrainingRun:
             self._owner.check()
         if self._metrics is not None:
             self._metrics.flush_to_disk()  # a checkpoint must not be whole before the records of its steps are
+        self._pulse.finish()
         try:
             folder = save_checkpoint(
                 self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen
@@ -214,13 +287,14 @@ class TrainingRun:
         except TrainingDiverged as error:
             raise self._diverged(f"step {self.step}: {error}, so it was not saved") from None
         self._saved_step = self.step
-        if self._metrics is not None:
-            self._metrics.saved(step=self.step, folder=folder, save_seconds=watch.lap())
+        self._record("record", lambda metrics: metrics.saved(step=self.step, folder=folder, save_seconds=watch.lap()))
         return folder
 
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
-        self._owner = _take_run(run_dir)
+        self._owner = _take_run(run_dir, checkpoints_of(self.config))
+        if self._held_out is not None:
+            _warn_of_repeats(self.config, self._held_out)
         set_aside_after(checkpoints_of(self.config), self.step)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         if resumed_from is not None:
@@ -230,19 +304,32 @@ class TrainingRun:
         )
 
 
-def _take_run(run_dir: Path) -> Ownership:
+def _warn_of_repeats(config: Config, held_out: TokenSamples) -> None:
+    wanted, there = config.eval.batches * config.data.global_batch_size, sum(held_out.samples_per_epoch)
+    if wanted > there:
+        text = (
+            f"eval.batches: {config.eval.batches} batches are {wanted} sequences, the held-out text has {there}, "
+            "so some are read again; lower eval.batches or hold out more text"
+        )
+        warn([text])
+
+
+def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
     """Raises: ConfigError where nothing can be written."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (run_dir, run_dir.parent):  # else a power cut takes the whole run, checkpoints and all
+            flush_to_disk(folder)
         return Ownership(run_dir)
     except OSError as error:
         raise ConfigError(f"run.dir: {run_dir}: {error.strerror or error}; name a folder that can be written") from None
 
 
-def evaluate_batches(rank: Rank, held_out: TokenSamples) -> float:
-    """Mean loss over the first `eval.batches` global batches of the held-out text. Collective: world."""
+def evaluate_batches(rank: Rank, held_out: TokenSamples, stop: JointStop) -> float | None:
+    """Mean loss over the first `eval.batches` global batches of the held-out text; None when stopped. Collective: world."""
     size = rank.config.data.global_batch_size
-    return rank.evaluate([SampleBatch(held_out, index * size) for index in range(rank.config.eval.batches)])
+    batches = [SampleBatch(held_out, index * size) for index in range(rank.config.eval.batches)]
+    return rank.evaluate(batches, stop.agreed)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,8 +1,23 @@
 #!/usr/bin/env bash
-# All tests, on a fresh machine too: makes the virtual environment, then runs lint and pytest.
-#   bash tests/run.sh [pytest arguments]
+# The tests, on a fresh machine too: makes the virtual environment first.
+#   bash tests/run.sh [TIER] [pytest arguments]
+# TIER: none, lint, format, types and the quick tests; then by name slow, slurm (a real cluster on this machine; needs
+# slurm-wlm, munge and root), campaign (random cases: --cases N --seed S), product (every pattern under every layout,
+# half an hour), all (all but product).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-ruff check lime_dist tests
-python -m pytest "$@"
+
+tier="${1:-}" select=()
+case "$tier" in
+  slow | slurm | campaign | product) select=(-m "$tier") ;;
+  all) select=(-m "not product") ;;
+  *) tier="" ;;
+esac
+[ -z "$tier" ] || shift
+if [ "$tier" = "" ] || [ "$tier" = all ]; then
+  ruff check lime_dist tests
+  ruff format --check lime_dist tests
+  mypy
+fi
+exec python -m pytest "${select[@]}" "$@"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import deepspeed.ops
@@ -98,7 +98,7 @@ class ZeroOptimizer:
     def torch_optimizer(self) -> torch.optim.AdamW:
         """AdamW itself, inside whatever DeepSpeed put around it."""
         wrapped = self.engine.optimizer
-        return wrapped if isinstance(wrapped, torch.optim.Optimizer) else wrapped.optimizer
+        return cast(torch.optim.AdamW, wrapped if isinstance(wrapped, torch.optim.Optimizer) else wrapped.optimizer)
 
     @property
     def masters(self) -> list[Tensor]:
@@ -132,6 +132,7 @@ class ZeroOptimizer:
 
     def _add_in_fp32(self, parameter: nn.Parameter) -> None:
         """Microbatches are summed in fp32: in bf16 a sum of many loses the small ones."""
+        assert parameter.grad is not None  # torch calls this when it has one
         if parameter in self._fp32_sums:
             self._fp32_sums[parameter].add_(parameter.grad)
         else:
@@ -144,12 +145,16 @@ class ZeroOptimizer:
         if self._placeholder is not None:
             self._placeholder.grad = torch.zeros_like(self._placeholder)
         if self._config.model.tie_embeddings and self._config.parallel.pp > 1 and self._groups.embedding is not None:
-            weight = (self._stage.embed_tokens if self._stage.is_first_stage else self._stage.lm_head).weight
+            first = self._stage.embed_tokens
+            weight: Any = first.weight if first is not None else self._stage.lm_head.weight
             dist.all_reduce(self._local_gradient(weight), group=self._groups.embedding)
 
     def _local_gradient(self, parameter: nn.Parameter) -> Tensor:
         """This replica's sum over the microbatches: fp32 in bf16 runs too, unless the engine has it."""
-        return self._fp32_sums[parameter] if parameter in self._fp32_sums else parameter.grad
+        if parameter in self._fp32_sums:
+            return self._fp32_sums[parameter]
+        assert parameter.grad is not None  # after a backward pass
+        return parameter.grad
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """The gradient of `parameter` averaged over the replicas, fp32; between `finish_gradients` and `step`."""
@@ -207,11 +212,12 @@ def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None
     """DeepSpeed's norm is a collective per parameter group, so a stage without routers joins with an empty hand."""
     if stage.transfer.reads or not any(map(config.pattern.has_router, range(config.model.num_layers))):
         return None
-    stage.register_parameter("no_router", nn.Parameter(torch.zeros(1, dtype=stage.dtype, device=stage.device)))
-    return stage.no_router
+    placeholder = nn.Parameter(torch.zeros(1, dtype=stage.dtype, device=stage.device))
+    stage.register_parameter("no_router", placeholder)
+    return placeholder
 
 
 def _mark_for_norm(stage: LimeStage, tp_rank: int) -> None:
     """Have DeepSpeed count each value once in the norm: what it takes for model-parallel is counted on every rank."""
     for spec, parameter in specified_parameters(stage):
-        parameter.model_parallel = not spec.tied_copy and (spec.sharded or tp_rank == 0)
+        parameter.model_parallel = not spec.tied_copy and (spec.sharded or tp_rank == 0)  # type: ignore[attr-defined]

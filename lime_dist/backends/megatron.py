@@ -50,7 +50,7 @@ class Groups:
 def create_groups(layout: Layout, device: torch.device, timeout: timedelta) -> Groups:
     """Collective: world; `torch.distributed` must be initialised with `layout.world_size` ranks."""
     if device.type == "cpu":
-        torch.cuda.current_device = lambda: torch.device("cpu")  # megatron-core allocates on its answer
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]  # megatron-core allocates on its answer
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,

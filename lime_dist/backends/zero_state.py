@@ -88,6 +88,6 @@ def _set_partitioned(optimizer: ZeroOptimizer, parameter: nn.Parameter, kind: st
     flat = nn.functional.pad(flat, (0, share - flat.numel()))
     if kind == "weight":
         safe_set_local_fp32_param(parameter, flat)
-        parameter.ds_tensor.data.copy_(flat)
+        parameter.ds_tensor.data.copy_(flat)  # type: ignore[attr-defined]
     else:
         safe_set_local_optimizer_state(parameter, flat, kind)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from lime_dist.config import Config, load_config
 from lime_dist.launcher import find_place
-from lime_dist.local import run_local
+from lime_dist.local_ranks import run_local_ranks
 from lime_dist.pipeline.bundle import plan_stages
 from lime_dist.preflight.files import check_files
 from lime_dist.resolve import ready_config
-from lime_dist.train import train  # before forking: each rank would import it again
+from lime_dist.stopping import stop_request
 
 _WARM_UP_STEPS = 5  # not timed
 
@@ -129,7 +129,7 @@ def _run(path: Path, overrides: Sequence[str], name: str, seed: int) -> Outcome:
     check_files(config)
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    run_local(_train, config.layout.world_size, config)
+    run_local_ranks(_train, config, shared_import="lime_dist.train")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     return Outcome(
@@ -140,6 +140,9 @@ def _run(path: Path, overrides: Sequence[str], name: str, seed: int) -> Outcome:
 
 
 def _train(config: Config) -> None:
+    stop_request()  # before the slow imports of a fresh interpreter
+    from lime_dist.train import train
+
     train(config, find_place())
 
 

@@ -54,7 +54,7 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """The updates done before this checkpoint, by its name."""
-    return int(_STEP_NAME.fullmatch(folder.name)[1])
+    return int(folder.name.removeprefix("step_"))
 
 
 def find_latest(checkpoints: Path) -> Path | None:

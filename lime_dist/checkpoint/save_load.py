@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -62,9 +63,11 @@ class _Agreed:
         self._rank, self._folder = rank, folder
 
     def __enter__(self) -> _Agreed:
+        self._rank.pulse.beat("save")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._rank.pulse.finish()
         problem = None
         if isinstance(error, TrainingDiverged):
             problem = {"diverged": str(error)}
@@ -188,6 +191,6 @@ def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     for spec, parameter in specified_parameters(rank.stage):
         rank.pulse.touch()
         for kind in KINDS:
-            local = assemble_local(spec, lambda tensor, kind=kind: saved.tensor(kind, tensor))
+            local = assemble_local(spec, partial(saved.tensor, kind))
             set_state(rank.optimizer, parameter, kind, local)
     return saved.meta

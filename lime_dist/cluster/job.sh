@@ -399,6 +399,7 @@ unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR # a submitting shell's own would be
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if ((${#hosts[@]})); then export MASTER_ADDR=${hosts[0]}; fi # without scontrol the ranks find it themselves
 MASTER_PORT=$(choose_port)
+LIME_DIST_JOB_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') && export LIME_DIST_JOB_SECRET # ranks sign with it
 export MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-${cpus_per_task:-1}}
 # srun does not take it over from sbatch
 if [ -n "$cpus_per_task" ]; then export SRUN_CPUS_PER_TASK=$cpus_per_task; fi

@@ -145,7 +145,7 @@ def _state_line(status: Status) -> str:
 
 def _step_line(status: Status) -> str:
     parts = [f"{status.step} of {status.num_steps}"]
-    if status.loss is not None:
+    if status.loss is not None and status.tokens_per_second is not None:
         parts += [f"loss {status.loss:.4f}", f"{format_si(status.tokens_per_second)} tokens/s"]
     return "  ".join(parts)
 

@@ -3,7 +3,7 @@
 Knows no framework: it answers on a login node in milliseconds.
 """
 
-from lime_dist.config.checking import check_config
+from lime_dist.config.checking import check_config, find_warnings
 from lime_dist.config.reading import dump_yaml, load_config, parse_config, to_dict
 from lime_dist.config.schema import (
     CheckpointConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "Source",
     "check_config",
     "dump_yaml",
+    "find_warnings",
     "load_config",
     "parse_config",
     "to_dict",

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
+from collections.abc import Collection, Iterator
 from typing import Any
 
+from lime_dist.config.deepspeed_keys import (
+    DEEPSPEED_VERSION,
+    OWNED,
+    PASSED_ON,
+    ZERO,
+    ZERO_BOOLEANS,
+    ZERO_SECTIONS,
+    ZERO_WHOLE_NUMBERS,
+)
+from lime_dist.config.ranges import MAX_WORLD_SIZE, RANGES, numbers_of
+from lime_dist.config.reading import nearest, shown_key
 from lime_dist.config.schema import Config, DepthConfig, ModelConfig
-from lime_dist.errors import ConfigError, LayoutError
+from lime_dist.errors import ConfigError, LayoutError, shown
 from lime_dist.pipeline.schedule import SCHEDULE_NAMES
 
 
@@ -15,10 +28,11 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
 
     Raises: ConfigError, LayoutError, PlanError; each names the key and the mend.
     """
+    _check_texts(config)
+    _check_numbers(config)
     _check_model(config.model)
     _check_choices(config)
     _check_depth(config.depth)
-    _check_numbers(config)
     config = _settle_dp(config, world_size)
     _check_tensor_parallel(config)
     _ = config.stages  # raises on its own keys
@@ -28,15 +42,42 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     return config
 
 
+def find_warnings(config: Config) -> list[str]:
+    """What runs, but hardly as it is meant: a line each."""
+    warmup, steps = config.optim.warmup_steps, config.run.steps
+    if warmup >= steps and warmup > 0:
+        return [f"optim.warmup_steps: {warmup} is not below run.steps={steps}: the whole run is warm-up; lower it"]
+    return []
+
+
 def _require(holds: bool, message: str, error: type[ConfigError] = ConfigError) -> None:
     if not holds:
         raise error(message)
 
 
+MAX_TEXT = 1000  # letters; a path has fewer
+
+
+def _check_texts(config: Config) -> None:
+    for key, text in _texts(dataclasses.asdict(config), ""):
+        _require(len(text) <= MAX_TEXT, f"{key}: {shown(text)} has {len(text)} letters; use at most {MAX_TEXT}")
+        bad = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")), None)
+        _require(bad is None, f"{key}: {shown(text)} holds the control character {bad!r}; remove it")
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every text below `value` with its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{shown_key(name)}" if key else str(name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{key}[{index}]")
+
+
 def _check_model(model: ModelConfig) -> None:
-    for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "vocab_size", "kv_heads"):
-        shown = "num_kv_heads" if name == "kv_heads" else name
-        _require(getattr(model, name) >= 1, f"model.{shown}: {getattr(model, name)} must be at least 1")
     _require(
         model.hidden_size % (2 * model.num_heads) == 0,
         f"model.hidden_size: {model.hidden_size} must be a multiple of 2 * model.num_heads={2 * model.num_heads} (RoPE turns pairs)",
@@ -68,7 +109,7 @@ def _lookup(config: Config, key: str) -> Any:
 def _check_choices(config: Config) -> None:
     for key, known in _CHOICES.items():
         value = _lookup(config, key)
-        _require(value in known, f"{key}: {value!r} is unknown; use {' or '.join(known)}")
+        _require(value in known, f"{key}: {shown(value)} is unknown; use {' or '.join(known)}")
     _require(config.parallel.virtual_stages == 1, "parallel.virtual_stages: only 1 is supported; set it to 1")
 
 
@@ -86,37 +127,30 @@ def _check_depth(depth: DepthConfig) -> None:
         )
 
 
-_AT_LEAST = {
-    "parallel.tp": 1, "parallel.pp": 1, "pipeline.num_microbatches": 1, "data.seq_length": 1,
-    "data.global_batch_size": 1, "run.steps": 1, "run.seed": 0, "run.log_every": 1, "run.timeout_seconds": 1,
-    "optim.lr": 0, "optim.router_lr": 0, "optim.eps": 0, "optim.weight_decay": 0, "optim.max_grad_norm": 0,
-    "optim.warmup_steps": 0, "optim.min_lr_ratio": 0, "eval.every": 0, "eval.batches": 1,
-    "checkpoint.every": 0, "checkpoint.keep": 1,
-}  # fmt: skip
-
-
 def _check_numbers(config: Config) -> None:
-    for key, least in _AT_LEAST.items():
-        value = _lookup(config, key)
-        _require(value >= least, f"{key}: {value} must be at least {least}")
-    betas = config.optim.betas
-    _require(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas), f"optim.betas: {betas} must be two numbers in [0, 1)"
-    )
+    for key, allowed in RANGES.items():
+        if key.endswith(".weight"):
+            continue
+        for number in numbers_of(_lookup(config, key)):
+            problem = allowed.problem(number)
+            _require(problem is None, f"{key}: {problem}")
+    for section in ("train", "valid"):
+        for index, source in enumerate(getattr(config.data, section)):
+            problem = RANGES[f"data.{section}.weight"].problem(source.weight)
+            _require(problem is None, f"data.{section}[{index}].weight: {problem}")
+    _require(len(config.optim.betas) == 2, f"optim.betas: {shown(config.optim.betas)} must be two numbers in [0, 1)")
     fraction = config.data.valid_fraction
-    _require(0 <= fraction < 1, f"data.valid_fraction: {fraction} must lie in [0, 1)")
     _require(
         not (fraction and config.data.valid),
         "data.valid_fraction: has no effect beside data.valid; remove one of them (data.valid= on the command line)",
     )
-    for source in (*config.data.train, *config.data.valid):
-        _require(source.weight > 0, f"data: weight {source.weight} of {source.path} must be above 0")
 
 
 def _settle_dp(config: Config, world_size: int | None) -> Config:
     tp, pp, dp = config.parallel.tp, config.parallel.pp, config.parallel.dp
-    _require(dp is None or dp >= 1, f"parallel.dp: {dp} must be at least 1, or null for all that the ranks allow")
     if world_size is None:
+        ranks = tp * pp * (dp or 1)
+        _require(ranks <= MAX_WORLD_SIZE, f"parallel: {ranks} ranks; at most {MAX_WORLD_SIZE} are planned", LayoutError)
         return _with_dp(config, dp or 1)
     if dp is None:
         dp = world_size // (tp * pp)
@@ -149,8 +183,8 @@ def _check_tensor_parallel(config: Config) -> None:
 def _check_switches(config: Config) -> None:
     for step in config.depth.switch_at:
         _require(
-            isinstance(step, int) and 0 < step < config.run.steps,
-            f"depth.switch_at: {step!r} must be a number of updates below run.steps={config.run.steps}",
+            0 < step < config.run.steps,
+            f"depth.switch_at: {step} must be a number of updates below run.steps={config.run.steps}",
         )
 
 
@@ -162,44 +196,47 @@ def _check_batch(config: Config) -> None:
     )
 
 
-# DeepSpeed keys that follow from this project's own; each with the key that sets it.
-_OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "data.global_batch_size",
-    "train_micro_batch_size_per_gpu": "data.global_batch_size and pipeline.num_microbatches",
-    "gradient_accumulation_steps": "pipeline.num_microbatches",
-    "managed_gradient_accumulation": "pipeline.num_microbatches",
-    "gradient_clipping": "optim.max_grad_norm",
-    "optimizer": "optim",
-    "scheduler": "optim.lr_schedule",
-    "fp16": "run.dtype",
-    "bf16": "run.dtype",
-    "bfloat16": "run.dtype",
-    "amp": "run.dtype",
-    "torch_autocast": "run.dtype",
-    "data_types": "run.dtype",
-    "pipeline": "pipeline",
-    "tensor_parallel": "parallel.tp",
-    "activation_checkpointing": "parallel.recompute",
-    "tensorboard": "run.dir",
-}
-
-
 def _check_deepspeed(config: Config) -> None:
-    for key, owner in _OWNED_DEEPSPEED_KEYS.items():
-        _require(key not in config.deepspeed, f"deepspeed.{key}: is set from {owner}; remove it and set that")
+    for key in config.deepspeed:
+        owner = OWNED.get(key)
+        _require(owner is None, f"deepspeed.{key}: is set from {owner}; remove it and set that")
+        _require(key in PASSED_ON, _unknown("deepspeed", key, PASSED_ON))
     zero = config.deepspeed.get("zero_optimization", {})
     _require(isinstance(zero, dict), "deepspeed.zero_optimization: must be a section, such as {stage: 1}")
+    for key, value in zero.items():
+        _require(key in ZERO, _unknown("deepspeed.zero_optimization", key, ZERO))
+        wanted = _wanted_by_zero(key, value)
+        _require(wanted is None, f"deepspeed.zero_optimization.{key}: {shown(value)} must be {wanted}")
     stage = config.zero_stage
     highest = 1 if config.parallel.pp > 1 else 3
     _require(
         isinstance(stage, int) and not isinstance(stage, bool) and 0 <= stage <= highest,
-        f"deepspeed.zero_optimization.stage: {stage!r} with parallel.pp={config.parallel.pp}; use 0 to {highest}"
+        f"deepspeed.zero_optimization.stage: {shown(stage)} with parallel.pp={config.parallel.pp}; use 0 to {highest}"
         + (" (2 and 3 need parallel.pp=1)" if highest == 1 else ""),
     )
     _require(
         stage < 3 or config.pipeline.schedule != "gpipe" or config.pipeline.num_microbatches == 1,
         "pipeline.schedule: gpipe under ZeRO 3 would keep the last microbatch's gradient only; use 1f1b",
     )
+
+
+def _unknown(section: str, key: Any, known: Collection[str]) -> str:
+    return (
+        f"{section}.{shown_key(key)}: DeepSpeed {DEEPSPEED_VERSION} has no such key{nearest(str(key), sorted(known))}"
+    )
+
+
+def _wanted_by_zero(key: str, value: Any) -> str | None:
+    """What `key` takes, where `value` is not that."""
+    if key in ZERO_BOOLEANS:
+        return None if isinstance(value, bool) else "true or false"
+    if key in ZERO_WHOLE_NUMBERS:
+        lowest = int(key == "reduce_bucket_size")
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+        return None if fits else f"a whole number of at least {lowest}, such as 500000000"
+    if key in ZERO_SECTIONS:
+        return None if isinstance(value, dict) else "a section with keys"
+    return None
 
 
 def _with_dp(config: Config, dp: int) -> Config:

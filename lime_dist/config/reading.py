@@ -7,23 +7,18 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lime_dist.config.schema import Config, Source
-from lime_dist.errors import ConfigError, one_line
+from lime_dist.config.yaml_text import MAX_TEXT_BYTES, parse_yaml
+from lime_dist.errors import ConfigError, shown
 
-
-class _Loader(yaml.SafeLoader):
-    """Leaves 12:00:00 a text, which YAML 1.1 reads as 43200: a number to the base 60."""
-
-    yaml_implicit_resolvers = {
-        first: [("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")), *known]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+_MAX_SECTIONS = 10  # of an override
+_KNOWN_SHOWN = 10
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -37,18 +32,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def read_yaml(path: str | Path, what: str, content: str) -> dict[str, Any]:
     """The mapping in a YAML file; `what` and `content` say in errors what it is and should hold. Raises: ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_TEXT_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{what} {path}: not UTF-8; give the path of a YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"{what} {path}: {error.strerror or error}; give the path of a YAML file") from None
-    try:
-        tree = yaml.load(text, _Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what} {path}: not valid YAML: {one_line(error)}") from None
-    if not isinstance(tree, dict):
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{what} {path}: {reason}; give the path of a YAML file") from None
+    tree = parse_yaml(text, f"{what} {path}")
+    if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{what} {path}: must hold {content}")
-    return tree
+    return tree or {}
 
 
 def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -72,11 +66,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set `section.key=value` (the value is YAML) in `tree`. Raises: ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: write section.key=value")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: {one_line(error)}") from None
+        raise ConfigError(f"override {shown(override)}: write section.key=value")
+    if key.count(".") > _MAX_SECTIONS:
+        raise ConfigError(f"override {shown(key)}: more than {_MAX_SECTIONS} sections; write section.key=value")
+    value = parse_yaml(text, f"override {key}")
     *sections, name = key.split(".")
     node = tree
     for section in sections:
@@ -90,15 +83,15 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def build_section(cls: type, values: Any, prefix: str) -> Any:
+def build_section(cls: Any, values: Any, prefix: str) -> Any:
     """The dataclass `cls` from a mapping; `prefix` stands before its keys in errors. Raises: ConfigError."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: must be a section with keys, not {values!r}")
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: must be a section with keys, not {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{prefix}{name}: unknown key{_nearest(str(name), fields)}")
+            raise ConfigError(f"{prefix}{shown_key(name)}: unknown key{nearest(str(name), fields)}")
     missing = [
         name
         for name, item in fields.items()
@@ -115,9 +108,18 @@ def parse_bytes(text: str) -> int | None:
     return int(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}[found[2]] if found else None
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+def shown_key(name: Any) -> str:
+    """A user's key as messages show it."""
+    return shown(name).strip("'")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown `name`: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name[:100], list(known), n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    first = list(known)[:_KNOWN_SHOWN]
+    return f"; known: {', '.join(first)}" + (", ..." if len(first) < len(list(known)) else "")
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
@@ -130,7 +132,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return [_source(item, f"{key}[{index}]") for index, item in enumerate(_as_list(value))]
     converted = _convert_any(_options(hint), value)
     if converted is _MISMATCH:
-        raise ConfigError(f"{key}: {value!r} is not {' or '.join(map(_type_name, _options(hint)))}")
+        raise ConfigError(f"{key}: {shown(value)} is not {' or '.join(map(_type_name, _options(hint)))}")
     return converted
 
 
@@ -156,7 +158,7 @@ def _convert_plain(option: Any, value: Any) -> Any:
     if option is float:
         try:
             return float(value) if isinstance(value, (int, float, str)) else _MISMATCH
-        except ValueError:
+        except (ValueError, OverflowError):
             return _MISMATCH
     if typing.get_origin(option) is list:
         (item_type,) = typing.get_args(option)
@@ -173,12 +175,17 @@ def _convert_mapping(types_: tuple[Any, Any], value: Any) -> Any:
         return {} if value is None else _MISMATCH
     key_type, value_type = types_
     if key_type is int:
-        value = {int(key) if str(key).isdigit() else key: item for key, item in value.items()}
+        value = {int(key) if _is_number(key) else key: item for key, item in value.items()}
     if value_type is Any:
         return dict(value)
     items = {key: _convert_any(_options(value_type), item) for key, item in value.items()}
-    fits = all(isinstance(key, key_type) for key in items) and not any(item is _MISMATCH for item in items.values())
+    fits = all(_convert_plain(key_type, key) is not _MISMATCH for key in items)
+    fits = fits and not any(item is _MISMATCH for item in items.values())
     return items if fits else _MISMATCH
+
+
+def _is_number(key: Any) -> bool:
+    return isinstance(key, str) and bool(re.fullmatch(r"\d{1,18}", key, re.ASCII))
 
 
 def _type_name(option: Any) -> str:

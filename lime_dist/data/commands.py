@@ -67,7 +67,7 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="end each document with the end-of-sequence token",
     )
     parser.add_argument(
-        "--workers", type=_positive, default=_usable_cpus(), metavar="N", help="processes (default: the usable CPUs)"
+        "--workers", type=_positive, default=_usable_cpus(), metavar="N", help="threads (default: the usable CPUs)"
     )
     _add_overwrite(parser)
     parser.set_defaults(run=_tokenize)

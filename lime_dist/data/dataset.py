@@ -7,13 +7,15 @@ layout or the process. It owns the order of samples; which rank reads which inde
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lime_dist.data.indexed import check_files, open_tokens, read_document_bounds
+from lime_dist.data.indexed import check_files, open_tokens
+from lime_dist.data.split import WHOLE, Split, cut_documents, num_samples, require_vocabulary
 from lime_dist.errors import DataError
 
 # Blend weights are rounded to multiples of one part in this many, which is also the period of the blend.
@@ -25,9 +27,9 @@ class TokenSamples:
     """One split of a weighted blend of token files.
 
     A source is a prefix of token files and its weight, relative to the other weights. `split` is the range
-    of every source's documents that is used, in file order and as fractions: (0.0, 0.98) and (0.98, 1.0) share none.
+    of every source's documents that is used.
     `vocab_size`, where given, is the model's: files and samples with larger ids are refused. `key` is
-    the configuration key that errors name; `seed` is 0 or more.
+    the configuration key that errors name; `seed` is 0 or more; `between` is called after each source is open.
 
     Raises: DataError for files that are not whole, do not fit the vocabulary or hold less than one sample.
     """
@@ -38,15 +40,17 @@ class TokenSamples:
         *,
         seq_length: int,
         seed: int,
-        split: tuple[float, float] = (0.0, 1.0),
+        split: Split = WHOLE,
         vocab_size: int | None = None,
         key: str = "data.train",
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         if not 0 <= split[0] < split[1] <= 1:
             raise DataError(f"{key}: the split {split} is not a range within 0 and 1; give two ascending fractions")
         self._blend = Blend(sources, key=key)
-        self._sources = [
-            PackedSource(
+        self._sources: list[PackedSource] = []
+        for position, (prefix, _) in enumerate(sources):
+            source = PackedSource(
                 prefix,
                 seq_length=seq_length,
                 split=split,
@@ -54,8 +58,8 @@ class TokenSamples:
                 vocab_size=vocab_size,
                 key=key,
             )
-            for position, (prefix, _) in enumerate(sources)
-        ]
+            self._sources.append(source)
+            between()
 
     @property
     def num_tokens(self) -> int:
@@ -79,6 +83,12 @@ class TokenSamples:
         """
         source_position, source_index = self._blend.locate(index)
         return self._sources[source_position].sample(source_index)
+
+    def prepare(self, index: int, between: Callable[[], None]) -> None:
+        """Shuffle what the samples from `index` on need, which may take long; `between` is called after each source."""
+        for position, source in enumerate(self._sources):
+            source.prepare(self._blend.count_before(index, position))
+            between()
 
     def batch(self, start: int, count: int) -> torch.Tensor:
         """Samples `start` to `start + count`: int64 [count, seq_length + 1]."""
@@ -113,6 +123,11 @@ class Blend:
         source = int(self._source_at[place])
         return source, period * int(self._counts[source]) + int(self._rank_at[place])
 
+    def count_before(self, index: int, source: int) -> int:
+        """The samples of `source` among the first `index` of the blend, hence its next one."""
+        period, place = divmod(index, BLEND_PERIOD)
+        return period * int(self._counts[source]) + int(np.count_nonzero(self._source_at[:place] == source))
+
 
 def _apportion(weights: np.ndarray) -> np.ndarray:
     """Whole numbers in proportion to `weights` with the sum `BLEND_PERIOD` (largest remainders)."""
@@ -145,42 +160,39 @@ class PackedSource:
         prefix: str,
         *,
         seq_length: int,
-        split: tuple[float, float],
+        split: Split,
         entropy: tuple[int, ...],
         vocab_size: int | None,
         key: str,
     ) -> None:
         files = check_files(prefix, key=key)
-        if vocab_size is not None and files.vocab_size is not None and files.vocab_size > vocab_size:
-            raise DataError(
-                f"{key}: {prefix} has a vocabulary of {files.vocab_size}, the model {vocab_size}; "
-                "raise the model's or tokenize with a smaller one"
-            )
+        if vocab_size is not None:
+            require_vocabulary(files, vocab_size, key=key)
         self.seq_length = seq_length
-        self._prefix, self._key, self._entropy, self._vocab_size = prefix, key, entropy, vocab_size
+        self._prefix, self._key, self._entropy = prefix, key, entropy
+        self._vocab_size = sys.maxsize if vocab_size is None else vocab_size
         self._tokens = open_tokens(files)
-        first, last = (round(fraction * files.num_documents) for fraction in split)
-        bounds = read_document_bounds(files, key=key)[first : last + 1]
+        bounds = cut_documents(files, split, seq_length=seq_length, key=key)
         self._starts, self._lengths = bounds[:-1], np.diff(bounds)
         self.num_tokens = int(bounds[-1] - bounds[0])
-        self.samples_per_epoch = (self.num_tokens - 1) // seq_length
-        if self.samples_per_epoch < 1:
-            raise DataError(
-                f"{key}: {prefix} has {self.num_tokens} tokens in {last - first} documents of the split {split}, "
-                f"one sample needs {seq_length + 1}; lower data.seq_length or add text"
-            )
+        self.samples_per_epoch = num_samples(bounds, seq_length)
         self._epochs: dict[int, _Epoch] = {}
+
+    def prepare(self, index: int) -> None:
+        """Make the order of the epoch that sample `index` lies in."""
+        self._epoch(index // self.samples_per_epoch)
 
     def sample(self, index: int) -> np.ndarray:
         """int64 [seq_length + 1], sample `index` of this source. Raises: DataError on an id outside the vocabulary."""
         epoch_index, place = divmod(index, self.samples_per_epoch)
         epoch = self._epoch(epoch_index)
         tokens = self._read(epoch, int(epoch.samples[place]) * self.seq_length, self.seq_length + 1)
-        if self._vocab_size is not None and tokens.max() >= self._vocab_size:
-            raise DataError(
-                f"{self._key}: {self._prefix} has the token id {tokens.max()}, the model a vocabulary of "
-                f"{self._vocab_size}; tokenize again with the model's tokenizer"
-            )
+        for token_id in (tokens.min(), tokens.max()):
+            if not 0 <= token_id < self._vocab_size:  # an embedding would crash, or give 0 where tensor ranks share it
+                raise DataError(
+                    f"{self._key}: {self._prefix} has the token id {token_id}, the model a vocabulary of "
+                    f"{self._vocab_size}; tokenize again with the model's tokenizer"
+                )
         return tokens
 
     def _read(self, epoch: _Epoch, start: int, count: int) -> np.ndarray:

@@ -14,11 +14,13 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from lime_dist.data.checksums import RULE, block_digest
 from lime_dist.data.files import partial_path, prepare_outputs
+from lime_dist.data.meta import TokenMeta, find_meta
 from lime_dist.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -32,20 +34,45 @@ _AGAIN = "run lime-dist data tokenize again"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFiles:
-    """What the headers say of one token file; `vocab_size` is None without a meta file."""
+    """What the index and the meta file say of one token file.
+
+    document_bounds: int64 [num_documents + 1]; document i is tokens bounds[i] to bounds[i + 1], that one not included.
+    meta: None for files of Megatron's own tools.
+    """
 
     prefix: str
     dtype: np.dtype
-    num_documents: int
+    document_bounds: np.ndarray
     num_sequences: int
-    num_tokens: int
-    vocab_size: int | None
+    meta: TokenMeta | None
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_bounds) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.document_bounds[-1])
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.meta.vocab_size if self.meta is not None else None
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        return self.meta.tokenizer_sha256 if self.meta is not None else None
+
+    @property
+    def has_checksums(self) -> bool:
+        return self.meta is not None and self.meta.checksums is not None
 
 
 def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
-    """Check that the files at `prefix` are whole and belong together, at a cost that does not grow with their size.
+    """Check that the files at `prefix` are whole and belong together.
 
-    Imports neither torch nor megatron. `key` is the configuration key that errors name.
+    Costs a fraction of a second: checksums are of sampled blocks (`checksums.py`), and the index, 20 bytes a document,
+    is read with NumPy to see that its three lists agree. Imports neither torch nor megatron.
+    `key` is the configuration key that errors name.
     Raises: DataError when a file is missing, cut short, of another format, or not of the same data as the others.
     """
     bin_path, idx_path, meta_path = _paths(prefix)
@@ -54,44 +81,26 @@ def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
             raise DataError(f"{key}: {path} does not exist; make it with lime-dist data tokenize or correct the path")
         if not os.access(path, os.R_OK):
             raise DataError(f"{key}: {path} may not be read; change its permissions")
-    with idx_path.open("rb") as stream:
-        dtype, num_sequences, num_documents, token_bytes = _read_index(stream, idx_path, key)
-    bin_bytes = bin_path.stat().st_size
-    if bin_bytes != token_bytes:
-        raise DataError(f"{key}: {bin_path} has {bin_bytes} bytes, its .idx says {token_bytes}; {_AGAIN}")
-    num_tokens = token_bytes // dtype.itemsize
-    if num_tokens == 0:
-        raise DataError(f"{key}: {bin_path} holds no tokens; {_AGAIN} on text")
+    try:
+        index = _read_index(idx_path, key)
+        _check_tokens(bin_path, index.num_bytes, key)
+        meta = find_meta(meta_path, key=key)
+        if meta is not None:
+            _check_meta(prefix, meta, index.num_bytes // index.dtype.itemsize, key)
+    except OSError as error:
+        raise DataError(f"{key}: {error.filename or prefix} cannot be read ({error.strerror}); copy it again") from None
     return TokenFiles(
         prefix=prefix,
-        dtype=dtype,
-        num_documents=num_documents,
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
-        vocab_size=_find_vocab_size(meta_path, num_tokens, key),
+        dtype=index.dtype,
+        document_bounds=index.document_bounds(),
+        num_sequences=len(index.lengths),
+        meta=meta,
     )
 
 
 def open_tokens(files: TokenFiles) -> np.ndarray:
     """The token ids of all documents, one after the other: [num_tokens], of the stored dtype, memory-mapped."""
     return np.memmap(_paths(files.prefix)[0], dtype=files.dtype, mode="r")
-
-
-def read_document_bounds(files: TokenFiles, *, key: str = "data.train") -> np.ndarray:
-    """int64 [num_documents + 1]: document i is tokens bounds[i] to bounds[i + 1], that one not included.
-
-    Raises: DataError when the index does not cover the tokens in order.
-    """
-    idx_path = _paths(files.prefix)[1]
-    # A document is one or more sequences; the index has each sequence's length and each document's first sequence.
-    lengths = np.fromfile(idx_path, np.int32, files.num_sequences, offset=_HEADER.size)
-    bounds_at = _HEADER.size + (_LENGTH_BYTES + _POINTER_BYTES) * files.num_sequences
-    sequence_bounds = np.fromfile(idx_path, np.int64, files.num_documents + 1, offset=bounds_at)
-    token_bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    in_order = (lengths >= 0).all() and sequence_bounds[0] == 0 and (np.diff(sequence_bounds) >= 0).all()
-    if not in_order or token_bounds[-1] != files.num_tokens:
-        raise DataError(f"{key}: {idx_path} contradicts itself; {_AGAIN}")
-    return token_bounds[sequence_bounds]
 
 
 class IndexedWriter:
@@ -122,11 +131,12 @@ class IndexedWriter:
         self._builder.add_document(tokens, [len(tokens)])
 
     def commit(self, meta: dict[str, Any]) -> None:
-        """Finish the files. The `.idx` goes away first and comes back last: without it the others count as missing."""
+        """Finish the files; `meta` gets their checksums. The `.idx` goes away first and comes back last: without it the others count as missing."""
         bin_path, idx_path, meta_path = self._paths
         bin_partial, idx_partial, meta_partial = self._partials
         self._builder.finalize(str(idx_partial))
-        meta_partial.write_text(json.dumps(meta, indent=2) + "\n")
+        checksums = {"bin": block_digest(bin_partial), "idx": block_digest(idx_partial)}
+        meta_partial.write_text(json.dumps({**meta, RULE: checksums}, indent=2) + "\n")
         idx_path.unlink(missing_ok=True)
         bin_partial.replace(bin_path)
         meta_partial.replace(meta_path)
@@ -144,48 +154,87 @@ def _megatron() -> ModuleType:
     return indexed_dataset
 
 
-def _read_index(stream: BinaryIO, path: Path, key: str) -> tuple[np.dtype, int, int, int]:
-    """(dtype, sequences, documents, bytes that the `.bin` must have), from the header and the last entries."""
+@dataclass(frozen=True)
+class _Index:
+    """A document is one or more sequences; the index has each sequence's length and place, each document's first one.
+
+    lengths: int32 [sequences], in tokens. pointers: int64 [sequences], in bytes. bounds: int64 [documents + 1].
+    """
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    pointers: np.ndarray
+    bounds: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """What the `.bin` must have."""
+        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+
+    def document_bounds(self) -> np.ndarray:
+        return np.append(self.pointers, self.num_bytes)[self.bounds] // self.dtype.itemsize
+
+    def contradicts_itself(self) -> bool:
+        """Whether sequences do not follow one another without a gap, or documents do not take them all in order.
+
+        As many documents as sequences are one each: to lose none, an empty one would need another that has two.
+        """
+        ends = np.multiply(self.lengths, self.dtype.itemsize, dtype=np.int64)
+        ends += self.pointers
+        before, after = self.bounds[:-1], self.bounds[1:]
+        return bool(
+            (self.lengths < 0).any()
+            or self.pointers[0] != 0
+            or (self.pointers[1:] != ends[:-1]).any()
+            or self.bounds[0] != 0
+            or self.bounds[-1] != len(self.lengths)
+            or (after < before).any()
+            or (len(after) == len(self.lengths) and (after == before).any())
+        )
+
+
+def _read_index(path: Path, key: str) -> _Index:
     file_bytes = path.stat().st_size
-    header = stream.read(_HEADER.size)
-    if header[: len(_MAGIC)] != _MAGIC:
-        raise DataError(f"{key}: {path} is not a Megatron .idx file; {_AGAIN}")
-    if len(header) < _HEADER.size:
-        raise DataError(f"{key}: {path} ends within its header; {_AGAIN}")
-    _, version, dtype_code, num_sequences, num_bounds = _HEADER.unpack(header)
-    if version != _VERSION or dtype_code not in _INTEGER_DTYPES:
-        raise DataError(f"{key}: {path} has version {version} and dtype code {dtype_code}, not known here; {_AGAIN}")
-    lengths_end = _HEADER.size + _LENGTH_BYTES * num_sequences
-    pointers_end = lengths_end + _POINTER_BYTES * num_sequences
-    bounds_end = pointers_end + _BOUND_BYTES * num_bounds
-    if file_bytes != bounds_end:
-        raise DataError(f"{key}: {path} has {file_bytes} bytes, its header says {bounds_end}; {_AGAIN}")
-    if num_sequences == 0 or num_bounds < 2:
-        raise DataError(f"{key}: {path} holds no documents; {_AGAIN} on text")
-    (last_length,) = _unpack_before(stream, lengths_end, "<i")
-    (last_pointer,) = _unpack_before(stream, pointers_end, "<q")
-    (last_bound,) = _unpack_before(stream, bounds_end, "<q")
-    if last_bound != num_sequences or last_length < 0 or last_pointer < 0:
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+        if header[: len(_MAGIC)] != _MAGIC:
+            raise DataError(f"{key}: {path} is not a Megatron .idx file; {_AGAIN}")
+        if len(header) < _HEADER.size:
+            raise DataError(f"{key}: {path} ends within its header; {_AGAIN}")
+        _, version, dtype_code, num_sequences, num_bounds = _HEADER.unpack(header)
+        if version != _VERSION or dtype_code not in _INTEGER_DTYPES:
+            raise DataError(f"{key}: {path} has version {version}, dtype code {dtype_code}, not known here; {_AGAIN}")
+        end = _HEADER.size + (_LENGTH_BYTES + _POINTER_BYTES) * num_sequences + _BOUND_BYTES * num_bounds
+        if file_bytes != end:
+            raise DataError(f"{key}: {path} has {file_bytes} bytes, its header says {end}; {_AGAIN}")
+        if num_sequences == 0 or num_bounds < 2:
+            raise DataError(f"{key}: {path} holds no documents; {_AGAIN} on text")
+        index = _Index(
+            np.dtype(_INTEGER_DTYPES[dtype_code]),
+            np.fromfile(stream, "<i4", num_sequences),
+            np.fromfile(stream, "<i8", num_sequences),
+            np.fromfile(stream, "<i8", num_bounds),
+        )
+    if index.contradicts_itself():
         raise DataError(f"{key}: {path} contradicts itself; {_AGAIN}")
-    dtype = np.dtype(_INTEGER_DTYPES[dtype_code])
-    return dtype, num_sequences, num_bounds - 1, last_pointer + last_length * dtype.itemsize
+    return index
 
 
-def _unpack_before(stream: BinaryIO, end: int, code: str) -> tuple[int, ...]:
-    size = struct.calcsize(code)
-    stream.seek(end - size)
-    return struct.unpack(code, stream.read(size))
+def _check_tokens(path: Path, num_bytes: int, key: str) -> None:
+    found = path.stat().st_size
+    if found != num_bytes:
+        raise DataError(f"{key}: {path} has {found} bytes, its .idx says {num_bytes}; {_AGAIN}")
+    if num_bytes == 0:
+        raise DataError(f"{key}: {path} holds no tokens; {_AGAIN} on text")
 
 
-def _find_vocab_size(path: Path, num_tokens: int, key: str) -> int | None:
-    """The vocabulary size in the meta file, or None without one. Raises: DataError when it is not of these tokens."""
-    if not path.is_file():
-        return None
-    try:
-        meta = json.loads(path.read_text())
-        vocab_size, meta_tokens = int(meta["vocab_size"]), int(meta["tokens"])
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{key}: {path} does not state vocab_size and tokens; {_AGAIN}") from None
-    if meta_tokens != num_tokens:
-        raise DataError(f"{key}: {path} is of {meta_tokens} tokens, the .idx of {num_tokens}; {_AGAIN}")
-    return vocab_size
+def _check_meta(prefix: str, meta: TokenMeta, num_tokens: int, key: str) -> None:
+    meta_path = _paths(prefix)[2]
+    if meta.num_tokens != num_tokens:
+        raise DataError(f"{key}: {meta_path} is of {meta.num_tokens} tokens, the .idx of {num_tokens}; {_AGAIN}")
+    for suffix, expected in (meta.checksums or {}).items():
+        if block_digest(Path(f"{prefix}.{suffix}")) != expected:
+            raise DataError(
+                f"{key}: {prefix}.{suffix} is not as it was written (its checksum in {meta_path.name} differs); "
+                f"copy it again or {_AGAIN}"
+            )

@@ -1,18 +1,21 @@
-"""Text files to a token file, over several worker processes; the result does not depend on their number."""
+"""Text files to a token file, over several threads; the result does not depend on their number.
+
+SentencePiece encodes without the interpreter's lock. What needs it, parsing and making arrays, is a tenth of the work:
+more than about ten threads gain little.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from lime_dist.data.checksums import file_digest
 from lime_dist.data.documents import DEFAULT_FORMAT, Chunk, TextFormat, parse_chunk, read_chunks
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.data.tokenizer import load_tokenizer
@@ -48,7 +51,6 @@ def tokenize_files(
 ) -> TokenizeReport:
     """Write every document of `inputs`, in order, to the token file at `prefix`.
 
-    With `workers` > 1 a calling script needs the `if __name__ == "__main__"` guard (processes are spawned).
     Raises: DataError on unreadable or malformed text, existing output, or when no document has text.
     """
     encoder = Encoder(tokenizer_path, text_format, append_eos=append_eos)
@@ -65,7 +67,7 @@ def tokenize_files(
         writer.commit(
             {
                 "vocab_size": encoder.vocab_size,
-                "tokenizer_sha256": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest(),
+                "tokenizer_sha256": file_digest(tokenizer_path),
                 "documents": num_documents,
                 "tokens": num_tokens,
             }
@@ -89,7 +91,7 @@ class EncodedChunk:
 
 
 class Encoder:
-    """Turns chunks of text into token ids; can be sent to another process.
+    """Turns chunks of text into token ids; several threads may use it at a time.
 
     Raises: DataError when `append_eos` and the tokenizer has no such token.
     """
@@ -117,40 +119,18 @@ class Encoder:
 
 
 def _encode_all(inputs: Sequence[Path], encoder: Encoder, workers: int) -> Iterator[EncodedChunk]:
-    """Encode the chunks of the files, in order; a dead worker raises BrokenProcessPool."""
-    chunks = read_chunks(inputs, encoder.text_format)
-    if workers == 1:
-        yield from map(encoder.encode, chunks)
-        return
-    spawn = multiprocessing.get_context("spawn")  # forking a process in which torch has threads can hang
-    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(encoder,)) as executor:
+    """Encode the chunks of the files, in order, of which a few for each worker are read ahead."""
+    pending: deque[Future[EncodedChunk]] = deque()
+    with ThreadPoolExecutor(workers) as executor:
         try:
-            yield from _in_order(executor, chunks, limit=workers * _CHUNKS_PER_WORKER)
+            for chunk in read_chunks(inputs, encoder.text_format):
+                pending.append(executor.submit(encoder.encode, chunk))
+                if len(pending) == workers * _CHUNKS_PER_WORKER:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             executor.shutdown(cancel_futures=True)
-
-
-def _in_order(executor: ProcessPoolExecutor, chunks: Iterator[Chunk], *, limit: int) -> Iterator[EncodedChunk]:
-    """Results in the order of `chunks`, of which at most `limit` are read ahead."""
-    pending: deque[Future[EncodedChunk]] = deque()
-    for chunk in chunks:
-        pending.append(executor.submit(_encode_in_worker, chunk))
-        if len(pending) == limit:
-            yield pending.popleft().result()
-    for future in pending:
-        yield future.result()
-
-
-_worker_encoder: Encoder  # set once in each worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-
-
-def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
-    return _worker_encoder.encode(chunk)
 
 
 def _with_progress(encoded: Iterator[EncodedChunk], inputs: Sequence[Path]) -> Iterator[EncodedChunk]:

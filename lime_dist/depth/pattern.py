@@ -7,12 +7,13 @@ the router's second axis (LIMe v2, arXiv 2502.09245v2, section 3; selective patt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lime_dist.depth.routing import Routing
-from lime_dist.errors import PlanError
+from lime_dist.errors import PlanError, shown
 
 # The edges of a pattern as a config holds them once it is resolved: reader -> earlier sources.
 Edges = Mapping[int, Sequence[int]]
@@ -76,7 +77,7 @@ def none_pattern(num_layers: int) -> Pattern:
     return Pattern("none", tuple((layer,) for layer in range(num_layers)))
 
 
-def pattern_of_edges(edges: Edges, num_layers: int, name: str = "edges") -> Pattern:
+def pattern_of_edges(edges: Mapping[int, Iterable[int]], num_layers: int, name: str = "edges") -> Pattern:
     """Raises: PlanError for an edge outside the model or to a layer that is not earlier."""
     sources = []
     for reader in edges:
@@ -157,7 +158,9 @@ def _blocks(text: str, terms: Sequence[tuple[_Term, int]], num_layers: int) -> t
     """The whole blocks of a `block:n` term; a block of one layer is that layer's own entry."""
     sizes = [number for term, number in terms if term is _block]
     if sizes and (len(sizes) > 1 or any(term is _within_stage for term, _ in terms)):
-        raise PlanError(f"depth.pattern: {text!r}: block:n stands once, and not with within_stage; drop one of them")
+        raise PlanError(
+            f"depth.pattern: {shown(text)}: block:n stands once, and not with within_stage; drop one of them"
+        )
     size = sizes[0] if sizes else 1
     return tuple(range(end - size, end) for end in range(size, num_layers, size)) if size > 1 else ()
 
@@ -165,10 +168,10 @@ def _blocks(text: str, terms: Sequence[tuple[_Term, int]], num_layers: int) -> t
 def _parse_term(term: str, text: str) -> tuple[_Term, int]:
     kind, colon, argument = term.partition(":")
     if kind not in _TERMS or _TERMS[kind][1] != bool(colon):
-        raise PlanError(f"depth.pattern: {text!r} is not a pattern; use {_KNOWN}")
+        raise PlanError(f"depth.pattern: {shown(text)} is not a pattern; use {_KNOWN}")
     function, takes_number = _TERMS[kind]
     if not takes_number:
         return function, 0
-    if not argument.strip().isdigit() or int(argument) < 1:
-        raise PlanError(f"depth.pattern: {text!r} needs a whole number of at least 1 after the colon")
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", argument) or int(argument) < 1:
+        raise PlanError(f"depth.pattern: {shown(text)} needs a whole number of at least 1 after the colon")
     return function, int(argument)

@@ -19,11 +19,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import lcm
 
 from lime_dist.depth.pattern import Pattern
-from lime_dist.errors import PlanError
+from lime_dist.errors import PlanError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +102,22 @@ class TransferPlan:
         """The one stage that adds the source into the reader's sum: the first that has both."""
         return max(self.sum_from[reader], self.stage_of[source])
 
+    @cached_property
+    def _reads(self) -> tuple[dict[int, tuple[int, ...]], ...]:
+        """For each stage, the sources that it adds into each reader's sum."""
+        reads: tuple[dict[int, list[int]], ...] = tuple({} for _ in self.stages)
+        for reader, sources in enumerate(self.pattern.sources):
+            for source in sources if self.pattern.has_router(reader) else ():
+                reads[self.added_at(reader, source)].setdefault(reader, []).append(source)
+        return tuple({reader: tuple(sources) for reader, sources in stage.items()} for stage in reads)
+
     def stage(self, stage_index: int) -> StageTransfer:
         nothing = BoundaryPlan(boundary=-1)
-        reads: dict[int, tuple[int, ...]] = {}
-        for reader, sources in enumerate(self.pattern.sources):
-            here = tuple(source for source in sources if self.added_at(reader, source) == stage_index)
-            if here and self.pattern.has_router(reader):
-                reads[reader] = here
         return StageTransfer(
             pattern=self.pattern,
             received=self.boundaries[stage_index - 1] if stage_index > 0 else nothing,
             sent=self.boundaries[stage_index] if stage_index < len(self.boundaries) else nothing,
-            reads=reads,
+            reads=self._reads[stage_index],
         )
 
 
@@ -147,21 +151,21 @@ def plan_transfer(
     elif policy == "least":
         raw_until, sum_from = _least(pattern, stage_of, _integer_costs(boundary_cost, len(stages) - 1), sum_cost)
     else:
-        raise PlanError(f"depth.policy: {policy!r} is unknown; use least or relay")
+        raise PlanError(f"depth.policy: {shown(policy)} is unknown; use least or relay")
     return TransferPlan(pattern=pattern, stages=stages, raw_until=raw_until, sum_from=sum_from)
 
 
-def _integer_costs(boundary_cost: Sequence[float] | None, num_boundaries: int) -> list[int]:
+def _integer_costs(boundary_cost: Sequence[float] | None, num_boundaries: int) -> tuple[int, ...]:
     """Whole numbers in the same proportions, so that the cut is exact."""
     if boundary_cost is None:
-        return [1] * num_boundaries
+        return (1,) * num_boundaries
     if len(boundary_cost) != num_boundaries or any(cost <= 0 for cost in boundary_cost):
         raise PlanError(
-            f"pipeline.boundary_cost: {list(boundary_cost)} must be {num_boundaries} numbers above 0, one for each boundary"
+            f"pipeline.boundary_cost: {shown(list(boundary_cost))} must be {num_boundaries} numbers above 0, one for each boundary"
         )
     fractions = [Fraction(str(cost)) for cost in boundary_cost]
     scale = lcm(*(fraction.denominator for fraction in fractions))
-    return [int(fraction * scale) for fraction in fractions]
+    return tuple(int(fraction * scale) for fraction in fractions)
 
 
 def _relay(pattern: Pattern, stage_of: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -174,24 +178,29 @@ def _relay(pattern: Pattern, stage_of: tuple[int, ...]) -> tuple[tuple[int, ...]
 _Group = tuple[int, frozenset[int]]
 
 
+MAX_CUT_EDGES = 120_000  # which networkx cuts in a few seconds
+
+
+@lru_cache(maxsize=8)  # a config's plan is asked for in several places
 def _least(
-    pattern: Pattern, stage_of: tuple[int, ...], costs: list[int], sum_cost: int
+    pattern: Pattern, stage_of: tuple[int, ...], costs: tuple[int, ...], sum_cost: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     import networkx  # slow to import, and not needed to relay
 
     readers_of, sources_of = _crossing_edges(pattern, stage_of)
     source_groups, reader_groups = _group(readers_of, stage_of), _group(sources_of, stage_of)
+    group_of_reader = {reader: group for group, members in reader_groups.items() for reader in members}
+    meetings = [(group, other) for group in source_groups for other in {group_of_reader[reader] for reader in group[1]}]
+    _check_size(meetings, len(pattern.sources), len(costs))
     graph = networkx.DiGraph()
     graph.add_nodes_from(("start", "end"))
     for group, members in source_groups.items():
         _add_source(graph, group, len(members), costs)
     for group, members in reader_groups.items():
         _add_reader(graph, group, len(members) * sum_cost, costs)
-    group_of_reader = {reader: group for group, members in reader_groups.items() for reader in members}
-    for group in source_groups:
-        for reader_group in {group_of_reader[reader] for reader in group[1]}:
-            for boundary in range(group[0], reader_group[0]):
-                graph.add_edge(("sum", reader_group, boundary), ("raw", group, boundary))
+    for group, reader_group in meetings:
+        for boundary in range(group[0], reader_group[0]):
+            graph.add_edge(("sum", reader_group, boundary), ("raw", group, boundary))
     # Of several minimum cuts networkx gives the one with the smallest end side: raw entries, where it makes no difference.
     _, (start_side, _) = networkx.minimum_cut(graph, "start", "end")
     raw_until, sum_from = list(stage_of), list(stage_of)
@@ -204,6 +213,15 @@ def _least(
         for reader in members:
             sum_from[reader] = group[0] - crossed
     return tuple(raw_until), tuple(sum_from)
+
+
+def _check_size(meetings: Sequence[tuple[_Group, _Group]], num_layers: int, num_boundaries: int) -> None:
+    size = sum(reader_group[0] - group[0] for group, reader_group in meetings)
+    if size > MAX_CUT_EDGES:
+        raise PlanError(
+            f"depth.pattern: too large to plan, {size} edges over {num_boundaries} boundaries of {num_layers} layers, "
+            f"at most {MAX_CUT_EDGES}; lower parallel.pp or choose a smaller depth.pattern"
+        )
 
 
 def _crossing_edges(
@@ -227,7 +245,7 @@ def _group(partners_of: dict[int, frozenset[int]], stage_of: tuple[int, ...]) ->
     return groups
 
 
-def _add_source(graph, group: _Group, size: int, costs: list[int]) -> None:
+def _add_source(graph, group: _Group, size: int, costs: tuple[int, ...]) -> None:
     """x = 1 where a node is on the start's side: then its edge to the end is cut. x falls along the boundaries."""
     for boundary in range(group[0], len(costs)):
         graph.add_edge(("raw", group, boundary), "end", capacity=size * costs[boundary])
@@ -235,7 +253,7 @@ def _add_source(graph, group: _Group, size: int, costs: list[int]) -> None:
             graph.add_edge(("raw", group, boundary), ("raw", group, boundary - 1))
 
 
-def _add_reader(graph, group: _Group, size: int, costs: list[int]) -> None:
+def _add_reader(graph, group: _Group, size: int, costs: tuple[int, ...]) -> None:
     """y = 1 where a node is on the end's side: then its edge from the start is cut. y rises along the boundaries."""
     for boundary in range(group[0]):
         graph.add_edge("start", ("sum", group, boundary), capacity=size * costs[boundary])

@@ -13,6 +13,7 @@ up across stages, what has been added so far; it arrives and leaves in the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Buffer:
         """
         self.slot_of = {layer: slot for slot, layer in enumerate(layers)}
         self._shape = len(layers), num_kv_heads, row_size
-        self._options = {"dtype": dtype, "device": device}
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._gap = _CACHE_LINE_BYTES // dtype.itemsize if spaced else 0
         self.values = self._new(torch.empty)
         self._gradients: Tensor | None = None
@@ -271,13 +272,14 @@ class _Read(torch.autograd.Function):
     def forward(ctx, router: Tensor, token: Tensor, memory: DepthMemory, runs: Runs, row: int | None) -> Tensor:
         ctx.save_for_backward(router)
         ctx.memory, ctx.runs, ctx.row = memory, runs, row
-        routed = memory.sums.values[row] if row is not None else None
-        if row is not None and memory.sums.values.dtype != router.dtype:
+        routed: Tensor | None = memory.sums.values[row] if row is not None else None
+        if routed is not None and routed.dtype != router.dtype:
             for weights, values in _per_run(router, memory.entries.values, runs):
                 routed = routed + torch.mm(weights, values)
             return routed.to(router.dtype)
         for weights, values in _per_run(router, memory.entries.values, runs):
             routed = torch.mm(weights, values) if routed is None else torch.addmm(routed, weights, values)
+        assert routed is not None  # a reader has sources
         return routed
 
     @staticmethod

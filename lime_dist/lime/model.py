@@ -6,6 +6,8 @@ compared with.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -56,7 +58,7 @@ class LimeStage(nn.Module):
         )
         if self.is_last_stage:
             self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
-            tied = self.embed_tokens.weight if model.tie_embeddings and self.is_first_stage else None
+            tied: Any = self.embed_tokens.weight if self.embed_tokens is not None and model.tie_embeddings else None
             self.lm_head = parts.head(model.hidden_size, model.vocab_size, tied)
 
     def parameter_specs(self) -> tuple[ParameterSpec, ...]:
@@ -113,7 +115,7 @@ class LimeStage(nn.Module):
         start = cache.length if cache is not None else 0
         cos, sin = rope_tables(start, seq_length, self.config.head_dim, self.config.rope_theta, self.device)
         run = Pass(batch_size, seq_length, cos.to(self.dtype), sin.to(self.dtype), memory, cache)
-        residual = self.embed_tokens(self._padded(inputs.flatten())) if self.is_first_stage else inputs
+        residual = self.embed_tokens(self._padded(inputs.flatten())) if self.embed_tokens is not None else inputs
         token = self._depth.add_received(memory, memory.start())
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():

@@ -6,6 +6,7 @@ The executor, the transport, the stage table and the tests read it; nobody compu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from lime_dist.config import Config
 from lime_dist.depth.routing import Routing
@@ -85,7 +86,7 @@ class StagePlan:
         """Entries that this stage passes on, which leave before it computes, and those that it makes."""
         return _split(self.transfer.sent.raw_entries, self.layers.start)
 
-    @property
+    @cached_property
     def peak_in_flight(self) -> int:
         return peak_in_flight(list(self.actions))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from lime_dist.lime.memory import DepthMemory
 from lime_dist.lime.model import LimeStage
 from lime_dist.pipeline.bundle import StagePlan
 from lime_dist.pipeline.schedule import Action, Kind
-from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
+from lime_dist.pipeline.transport import Incoming, Link, ResidualShare, Transport
 
 # Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]
+# Waits for what a pass of this kind reads from the neighbouring stage.
+AwaitInput = Callable[[Kind, Incoming], list[Tensor]]
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Executor:
 
     call: the stage module, or what wraps it (DeepSpeed's engine under ZeRO 2 and 3).
     backward: `joint_backward`, or what wraps that.
+    await_input: `Incoming.wait`, or what wraps that.
     """
 
     def __init__(
@@ -44,11 +48,15 @@ class Executor:
         *,
         call: Callable[..., tuple[Tensor, Tensor]],
         backward: Backward,
+        await_input: AwaitInput = lambda kind, incoming: incoming.wait(),
     ):
         self._stage, self._plan, self._transport, self._share = stage, plan, transport, residual_share
-        self._call, self._backward_roots = call, backward
+        self._call, self._backward_roots, self._await_input = call, backward, await_input
         self._in_flight: dict[int, _InFlight] = {}
         self._incoming: dict[Action, tuple[DepthMemory, Incoming]] = {}
+        # Used only where the plan has the neighbour, and then there.
+        self._from_previous, self._to_previous = cast(Link, transport.from_previous), cast(Link, transport.to_previous)
+        self._from_next, self._to_next = cast(Link, transport.from_next), cast(Link, transport.to_next)
 
     def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True) -> list[Tensor]:
         """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
@@ -90,7 +98,7 @@ class Executor:
             return Incoming([], [])
         passed_on, made = self._plan.received_entries
         sums = self._plan.transfer.received.partial_sums
-        return self._transport.from_previous.receive(
+        return self._from_previous.receive(
             [
                 memory.entries.room_for(passed_on),
                 memory.entries.room_for(made),
@@ -101,7 +109,7 @@ class Executor:
 
     def _post_gradients(self, memory: DepthMemory) -> Incoming:
         sent = self._plan.transfer.sent
-        return self._transport.from_next.receive(
+        return self._from_next.receive(
             [
                 self._residual_buffer(),
                 memory.entries.new_rows(len(sent.raw_entries)),
@@ -117,14 +125,14 @@ class Executor:
 
     def _forward(self, action: Action, tokens: Tensor, with_loss: bool) -> list[Tensor]:
         memory, incoming = self._incoming.pop(action)
-        received = incoming.wait()
+        received = self._await_input(action.kind, incoming)
         residual = None
         if not self._plan.is_first_stage:
             self._load_received(memory, received)
             residual = self._share.whole(received[-1]).requires_grad_(torch.is_grad_enabled())
         if not self._plan.is_last_stage:
             # Cut-through: what only passes by does not wait for this stage's layers.
-            self._transport.to_next.send(memory.entries.select(self._plan.sent_entries[0]))
+            self._to_next.send(memory.entries.select(self._plan.sent_entries[0]))
         inputs, targets = tokens[:, :-1], tokens[:, 1:] if with_loss else None
         output, token = self._call(inputs if residual is None else residual, *inputs.shape, memory, targets)
         if torch.is_grad_enabled():
@@ -132,9 +140,9 @@ class Executor:
         if self._plan.is_last_stage:
             self._release_sums(memory)
             return [output.detach()]
-        self._transport.to_next.send(memory.entries.select(self._plan.sent_entries[1]))
-        self._transport.to_next.send(memory.sums.select(self._plan.transfer.sent.partial_sums))
-        self._transport.to_next.send(self._share.share(output))
+        self._to_next.send(memory.entries.select(self._plan.sent_entries[1]))
+        self._to_next.send(memory.sums.select(self._plan.transfer.sent.partial_sums))
+        self._to_next.send(self._share.share(output))
         self._release_sums(memory)
         return []
 
@@ -156,18 +164,20 @@ class Executor:
         else:
             self._backward_from_next(held, action)
         if not self._plan.is_first_stage:
-            self._transport.to_previous.send(self._share.share(held.received_residual.grad))
+            assert held.received_residual is not None and held.received_residual.grad is not None
+            self._to_previous.send(self._share.share(held.received_residual.grad))
             received = self._plan.transfer.received
-            self._transport.to_previous.send(held.memory.entries.select_gradients(received.raw_entries))
-            self._transport.to_previous.send(held.memory.sums.select_gradients(received.partial_sums))
+            self._to_previous.send(held.memory.entries.select_gradients(received.raw_entries))
+            self._to_previous.send(held.memory.sums.select_gradients(received.partial_sums))
 
     def _backward_from_next(self, held: _InFlight, action: Action) -> None:
         _, incoming = self._incoming.pop(action)
-        residual_share, entries, sums = incoming.wait()
+        residual_share, entries, sums = self._await_input(action.kind, incoming)
         sent = self._plan.transfer.sent
         held.memory.entries.load_gradients(sent.raw_entries, entries)
         held.memory.sums.load_gradients(sent.partial_sums, sums)
-        roots, gradients = [held.output], [self._share.whole(residual_share)]
+        roots: list[Tensor] = [held.output]
+        gradients: list[Tensor | None] = [self._share.whole(residual_share)]
         if held.token.requires_grad:
             roots.append(held.token)
             gradients.append(torch.zeros_like(held.token))

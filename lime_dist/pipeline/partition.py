@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lime_dist.errors import LayoutError
+from lime_dist.errors import LayoutError, shown
 
 
 def plan_partition(num_layers: int, num_stages: int, partition: str | Sequence[int]) -> tuple[range, ...]:
@@ -20,16 +20,16 @@ def plan_partition(num_layers: int, num_stages: int, partition: str | Sequence[i
         )
     if isinstance(partition, str) and partition != "auto":
         raise LayoutError(
-            f"pipeline.partition: {partition!r} is unknown; use auto or a list of counts, one for each stage"
+            f"pipeline.partition: {shown(partition)} is unknown; use auto or a list of counts, one for each stage"
         )
     counts = _even_counts(num_layers, num_stages) if partition == "auto" else list(partition)
     if len(counts) != num_stages:
         raise LayoutError(
-            f"pipeline.partition: {counts} has {len(counts)} stages, parallel.pp is {num_stages}; give one count a stage"
+            f"pipeline.partition: {shown(counts)} has {len(counts)} stages, parallel.pp is {num_stages}; give one count a stage"
         )
     if min(counts) < 1 or sum(counts) != num_layers:
         raise LayoutError(
-            f"pipeline.partition: {counts} must be counts of at least 1 that add up to model.num_layers={num_layers}"
+            f"pipeline.partition: {shown(counts)} must be counts of at least 1 that add up to model.num_layers={num_layers}"
         )
     stages, first = [], 0
     for count in counts:

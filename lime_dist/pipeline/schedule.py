@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
-from lime_dist.errors import ConfigError
+from lime_dist.errors import ConfigError, shown
 
 
 class Kind(Enum):
@@ -28,12 +29,17 @@ class Action:
         return f"{self.kind.value}{self.microbatch_index}"
 
 
+@lru_cache(maxsize=4)  # all stages have the same
+def _passes(kind: Kind, count: int) -> tuple[Action, ...]:
+    return tuple(Action(kind, index) for index in range(count))
+
+
 def _forwards(count: int) -> list[Action]:
-    return [Action(Kind.FORWARD, index) for index in range(count)]
+    return list(_passes(Kind.FORWARD, count))
 
 
 def _backwards(count: int) -> list[Action]:
-    return [Action(Kind.BACKWARD, index) for index in range(count)]
+    return list(_passes(Kind.BACKWARD, count))
 
 
 def _gpipe(stage_index: int, num_stages: int, num_microbatches: int) -> list[Action]:
@@ -55,7 +61,7 @@ SCHEDULE_NAMES = tuple(_SCHEDULES)
 def plan_schedule(name: str, *, stage_index: int, num_stages: int, num_microbatches: int) -> list[Action]:
     """The actions of one stage in order. Raises: ConfigError for an unknown name."""
     if name not in _SCHEDULES:
-        raise ConfigError(f"pipeline.schedule: {name!r} is unknown; use one of {', '.join(SCHEDULE_NAMES)}")
+        raise ConfigError(f"pipeline.schedule: {shown(name)} is unknown; use one of {', '.join(SCHEDULE_NAMES)}")
     return _SCHEDULES[name](stage_index, num_stages, num_microbatches)
 
 

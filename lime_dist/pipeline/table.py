@@ -5,6 +5,7 @@ Bytes are those of one microbatch on one tensor rank, forward, unless a name say
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -104,21 +105,23 @@ def least_crossings(pattern: Pattern, first_layer: int) -> int:
     """Entries and partial sums that any plan must take over the boundary before `first_layer`.
 
     Without partial sums these are the entries that are read behind it. With them, of every edge that spans it, the raw entry or the partial sum crosses: a vertex cover of the bipartite graph
-    of these edges, and the smallest has as many vertices as the largest matching has edges (König).
+    of these edges, and the smallest has as many vertices as the largest matching has edges (König), which is a flow.
     """
     import networkx  # slow to import
 
-    graph = networkx.Graph()
-    graph.add_edges_from(
-        (source, reader)
+    spanning = Counter(
+        frozenset(source for source in pattern.sources[reader] if source < first_layer)
         for reader in range(first_layer, pattern.num_layers)
-        for source in pattern.sources[reader]
-        if source < first_layer
     )
-    entries = [layer for layer in graph if layer < first_layer]
+    entries = frozenset().union(*spanning)
     if not pattern.routing.presummable:
         return len(entries)
-    return len(networkx.bipartite.hopcroft_karp_matching(graph, entries)) // 2  # it holds each pair both ways
+    graph = networkx.DiGraph()  # readers with the same sources are one node
+    graph.add_edges_from((("start", source) for source in entries), capacity=1)
+    for sources, count in spanning.items():
+        graph.add_edge(sources, "end", capacity=count)
+        graph.add_edges_from((source, sources) for source in sources)
+    return networkx.maximum_flow_value(graph, "start", "end") if entries else 0
 
 
 def _boundary_report(stage: StagePlan, fewest: int) -> dict[str, Any]:

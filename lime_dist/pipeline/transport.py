@@ -8,6 +8,7 @@ own and keeps the order of microbatches, so sends and receives pair up without t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,12 +29,37 @@ class Incoming:
         return self.tensors
 
 
+class Channel(Protocol):
+    """One direction of one boundary: messages arrive in the order in which they are sent. Counts nothing."""
+
+    peer: int  # global rank
+
+    def send(self, tensor: Tensor) -> dist.Work:
+        """Start sending a contiguous tensor, which must not change until the work is done."""
+
+    def receive(self, tensor: Tensor) -> dist.Work:
+        """Start receiving into a contiguous tensor."""
+
+
 @dataclass
-class Link:
-    """One direction of one boundary, seen from one end."""
+class GroupChannel:
+    """A channel over a process group, which this rank is in, that serves this direction alone."""
 
     group: ProcessGroup
-    peer: int  # global rank
+    peer: int
+
+    def send(self, tensor: Tensor) -> dist.Work:
+        return dist.isend(tensor, self.peer, group=self.group)  # type: ignore[return-value]  # None outside the group
+
+    def receive(self, tensor: Tensor) -> dist.Work:
+        return dist.irecv(tensor, self.peer, group=self.group)  # type: ignore[return-value]
+
+
+@dataclass
+class Link:
+    """A channel seen from one end, with what is under way on it."""
+
+    channel: Channel
     bytes_sent: int = 0
     _in_flight: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
 
@@ -43,12 +69,12 @@ class Link:
             return
         tensor = tensor.detach().contiguous()
         self._in_flight = [(work, kept) for work, kept in self._in_flight if not work.is_completed()]
-        self._in_flight.append((dist.isend(tensor, self.peer, group=self.group), tensor))
+        self._in_flight.append((self.channel.send(tensor), tensor))
         self.bytes_sent += tensor.numel() * tensor.element_size()
 
     def receive(self, tensors: list[Tensor]) -> Incoming:
         """Start receiving into contiguous `tensors`, in order."""
-        works = [dist.irecv(tensor, self.peer, group=self.group) for tensor in tensors if tensor.numel()]
+        works = [self.channel.receive(tensor) for tensor in tensors if tensor.numel()]
         return Incoming(tensors, works)
 
     def flush(self) -> None:
@@ -68,17 +94,34 @@ class Transport:
     to_next: Link | None
 
     @classmethod
-    def connect(cls, forward: ProcessGroup, backward: ProcessGroup) -> Transport:
-        """`forward`, `backward`: two groups over the same pipeline, ranks in stage order."""
+    def connect(cls, forward: ProcessGroup, backward: ProcessGroup, device: torch.device) -> Transport:
+        """`forward`, `backward`: two groups over the same pipeline, ranks in stage order. Collective: pp group."""
         stage_index, num_stages = dist.get_rank(forward), dist.get_world_size(forward)
         previous = dist.get_global_rank(forward, stage_index - 1) if stage_index > 0 else None
         following = dist.get_global_rank(forward, stage_index + 1) if stage_index + 1 < num_stages else None
-        return cls(
-            from_previous=None if previous is None else Link(forward, previous),
-            to_previous=None if previous is None else Link(backward, previous),
-            from_next=None if following is None else Link(backward, following),
-            to_next=None if following is None else Link(forward, following),
+        transport = cls(
+            from_previous=None if previous is None else Link(GroupChannel(forward, previous)),
+            to_previous=None if previous is None else Link(GroupChannel(backward, previous)),
+            from_next=None if following is None else Link(GroupChannel(backward, following)),
+            to_next=None if following is None else Link(GroupChannel(forward, following)),
         )
+        transport.open_boundaries(stage_index, device)
+        return transport
+
+    def open_boundaries(self, stage_index: int, device: torch.device) -> None:
+        """One byte, which is not counted, over every channel. Collective: pp group.
+
+        NCCL connects two ranks at their first operation and holds both hosts until each has come to it. In a step, a
+        receive posted ahead would so hold a stage before it sends what its neighbour waits for. Here no two ranks wait
+        for a third: the boundaries behind even stages open first, then the others, and each forward, then backward.
+        """
+        behind, before = [], []
+        if self.to_next is not None and self.from_next is not None:
+            behind = [self.to_next.channel.send, self.from_next.channel.receive]
+        if self.from_previous is not None and self.to_previous is not None:
+            before = [self.from_previous.channel.receive, self.to_previous.channel.send]
+        for pass_one in behind + before if stage_index % 2 == 0 else before + behind:
+            pass_one(torch.zeros(1, dtype=torch.uint8, device=device)).wait()
 
     def flush(self) -> None:
         for link in (self.to_previous, self.to_next):

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lime_dist.config import Config, load_config
 from lime_dist.ending import write_outcome
@@ -58,22 +58,15 @@ def _load(args: argparse.Namespace, world_size: int | None) -> Config:
 
 
 def _on_local_ranks(args: argparse.Namespace) -> int:
-    from lime_dist.local import run_local
-    from lime_dist.preflight.devices import check_devices
+    from lime_dist.local_ranks import run_local_ranks
 
-    config = _load(args, None)
-    check_devices(config)
-    from lime_dist.preflight import run  # noqa: F401  (its imports are slow: once, before the ranks are forked)
-
-    layout = config.layout
-    codes = run_local(
-        _as_local_rank, layout.world_size, args, config, describe=lambda rank: str(layout.coordinate(rank))
-    )
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    codes = run_local_ranks(_as_local_rank, _load(args, None), options, shared_import="lime_dist.preflight.run")
     return codes[0]
 
 
-def _as_local_rank(args: argparse.Namespace, config: Config) -> int:
-    return _run(args, config, find_place())
+def _as_local_rank(config: Config, options: dict[str, Any]) -> int:
+    return _run(argparse.Namespace(**options), config, find_place())
 
 
 def _run(args: argparse.Namespace, config: Config | None, place: Place) -> int:

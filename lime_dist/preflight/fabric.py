@@ -77,7 +77,8 @@ def _check_sum(values: Tensor) -> None:
 
 def time_crossings(groups: Groups, stages: tuple[StagePlan, ...], device: torch.device) -> list[Crossing]:
     """This rank's crossings as the sender. Collective: world."""
-    ends = _Ends(Transport.connect(groups.pp_forward, groups.pp_backward), groups.coordinate.pp_rank, device)
+    transport = Transport.connect(groups.pp_forward, groups.pp_backward, device)
+    ends = _Ends(transport, groups.coordinate.pp_rank, device)
     found = []
     for stage in stages[:-1]:
         for direction in ("forward", "backward"):
@@ -119,14 +120,13 @@ class _Ends:
 
     def _send(self, boundary: int, direction: str, size: int, out: Link, back: Link) -> Crossing:
         message = self._bytes(size)
-        self._send_one(self._bytes(1), out, back)  # opens the connections
         sent_before = out.bytes_sent
         seconds = median(self._send_one(message, out, back) for _ in range(repetitions(size)))
         return Crossing(
             boundary=boundary,
             direction=direction,
             rank=dist.get_rank(),
-            peer=out.peer,
+            peer=out.channel.peer,
             message_bytes=size,
             bytes_sent=out.bytes_sent - sent_before,
             seconds=seconds,
@@ -141,8 +141,8 @@ class _Ends:
         return time.perf_counter() - started
 
     def _answer(self, size: int, incoming: Link, back: Link) -> None:
-        for count in (1, *[size] * repetitions(size)):
-            incoming.receive([self._bytes(count)]).wait()
+        for _ in range(repetitions(size)):
+            incoming.receive([self._bytes(size)]).wait()
             back.send(self._bytes(1))
             back.flush()
 

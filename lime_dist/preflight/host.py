@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lime_dist.pipeline.table import format_bytes, format_layers
 MIN_FREE_GPU_SHARE = 0.9  # less means that another process holds the rest
 MIN_HOST_BYTES_PER_RANK = 2**30  # what a rank takes before it holds a model
 MAX_CLOCK_SECONDS = 2.0
+_SHOWN_CHARACTERS = 300  # of a command line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def _describe_leftover(process: psutil.Process) -> str | None:
             return None
     except psutil.Error:
         return None  # it has ended in the meantime
-    return f"pid {process.pid}: {' '.join(arguments)}"
+    return f"pid {process.pid}: {textwrap.shorten(' '.join(arguments), _SHOWN_CHARACTERS)}"
 
 
 def _is_watched(process: psutil.Process) -> bool:

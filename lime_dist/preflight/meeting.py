@@ -1,4 +1,5 @@
-"""Where the ranks meet before there is a process group: a TCP store on rank 0's host. Knows no value it passes.
+"""Where the ranks meet before there is a process group: a TCP store on rank 0's host. Knows no value it passes, but takes
+none that is not of its topic's shape or, where the job has a secret, not signed with it.
 
 Every wait ends, so that whoever does not come is named by those who did.
 """
@@ -6,26 +7,30 @@ Every wait ends, so that whoever does not come is named by those who did.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from lime_dist.errors import LayoutError, one_line
-from lime_dist.launcher import Place, host_name
-from lime_dist.rank import naming_taken_port
+from lime_dist.errors import one_line
+from lime_dist.launcher import Place, host_name, job_secret
+from lime_dist.network import meeting_host
+from lime_dist.preflight.wire import Refused, Topic, pack, unpack
+from lime_dist.rendezvous import is_agents, master_port, open_store
 
 _ROUNDS_HEARD = 3  # rank 0 speaks after at most as many waits for others, of the full time each
 _LEAVE_SECONDS = 10
 _POLL_SECONDS = 0.02
 _JOIN_SHARE, _RETRY_SECONDS = 0.8, 0.5  # who cannot reach rank 0 says so before rank 0 gives it up
 _CLOCK_ROUNDS, _CLOCK_SECONDS = 3, 10
+_HEARD, _LEFT, _END = (Topic[None](name, None) for name in ("heard", "left", "end"))
+
+T = TypeVar("T")
 
 
 class MeetingFailed(RuntimeError):
@@ -37,65 +42,71 @@ class Unreachable(MeetingFailed):
 
 
 class Meeting:
-    """Values put under a name by each rank, and told to all by rank 0. `seconds`: how long to wait for another rank."""
+    """Values put under a topic by each rank, and told to all by rank 0. `seconds`: how long to wait for another rank.
 
-    def __init__(self, store: dist.Store, place: Place, seconds: float):
-        self._store, self._place, self._seconds = dist.PrefixStore("preflight", store), place, seconds
+    Every method that reads raises MeetingFailed for what no rank of this job has written.
+    """
+
+    def __init__(self, store: dist.Store, place: Place, seconds: float, secret: bytes | None):
+        self.store, self._place, self._seconds, self._secret = store, place, seconds, secret
+        self._values = dist.PrefixStore("preflight", store)
 
     @classmethod
     def join(cls, place: Place, seconds: float, environment: Mapping[str, str] = os.environ) -> Meeting:
         """Rank 0 opens the meeting, or torchrun's agent has. Raises: Unreachable, LayoutError."""
-        host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
-        if not port.isdigit():
-            raise LayoutError(f"environment: MASTER_PORT={port} is no port; set a number")
-        is_agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if place.rank > 0 or is_agents:
-            _wait_for_server(host, int(port), _JOIN_SHARE * seconds)
+        host, port = meeting_host(place, environment), master_port(environment)
+        if place.rank > 0 or is_agents(environment):
+            _wait_for_server(host, port, _JOIN_SHARE * seconds)
         try:
-            with naming_taken_port():
-                store = dist.TCPStore(
-                    host,
-                    int(port),
-                    world_size=place.world_size,
-                    is_master=place.rank == 0 and not is_agents,
-                    timeout=timedelta(seconds=seconds),
-                    wait_for_workers=False,  # it would not say who is missing
-                    multi_tenant=True,  # the process group's store then has the same server
-                )
+            # Not waiting for all: it would not say who is missing.
+            store = open_store(place, timedelta(seconds=seconds), environment, wait_for_all=False)
         except dist.DistError as error:
             raise _unreachable(host, port, one_line(error).partition(" Exception raised from ")[0]) from None
-        return cls(store, place, seconds)
+        return cls(store, place, seconds, job_secret(environment))
 
-    def put(self, name: str, value: Any) -> None:
-        self._store.set(f"{name}/{self._place.rank}", pickle.dumps(value))
+    def put(self, topic: Topic[T], value: T) -> None:
+        self._write(f"{topic.name}/{self._place.rank}", value)
 
-    def take(self, name: str, ranks: Iterable[int], seconds: float | None = None) -> dict[int, Any]:
+    def take(self, topic: Topic[T], ranks: Iterable[int], seconds: float | None = None) -> dict[int, T]:
         """What those of `ranks` put that did so in time."""
         deadline = time.monotonic() + (self._seconds if seconds is None else seconds)
-        keys = {rank: f"{name}/{rank}" for rank in ranks}
-        return {rank: pickle.loads(self._store.get(key)) for rank, key in keys.items() if self._comes(key, deadline)}
+        keys = {rank: f"{topic.name}/{rank}" for rank in ranks}
+        return {rank: self._read(topic, key, rank) for rank, key in keys.items() if self._comes(key, deadline)}
 
     def _comes(self, key: str, deadline: float) -> bool:
         """Asks again and again: the store's own `wait` prints warnings when it ends in vain."""
-        while not self._store.check([key]):
+        while not self._values.check([key]):
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_SECONDS)
         return True
 
-    def tell(self, name: str, value: Any) -> None:
+    def tell(self, topic: Topic[T], value: T) -> None:
         """To all ranks; rank 0 alone may."""
-        self._store.set(name, pickle.dumps(value))
+        self._write(topic.name, value)
 
-    def hear(self, name: str) -> Any:
-        """What rank 0 tells. Raises: MeetingFailed when it has gone or says nothing."""
+    def hear(self, topic: Topic[T]) -> T:
+        """What rank 0 tells. Raises: MeetingFailed, also when it has gone or says nothing."""
         seconds = _ROUNDS_HEARD * self._seconds
         try:
-            self._store.wait([name], timedelta(seconds=seconds))
-            return pickle.loads(self._store.get(name))
+            self._values.wait([topic.name], timedelta(seconds=seconds))
+            return self._read(topic, topic.name, 0)
         except dist.DistError:
-            reason = f"rank 0 has ended, or said nothing for {seconds:.0f} s"
-            raise MeetingFailed(f"host {host_name()}, rank {self._place.rank}: {reason}") from None
+            raise self._failed(f"rank 0 has ended, or said nothing for {seconds:.0f} s") from None
+
+    def _write(self, key: str, value: object) -> None:
+        self._values.set(key, pack(key, value, self._secret))
+
+    def _read(self, topic: Topic[T], key: str, rank: int) -> T:
+        """`rank`: whose value it is to be."""
+        try:
+            return unpack(key, self._values.get(key), topic.shape, self._secret)
+        except Refused as error:
+            reason = f"what stands in rank {rank}'s name under {key} {error}"
+            raise self._failed(f"{reason}; it is refused") from None
+
+    def _failed(self, reason: str) -> MeetingFailed:
+        return MeetingFailed(f"host {host_name()}, rank {self._place.rank}: {reason}")
 
     @contextmanager
     def last_word(self, ranks: Iterable[int]) -> Iterator[None]:
@@ -105,19 +116,19 @@ class Meeting:
         leaves, and from then on each leaves with its own code.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self._gather("heard", ranks)
+        self._gather(_HEARD, ranks)
         yield
         if self._place.rank == 0:
-            self.tell("end", None)
+            self.tell(_END, None)
         with suppress(MeetingFailed, dist.DistError):  # rank 0 does not wait for long
-            self.hear("end")
-            self._gather("left", ranks)
+            self.hear(_END)
+            self._gather(_LEFT, ranks)
 
-    def _gather(self, name: str, ranks: Iterable[int]) -> None:
+    def _gather(self, topic: Topic[None], ranks: Iterable[int]) -> None:
         """Rank 0, which keeps the store open, waits a little while for the others."""
-        self.put(name, None)
+        self.put(topic, None)
         if self._place.rank == 0:
-            self.take(name, ranks, min(self._seconds, _LEAVE_SECONDS))
+            self.take(topic, ranks, min(self._seconds, _LEAVE_SECONDS))
 
     def measure_clock(self, rank: int) -> tuple[float, float] | None:
         """How far the clock of `rank` is ahead of this one, and the error, half a round trip; in seconds.
@@ -127,8 +138,8 @@ class Meeting:
         trips = []
         for round_index in range(_CLOCK_ROUNDS):
             asked = time.time()
-            self.tell(f"ask/{rank}/{round_index}", None)
-            answers = self.take(f"clock/{round_index}", [rank], _CLOCK_SECONDS)
+            self.tell(_question(rank, round_index), None)
+            answers = self.take(_clock(round_index), [rank], _CLOCK_SECONDS)
             heard = time.time()
             if rank not in answers:
                 return None
@@ -137,8 +148,16 @@ class Meeting:
 
     def answer_clock(self) -> None:
         for round_index in range(_CLOCK_ROUNDS):
-            self.hear(f"ask/{self._place.rank}/{round_index}")
-            self.put(f"clock/{round_index}", time.time())
+            self.hear(_question(self._place.rank, round_index))
+            self.put(_clock(round_index), time.time())
+
+
+def _question(rank: int, round_index: int) -> Topic[None]:
+    return Topic(f"ask/{rank}/{round_index}", None)
+
+
+def _clock(round_index: int) -> Topic[float]:
+    return Topic(f"clock/{round_index}", float)
 
 
 def _wait_for_server(host: str, port: int, seconds: float) -> None:

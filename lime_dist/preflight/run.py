@@ -21,7 +21,7 @@ from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, o
 from lime_dist.launcher import Place, host_name
 from lime_dist.local import leave
 from lime_dist.pipeline.bundle import plan_stages
-from lime_dist.preflight.fabric import time_all_reduce, time_crossings
+from lime_dist.preflight.fabric import Crossing, time_all_reduce, time_crossings
 from lime_dist.preflight.files import check_files
 from lime_dist.preflight.folder import find_missing, leave_file, make_folder, remove_folder
 from lime_dist.preflight.host import Arrival, Host, blame_missing, judge, read_arrival
@@ -32,6 +32,7 @@ from lime_dist.preflight.report import (
     rank_report,
     slow_boundaries,
 )
+from lime_dist.preflight.wire import Topic
 from lime_dist.rank import join_world
 
 _HOST_ROUNDS = 6  # waits of `seconds` each; more than the checks of hosts have
@@ -49,6 +50,14 @@ class Verdict:
     @property
     def exit_code(self) -> int:
         return USER_ERROR_EXIT_CODE if self.user_error else int(bool(self.bad))
+
+
+# All that ranks tell one another here.
+_ARRIVAL: Topic[Arrival] = Topic("arrival", Arrival)
+_FOLDER: Topic[int | None] = Topic("folder", int | None)  # the number of that which each host is to write into
+_FOLDER_PROBLEM: Topic[str | None] = Topic("folder_problem", str | None)
+_VERDICT: Topic[Verdict] = Topic("verdict", Verdict)
+_CROSSINGS: Topic[list[Crossing]] = Topic("crossings", list[Crossing])
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,11 @@ def run_preflight(
     with _bounded(seconds * _HOST_ROUNDS, "the checks of hosts"):
         config, arrival = _read(load, place)
         meeting = Meeting.join(place, seconds)
-        meeting.put("arrival", arrival)
+        meeting.put(_ARRIVAL, arrival)
         if place.rank > 0:
             verdict, arrivals = _follow(meeting, config, place, arrival), {}
         else:
-            arrivals = meeting.take("arrival", range(place.world_size))
+            arrivals = meeting.take(_ARRIVAL, range(place.world_size))
             verdict = _lead(meeting, config, place, arrivals, seconds)
     report = _host_report(verdict, config, arrivals)
     if config is not None and not verdict.exit_code:
@@ -110,11 +119,11 @@ def _read(load: Callable[[], Config], place: Place) -> tuple[Config | None, Arri
 
 
 def _follow(meeting: Meeting, config: Config | None, place: Place, arrival: Arrival) -> Verdict:
-    folder = meeting.hear("folder")
-    if folder is not None and config is not None and arrival.facts is not None:
-        meeting.put("folder", leave_file(Path(config.run.dir), folder, place.rank))
+    number = meeting.hear(_FOLDER)
+    if number is not None and config is not None and arrival.facts is not None:
+        meeting.put(_FOLDER_PROBLEM, leave_file(Path(config.run.dir), _folder_name(number), place.rank))
         meeting.answer_clock()
-    return meeting.hear("verdict")
+    return meeting.hear(_VERDICT)
 
 
 def _lead(
@@ -123,14 +132,14 @@ def _lead(
     """Rank 0's part."""
     verdict = _judge_arrivals(arrivals, place.world_size, seconds)
     if verdict.exit_code or config is None:
-        meeting.tell("folder", None)
+        meeting.tell(_FOLDER, None)
     else:
         try:
             verdict = _judge_hosts(meeting, config, arrivals)
         except ConfigError as error:
-            meeting.tell("folder", None)
+            meeting.tell(_FOLDER, None)
             verdict = Verdict(user_error=one_line(error))
-    meeting.tell("verdict", verdict)
+    meeting.tell(_VERDICT, verdict)
     return verdict
 
 
@@ -156,16 +165,21 @@ def _judge_hosts(meeting: Meeting, config: Config, arrivals: Mapping[int, Arriva
     return Verdict({host: wrong for host, wrong in judged.items() if wrong})
 
 
+def _folder_name(number: int) -> str:
+    return f".preflight-{number:x}"
+
+
 def _check_folder(meeting: Meeting, run_dir: Path, speakers: list[int]) -> dict[int, str]:
     """What is wrong with run.dir, by the rank that speaks for the host."""
-    folder = f".preflight-{uuid.uuid4().hex}"
+    number = uuid.uuid4().int
+    folder = _folder_name(number)
     problem = make_folder(run_dir, folder)
     try:
-        meeting.tell("folder", folder if problem is None else None)
+        meeting.tell(_FOLDER, number if problem is None else None)
         if problem is not None:
             return {0: problem}
         answers = dict.fromkeys(speakers, f"its check of run.dir {run_dir} did not end") | meeting.take(
-            "folder", speakers
+            _FOLDER_PROBLEM, speakers
         )
         written = [rank for rank, answer in answers.items() if answer is None]
         lost = f"what it writes into run.dir {run_dir} does not appear on rank 0's host"
@@ -211,12 +225,12 @@ def _measure_links(
 ) -> dict[str, Any]:
     """What the report says of links; empty on all ranks but rank 0. Collective: world."""
     stages = plan_stages(config)
-    groups, device = join_world(_with_timeout(config, seconds), place)
+    groups, device = join_world(_with_timeout(config, seconds), place, meeting.store)
     all_reduce_seconds = time_all_reduce(device)
-    meeting.put("crossings", time_crossings(groups, stages, device))
+    meeting.put(_CROSSINGS, time_crossings(groups, stages, device))
     if place.rank > 0:
         return {}
-    crossings = [crossing for own in meeting.take("crossings", range(place.world_size)).values() for crossing in own]
+    crossings = [crossing for own in meeting.take(_CROSSINGS, range(place.world_size)).values() for crossing in own]
     step_seconds = measured_step_seconds(Path(config.run.dir))
     boundaries = boundary_reports(stages, config.pipeline.num_microbatches, crossings, step_seconds)
     return {

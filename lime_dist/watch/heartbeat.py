@@ -1,11 +1,14 @@
-"""The file in which a rank shows that it lives: RUN/heartbeat/rank_00003.json. Judges nothing; needs no torch."""
+"""The file in which a rank shows that it lives: RUN/heartbeat/rank_00003.json. Judges nothing; needs no torch.
+
+Those of `lime-dist eval` lie in RUN/heartbeat/eval: the run that it reads may be training meanwhile.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lime_dist.layout import Coordinate
@@ -30,10 +33,17 @@ class Heartbeat:
     moved: float  # the last beat
     alive: float  # this writing
     ended: bool  # the rank has left by itself
+    passes: Mapping[str, int] = field(default_factory=dict)  # finished, by kind
+    awaits: str | None = None  # the kind of pass whose input has not come
+    awaited_microbatch: int | None = None
 
 
 def heartbeat_folder(run_dir: Path) -> Path:
     return run_dir / "heartbeat"
+
+
+def eval_heartbeat_folder(run_dir: Path) -> Path:
+    return heartbeat_folder(run_dir) / "eval"
 
 
 def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:

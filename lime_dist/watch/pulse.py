@@ -7,7 +7,7 @@ piece or has finished fewer: so beats come before and after a piece, and finishe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 Result = TypeVar("Result")
@@ -17,11 +17,16 @@ class Moment(NamedTuple):
     """One beat."""
 
     step: int  # the update being made, from 1; 0 before the first
-    phase: str  # start, load, data, forward, backward, update, evaluate or save
+    phase: str  # start, load, data, forward, backward, update, evaluate, record, save, close or leave
     microbatch: int | None  # from 1
     busy: bool  # inside of this piece of work, not behind it
     done: int  # pieces of work finished since the start; every rank of a run has as many a step
     time: float  # seconds since the epoch
+    passes: Mapping[
+        str, int
+    ] = {}  # forward, backward: those finished since the start; as many on every stage in the end
+    awaits: str | None = None  # the pass whose input has not come from the neighbouring stage
+    awaited_microbatch: int | None = None
 
 
 class Pulse:
@@ -52,14 +57,27 @@ class Pulse:
             microbatch = self._counts[phase] = self._counts.get(phase, 0) + 1
             self._move(phase, microbatch, busy=True, done=self.last.done)
             result = work(*args)
+            self._count_pass(phase)
             self._move(phase, microbatch, busy=False, done=self.last.done + 1)
             return result
 
         return watched
 
+    def awaiting(self, phase: str, wait: Callable[[], Result]) -> Result:
+        """`wait` for what the neighbouring stage sends for the next pass of `phase`."""
+        microbatch = self._counts.get(phase, 0) + 1
+        self.last = self.last._replace(awaits=phase, awaited_microbatch=microbatch, time=time.time())
+        result = wait()
+        self.last = self.last._replace(awaits=None, awaited_microbatch=None, time=time.time())
+        return result
+
     def touch(self) -> None:
         """The rank is still at it, and moves: for pieces of work that may be long."""
         self.last = self.last._replace(time=time.time())
 
+    def _count_pass(self, phase: str) -> None:
+        passes = self.last.passes
+        self.last = self.last._replace(passes={**passes, phase: passes.get(phase, 0) + 1})
+
     def _move(self, phase: str, microbatch: int | None, *, busy: bool, done: int) -> None:
-        self.last = Moment(self.last.step, phase, microbatch, busy, done, time.time())
+        self.last = self.last._replace(phase=phase, microbatch=microbatch, busy=busy, done=done, time=time.time())

@@ -1,5 +1,6 @@
 """The thread beside training: writes this rank's heartbeat, and ends the rank when training stands still.
 
+It watches until the process has left: a rank that freezes behind the last step would keep the job for ever.
 It speaks before the process groups' own timeouts do, since those name whoever waits. All ranks stand still together,
 so each has its own watchdog fire: every rank's stacks are in the logs, and the first to fire tells the launcher why.
 """
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -22,7 +24,7 @@ from lime_dist.launcher import Place
 from lime_dist.local import leave_because_of
 from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, write_heartbeat, written_since
 from lime_dist.watch.pulse import Moment, Pulse
-from lime_dist.watch.silence import describe_silence, first_silent
+from lime_dist.watch.silence import find_cause
 
 _INTERVAL = 1.0  # seconds between heartbeats
 _GRACE = 10.0  # seconds before a rank that has fired leaves: those that moved a little later still show their stacks
@@ -30,17 +32,20 @@ _TICKS_COUNTED = 3  # of a longer pause between two looks only this many interva
 
 
 class Watchdog:
-    """For the time of a `with`: heartbeats of `pulse` in the run's folder, and an end to the process after
-    `run.timeout_seconds` without a beat. A disk that fails does no harm but to the heartbeats."""
+    """Heartbeats of `pulse` in `folder` (default: the run's) for the time of a `with`, and an end to the process after
+    `run.timeout_seconds` without a beat, or as long after the `with`: the process is to leave behind it.
 
-    def __init__(self, config: Config, place: Place, pulse: Pulse):
+    A disk that fails does no harm but to the heartbeats.
+    """
+
+    def __init__(self, config: Config, place: Place, pulse: Pulse, folder: Path | None = None):
         self._layout, self._rank, self._pulse = config.layout, place.rank, pulse
-        self._folder = heartbeat_folder(Path(config.run.dir))
+        self._folder = folder or heartbeat_folder(Path(config.run.dir))
         self._timeout = config.run.timeout_seconds
         self._interval, self._grace = min(_INTERVAL, self._timeout / 10), min(_GRACE, self._timeout / 4)
         self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        self._began, self._disk_failed = time.time(), False
-        self._stop = threading.Event()
+        self._began, self._disk_failed, self._settled = time.time(), False, ""
+        self._leaving, self._said_so = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -48,21 +53,42 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join(self._grace)  # no longer: a disk that hangs must not keep the rank
+        self._leaving.set()
+        self._said_so.wait(self._grace)  # no longer: a disk that hangs must not keep the rank
+
+    def settle(self, code: int, reason: str) -> None:
+        """The run has ended so, whatever becomes of ranks that do not leave: it is saved on all of them."""
+        self._settled = f"; the run itself had ended: {reason}"
+        write_outcome(code, reason)
 
     def _watch(self) -> None:
+        self._write(self._pulse.last)
+        silence = self._silence()
+        while not self._leaving.wait(self._interval):
+            silent = next(silence)
+            self._write(self._pulse.last)
+            if silent >= self._timeout:
+                self._give_up()
+        self._write(self._pulse.last, ended=True)
+        self._said_so.set()
+        self._see_out()
+
+    def _silence(self) -> Iterator[float]:
+        """Seconds without a beat, at each look; without end."""
         silent, seen, before = 0.0, self._pulse.last, time.monotonic()
-        self._write(seen)
-        while not self._stop.wait(self._interval):
+        while True:
             moment, now = self._pulse.last, time.monotonic()
             # Time in which this process did not run, as in a job that was suspended, is nobody's silence.
             silent = silent + min(now - before, _TICKS_COUNTED * self._interval) if moment is seen else 0.0
             seen, before = moment, now
-            self._write(moment)
+            yield silent
+
+    def _see_out(self) -> None:
+        """No other rank may be left to notice that this one does not leave."""
+        for silent in self._silence():
             if silent >= self._timeout:
-                self._give_up()
-        self._write(self._pulse.last, ended=True)
+                self._end(self._rank, f"rank {self._rank} has not left for {self._timeout:.0f} s")
+            time.sleep(self._interval)
 
     def _write(self, moment: Moment, ended: bool = False) -> None:
         try:
@@ -88,14 +114,18 @@ class Watchdog:
             moved=moment.time,
             alive=time.time(),
             ended=ended,
+            passes=moment.passes,
+            awaits=moment.awaits,
+            awaited_microbatch=moment.awaited_microbatch,
         )
 
     def _give_up(self) -> NoReturn:
         heartbeats = written_since(read_heartbeats(self._folder, self._layout.world_size), self._began)
-        now, stale_after = time.time(), self._timeout / 2
-        rank = first_silent(heartbeats, now, stale_after)
-        first = describe_silence(self._layout, heartbeats, rank, now, stale_after)
-        reason = f"no progress for {self._timeout:.0f} s; first silent: {first}"
+        cause = find_cause(self._layout, heartbeats, time.time(), self._timeout / 2)
+        self._end(cause.rank, f"no progress for {self._timeout:.0f} s; {cause.text}")
+
+    def _end(self, rank: int, silence: str) -> NoReturn:
+        reason = f"{silence}{self._settled}"
         print(f"lime-dist: {reason}\nstacks of rank {self._rank}:\n{_stacks()}", file=sys.stderr, flush=True)
         write_outcome(FAILED, reason)
         time.sleep(self._grace)

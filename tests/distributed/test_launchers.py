@@ -91,6 +91,7 @@ def assert_done(processes: list[subprocess.Popen[str]]) -> None:
         assert process.returncode == DONE, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("local.sh", "deepspeed.sh"))
 def test_one_node(name: str, folder: Path, expected: list[float]) -> None:
     run_dir = folder / name
@@ -98,6 +99,7 @@ def test_one_node(name: str, folder: Path, expected: list[float]) -> None:
     assert losses(run_dir) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_torchrun(folder: Path, expected: list[float]) -> None:
     """Two stages on the first node, one on the second: both are this machine."""
     shared = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -111,6 +113,7 @@ def test_two_nodes_of_torchrun(folder: Path, expected: list[float]) -> None:
     assert losses(folder / "torchrun") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_deepspeed(folder: Path, expected: list[float]) -> None:
     """Without ssh. The sample's hosts, with as many slots as there are stages."""
     sample = (ROOT / "launch" / "hostfile.sample").read_text()
@@ -130,6 +133,7 @@ def test_a_mistake_keeps_its_exit_code(folder: Path) -> None:
     assert errors.splitlines()[-1].startswith("local.sh: exit code 2, data.train: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("local.sh", "deepspeed.sh"))
 def test_a_signal_to_the_script_stops_the_run_behind_a_checkpoint(name: str, folder: Path) -> None:
     run_dir = folder / f"stopped_{name}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -18,16 +19,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
+from torch.distributed import TCPStore
 
 from lime_dist.cli import main
 from lime_dist.data.indexed import IndexedWriter
+from lime_dist.launcher import SECRET_VARIABLE
 from lime_dist.local import free_port
 from lime_dist.preflight import host, run  # slow imports: once, before ranks are forked
-from lime_dist.preflight.fabric import MIN_MESSAGE_BYTES, repetitions
+from lime_dist.preflight.fabric import MIN_MESSAGE_BYTES, Crossing, repetitions
+from lime_dist.preflight.host import Arrival
+from lime_dist.preflight.wire import MAX_BYTES, pack
 
 CONFIG = {
     "model": {
@@ -292,6 +299,73 @@ def test_when_rank_0_dies_the_others_blame_no_host() -> None:
     ended = bad(changes={0: dies_when_judging}, kill_on_bad_exit=False)
     assert [task.code for task in ended] == [9, 1, 1]
     assert ended[2].last_line == "lime-dist: host n3, rank 2: rank 0 has ended, or said nothing for 300 s"
+
+
+# ---- who else reaches the store
+
+
+class Harm:
+    """What unpickles it makes a file."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (Path("canary"),)
+
+
+SECRET = "a secret of the job"
+FORGED = {
+    "a pickle": pickle.dumps(Harm()),
+    "unsigned": pack("arrival/1", Arrival(host="n2", local_rank=0), None),
+    "with another secret": pack("arrival/1", Arrival(host="n2", local_rank=0), b"another"),
+    "too long": " " * (MAX_BYTES + 1),
+}
+
+
+def write(key: str, value: str | bytes) -> None:
+    """As a process that is no rank of the job and knows where its ranks meet, and nothing else."""
+    store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+    store.set(f"preflight/{key}", value)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("value", FORGED.values(), ids=FORGED)
+def test_what_stands_in_a_ranks_name_is_refused_unless_signed(
+    value: str | bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    ended = bad(changes={1: lambda: write("arrival/1", value)})
+    assert ended[0].last_line.startswith("lime-dist: host n1, rank 0: what stands in rank 1's name under arrival/1 ")
+    assert ended[0].last_line.endswith("; it is refused") and "Traceback" not in ended[0].errors
+    assert ended[0].code == 1 and ended[2].code != 0
+    assert not Path("canary").exists() and not Path("exclude").exists()
+
+
+@pytest.mark.parametrize("has_secret", [True, False])
+def test_what_stands_in_rank_0s_name_is_refused(has_secret: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a secret whatever has the right shape is taken, but nothing else."""
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET if has_secret else "")
+    ended = bad(changes={1: lambda: write("folder", '"../elsewhere"')})
+    problem = "is not signed with this job's secret" if has_secret else "has a str where int"
+    assert f"rank 2: what stands in rank 0's name under folder {problem}" in ended[2].last_line
+    assert ended[2].code == 1 and "Traceback" not in ended[2].errors
+
+
+def test_all_listen_on_the_meeting_places_address_alone() -> None:
+    def note_listeners() -> None:
+        measure = run.time_crossings
+
+        def measure_and_note(*arguments: Any) -> list[Crossing]:
+            connections = psutil.Process().net_connections("inet")
+            Path(f"listening.{os.environ['SLURM_PROCID']}").write_text(
+                json.dumps([connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN])
+            )
+            return measure(*arguments)
+
+        run.time_crossings = measure_and_note
+
+    assert [task.code for task in launch(changes=dict.fromkeys(range(NUM_RANKS), note_listeners))] == [0, 0, 0]
+    found = [json.loads(Path(f"listening.{rank}").read_text()) for rank in range(NUM_RANKS)]
+    assert [{address for address, _ in listening} for listening in found] == [{"127.0.0.1"}] * NUM_RANKS
+    assert len(found[0]) == len(found[1]) + 1  # the store
 
 
 # ---- a user's mistakes

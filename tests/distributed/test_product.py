@@ -1,7 +1,7 @@
 """Every pattern under every policy, split, tp, dp and kind of entry: the whole product, some 700 runs in about half an hour.
 
 Not part of a plain test run, where `test_layouts` crosses the same axes in a tenth of the time:
-    bash tests/run.sh -m product --timeout 300
+    bash tests/run.sh product --timeout 300
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -14,10 +15,12 @@ from lime_dist.config import (
     Source,
     check_config,
     dump_yaml,
+    find_warnings,
     load_config,
     parse_config,
     to_dict,
 )
+from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LayoutError, PlanError
 from lime_dist.resolve import ready_config
 
@@ -205,17 +208,17 @@ REFUSED = [  # overrides, error, how the message begins
     ("parallel.pp=2 pipeline.partition=[4,5]", LayoutError, "pipeline.partition: [4, 5] must be counts of at least 1"),
     ("pipeline.partition=even", LayoutError, "pipeline.partition: "),
     ("parallel.pp=2 pipeline.boundary_cost=[1,2]", PlanError, "pipeline.boundary_cost: [1.0, 2.0] must be 1 numbers"),
-    ("parallel.pp=2 pipeline.boundary_cost=[-1]", PlanError, "pipeline.boundary_cost: [-1.0] must be 1 numbers above 0"),
+    ("parallel.pp=2 pipeline.boundary_cost=[-1]", ConfigError, "pipeline.boundary_cost: -1.0 must be above 0"),
     ("data.seq_length=0", ConfigError, "data.seq_length: 0 must be at least 1"),
     ("data.global_batch_size=3 pipeline.num_microbatches=2", ConfigError, "data.global_batch_size: 3 must be a multiple of parallel.dp=1 x pipeline.num_microbatches=2"),
     ("data.global_batch_size=4 parallel.dp=3", ConfigError, "data.global_batch_size: 4 must be a multiple of parallel.dp=3"),
     ("data.valid_fraction=0.1 data.valid=v", ConfigError, "data.valid_fraction: has no effect beside data.valid; remove"),
-    ("data.valid_fraction=1", ConfigError, "data.valid_fraction: 1.0 must lie in [0, 1)"),
-    ('data.train=[{"path":"a","weight":0}]', ConfigError, "data: weight 0.0 of a must be above 0"),
+    ("data.valid_fraction=1", ConfigError, "data.valid_fraction: 1.0 must be below 1"),
+    ('data.train=[{"path":"a","weight":0}]', ConfigError, "data.train[0].weight: 0.0 must be above 0"),
     ("optim.lr=-1", ConfigError, "optim.lr: -1.0 must be at least 0"),
     ("optim.lr=.nan", ConfigError, "optim.lr: nan must be at least 0"),
     ("optim.betas=[0.9]", ConfigError, "optim.betas: [0.9] must be two numbers in [0, 1)"),
-    ("optim.betas=[0.9,1.0]", ConfigError, "optim.betas: [0.9, 1.0] must be two numbers in [0, 1)"),
+    ("optim.betas=[0.9,1.0]", ConfigError, "optim.betas: 1.0 must be below 1"),
     ("optim.lr_schedule=linear", ConfigError, "optim.lr_schedule: 'linear' is unknown; use cosine or constant"),
     ("optim.max_grad_norm=-1", ConfigError, "optim.max_grad_norm: -1.0 must be at least 0"),
     ("run.dtype=fp16", ConfigError, "run.dtype: 'fp16' is unknown; use fp32 or bf16"),
@@ -234,6 +237,43 @@ REFUSED = [  # overrides, error, how the message begins
     ("deepspeed.gradient_clipping=1", ConfigError, "deepspeed.gradient_clipping: is set from optim.max_grad_norm"),
     ("deepspeed.optimizer.type=Adam", ConfigError, "deepspeed.optimizer: is set from optim"),
     ("deepspeed.bf16.enabled=true", ConfigError, "deepspeed.bf16: is set from run.dtype"),
+    ("deepspeed.wall_clock_brakedown=true", ConfigError, "deepspeed.wall_clock_brakedown: DeepSpeed 0.19 has no such key; did you mean wall_clock_breakdown?"),
+    ("deepspeed.zero_optimization.reduce_bucket_sizes=5", ConfigError, "deepspeed.zero_optimization.reduce_bucket_sizes: DeepSpeed 0.19 has no such key; did you mean reduce_bucket_size?"),
+    ("deepspeed.zero_optimization.reduce_bucket_size=5e8", ConfigError, "deepspeed.zero_optimization.reduce_bucket_size: '5e8' must be a whole number of at least 1"),
+    ("deepspeed.zero_optimization.reduce_bucket_size=0", ConfigError, "deepspeed.zero_optimization.reduce_bucket_size: 0 must be a whole number"),
+    ("deepspeed.zero_optimization.overlap_comm=3", ConfigError, "deepspeed.zero_optimization.overlap_comm: 3 must be true or false"),
+    ("model.rope_theta=0", ConfigError, "model.rope_theta: 0.0 must be above 0"),
+    ("model.rms_norm_eps=-1e-6", ConfigError, "model.rms_norm_eps: -1e-06 must be above 0"),
+    ("model.num_layers=3000", ConfigError, "model.num_layers: 3000 must be at most 512"),
+    ("model.num_layers=100000", ConfigError, "model.num_layers: 100000 must be at most 512"),
+    ("model.num_layers=256 parallel.pp=256", PlanError, "depth.pattern: too large to plan, 2796160 edges over 255 boundaries"),
+    ("parallel.tp=4 parallel.dp=1000000", LayoutError, "parallel: 4000000 ranks; at most 1000000"),
+    ("optim.lr=.inf", ConfigError, "optim.lr: inf must be a finite number"),
+    ("optim.lr=1e999", ConfigError, "optim.lr: inf must be a finite number"),
+    ("optim.min_lr_ratio=1.5", ConfigError, "optim.min_lr_ratio: 1.5 must be at most 1"),
+    ("optim.betas=[-0.1,0.9]", ConfigError, "optim.betas: -0.1 must be at least 0"),
+    ("optim.eps=.inf", ConfigError, "optim.eps: inf must be at most 1"),
+    ("run.timeout_seconds=.inf", ConfigError, "run.timeout_seconds: inf must be at most 2592000"),
+    ("run.timeout_seconds=.nan", ConfigError, "run.timeout_seconds: nan must be at least 1"),
+    ("run.seed=4294967296", ConfigError, "run.seed: 4294967296 must be at most 4294967295"),
+    ("parallel.pp=2 pipeline.boundary_cost=[.inf]", ConfigError, "pipeline.boundary_cost: inf must be at most 1000000000"),
+    ('data.valid=[{"path":"v","weight":.nan}]', ConfigError, "data.valid[0].weight: nan must be above 0"),
+    ('run.dir="a\\0b"', ConfigError, "run.dir: 'a\\x00b' holds the control character"),
+    (f"run.dir={'x' * 100_000}", ConfigError, "run.dir: 'xxx"),
+    (f"run.dir={'x' * 1000}", ConfigError, "run.dir: 'xxx"),  # which the file system refuses
+    ("depth.pattern=first:²", PlanError, "depth.pattern: 'first:²' needs a whole number"),
+    ("depth.pattern=edges:/dev/null/x", PlanError, "depth.pattern: edges file /dev/null/x: Not a directory"),
+    ("depth.switch_at={'5':'middle'}", PlanError, "depth.switch_at.5: 'middle' is not a pattern"),
+    ("depth.switch_at={'5':'first:0'}", PlanError, "depth.switch_at.5: 'first:0' needs a whole number"),
+    ("depth.switch_at={'5':{'8':[0]}}", PlanError, "depth.switch_at.5: reader 8 is outside the 8 layers"),
+    ("depth.switch_at={'5':'top_p:1.5'}", PlanError, "depth.switch_at.5: top_p:1.5 needs a share above 0 and at most 1"),
+    ("depth.switch_at={'5':'top_p:nan'}", PlanError, "depth.switch_at.5: top_p:nan needs a share"),
+    ("depth.switch_at={'5':'budget:much'}", PlanError, "depth.switch_at.5: budget:much needs bytes"),
+    ("depth.switch_at={'5':'edges:nothing.yaml'}", PlanError, "depth.switch_at.5: edges file nothing.yaml: No such file"),
+    ("depth.pattern=first:1 depth.switch_at={'5':'first:2'}", PlanError, "depth.switch_at.5: 'first:2' has 5 edges that the pattern before it lacks"),
+    ("depth.pattern=first:1 depth.switch_at={'5':'top_p:0.9','6':'first:2'}", PlanError, "depth.switch_at.6: 'first:2' has 5 edges"),
+    ("parallel.pp=2 depth.switch_at={'5':'block:3'}", PlanError, "depth.switch_at.5: the block of layers 3 to 5 spans a stage boundary"),
+    ("depth.switch_at={'100':'first:2'}", ConfigError, "depth.switch_at: 100 must be a number of updates below run.steps=100"),
 ]  # fmt: skip
 
 
@@ -257,6 +297,59 @@ ALLOWED = (
 @pytest.mark.parametrize("overrides", ALLOWED)
 def test_what_can_run_is_not_refused(overrides: str) -> None:
     check_config(make_config(*overrides.split()))
+
+
+def test_every_number_has_a_range() -> None:
+    def is_number(hint: Any) -> bool:
+        return get_origin(hint) is not dict and bool({int, float, list[int], list[float]} & {hint, *get_args(hint)})
+
+    sections = {item.name: get_type_hints(Config)[item.name] for item in fields(Config) if item.name != "deepspeed"}
+    keys = {
+        f"{name}.{key}"
+        for name, cls in sections.items()
+        for key, hint in get_type_hints(cls).items()
+        if is_number(hint)
+    }
+    assert keys | {"data.train.weight", "data.valid.weight"} == set(RANGES)
+
+
+@pytest.mark.parametrize("key", sorted(RANGES))
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "-1", "9223372036854775807", "1e308"])
+def test_no_number_is_taken_that_makes_no_sense(key: str, text: str) -> None:
+    if key in ("optim.lr", "optim.router_lr", "optim.weight_decay", "optim.max_grad_norm") and text[0] in "91":
+        return  # large, but finite
+    key, value = (
+        (key.removesuffix(".weight"), f"[{{path: a, weight: {text}}}]") if key.endswith("weight") else (key, text)
+    )
+    value = f"[{text}]" if key in ("optim.betas", "pipeline.boundary_cost", "pipeline.partition") else value
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}"):
+        check_config(make_config(f"{key}={value}"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr", "run.dir", "model.num_layers", "depth.pattern", "depth.router", "deepspeed", "x", "deepspeed.y"],
+)
+@pytest.mark.parametrize("value", ["z" * 100_000, "[" + "1, " * 10_000 + "1]", "{" + "a" * 1000 + ": 1}"])
+def test_a_long_value_is_shown_short(override: str, value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ready_config(make_config(f"{override}={value}"))
+    assert str(error.value).startswith(override) and len(str(error.value)) <= 300
+
+
+def test_warm_up_beyond_the_run_is_warned_of() -> None:
+    assert find_warnings(make_config("run.steps=100", "optim.warmup_steps=99")) == []
+    assert find_warnings(make_config("run.steps=100", "optim.warmup_steps=100")) == [
+        "optim.warmup_steps: 100 is not below run.steps=100: the whole run is warm-up; lower it"
+    ]
+
+
+def test_a_file_and_its_line_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("run:\n  steps: 3\n  steps: 4\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value) == f"config {path}: line 3: the key 'steps' stands twice in its section; remove one of them"
 
 
 # ---- replicas

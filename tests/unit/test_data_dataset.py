@@ -223,9 +223,22 @@ def test_a_split_that_is_no_range_is_refused(prefix: str, split: tuple[float, fl
         samples_of(prefix, split=split)
 
 
-@pytest.mark.parametrize("options", [{"seq_length": NUM_TOKENS}, {"split": (0.999, 1.0)}, {"split": (0.0, 0.01)}])
-def test_too_little_text_for_one_sample_is_named(prefix: str, options: dict[str, object]) -> None:
-    with pytest.raises(DataError, match=r"^data\.train: .* one sample needs \d+; lower data\.seq_length or add text$"):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seq_length": NUM_TOKENS}, r"^data\.train: .* one sample needs \d+; lower data\.seq_length or add text$"),
+        (
+            {"split": (0.999, 1.0)},
+            r"^data\.valid_fraction: leaves 0 of 100 documents of .* for validation, 0 tokens, one sample needs 9; raise it,",
+        ),
+        (
+            {"split": (0.0, 0.01)},
+            r"^data\.valid_fraction: leaves 1 of 100 documents .* for training, 1 tokens, .*; lower it",
+        ),
+    ],
+)
+def test_too_little_text_for_one_sample_is_named(prefix: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(DataError, match=said):
         samples_of(prefix, **options)
 
 
@@ -241,16 +254,23 @@ def test_files_cut_short_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(prefix: str) -> None:
-    with pytest.raises(DataError, match="has a vocabulary of 60000, the model 512"):
+    with pytest.raises(DataError, match="was tokenized to 60000 ids, model.vocab_size is 512"):
         samples_of(prefix, vocab_size=512)
     assert samples_of(prefix, vocab_size=60_000).sample(0).max() < 60_000
 
 
-def test_a_token_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    prefix = write_documents(tmp_path / "t", [range(100)])
+@pytest.mark.parametrize("token_id", [-1, -(2**31), 99, 2**31 - 1])
+def test_a_token_id_outside_the_vocabulary_is_refused(tmp_path: Path, token_id: int) -> None:
+    prefix = write_documents(tmp_path / "t", [range(99)], vocab_size=100_000)
     (tmp_path / "t.meta.json").unlink()
-    samples = samples_of(prefix, vocab_size=99, seq_length=99)
-    with pytest.raises(DataError, match="has the token id 99, the model a vocabulary of 99"):
+    assert samples_of(prefix, vocab_size=99, seq_length=98).sample(0).max() == 98
+    tokens = np.memmap(tmp_path / "t.bin", dtype=np.int32, mode="r+")
+    tokens[7] = token_id
+    tokens.flush()
+    samples = samples_of(prefix, vocab_size=99, seq_length=98)
+    with pytest.raises(
+        DataError, match=rf"^data\.train: .* has the token id {token_id}, the model a vocabulary of 99; tok"
+    ):
         samples.sample(0)
 
 

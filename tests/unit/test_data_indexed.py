@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lime_dist.data.indexed import IndexedWriter, check_files, open_tokens, read_document_bounds
+from lime_dist.data.checksums import RULE
+from lime_dist.data.indexed import IndexedWriter, check_files, open_tokens
 from lime_dist.errors import DataError
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -32,7 +33,7 @@ def test_facts_of_whole_files(prefix: str) -> None:
     assert (files.num_documents, files.num_sequences, files.num_tokens, files.vocab_size) == (3, 3, NUM_TOKENS, 10)
     assert files.dtype == np.uint16
     assert open_tokens(files).tolist() == sum(DOCUMENTS, [])
-    assert read_document_bounds(files).tolist() == [0, 3, 5, NUM_TOKENS]
+    assert files.document_bounds.tolist() == [0, 3, 5, NUM_TOKENS]
 
 
 def test_megatron_reads_the_same(prefix: str) -> None:
@@ -92,7 +93,7 @@ def test_a_file_too_long_or_missing_is_named(prefix: str, suffix: str) -> None:
         (9, struct.pack("<Q", 2), "has version 2"),
         (17, b"\x07", "dtype code 7"),
         (17, b"\x63", "dtype code 99"),
-        (17, b"\x04", r"t\.bin has 18 bytes, its \.idx says \d+"),
+        (17, b"\x04", "contradicts itself"),
         (-8, struct.pack("<q", 2), "contradicts itself"),
     ],
 )
@@ -103,16 +104,60 @@ def test_another_header_is_refused(prefix: str, at: int, data: bytes, said: str)
         check_files(prefix)
 
 
-@pytest.mark.parametrize(("at", "data"), [(34, struct.pack("<i", 4)), (-16, struct.pack("<q", 0)), (-32, b"\1")])
-def test_an_index_that_does_not_cover_the_tokens_is_refused(prefix: str, at: int, data: bytes) -> None:
-    path = Path(f"{prefix}.idx")
-    rewrite(path, at=at % path.stat().st_size, data=data)
-    with pytest.raises(DataError, match=r"^data\.train: .*t\.idx contradicts itself; run"):
-        read_document_bounds(check_files(prefix))
+LENGTHS_AT, POINTERS_AT, BOUNDS_AT = 34, 34 + 3 * 4, 34 + 3 * 12
 
 
 @pytest.mark.parametrize(
-    ("meta", "said"), [("{", "does not state"), ('{"vocab_size": 1}', "does not state"), (None, "is of 8 tokens")]
+    ("at", "data"),
+    [
+        (LENGTHS_AT, struct.pack("<i", 4)),
+        (LENGTHS_AT, struct.pack("<2i", 2, 3)),
+        (LENGTHS_AT, struct.pack("<i", -1)),
+        (POINTERS_AT, b"\2"),
+        (POINTERS_AT + 8, struct.pack("<q", 4)),
+        (BOUNDS_AT, b"\1"),
+        (BOUNDS_AT + 8, struct.pack("<q", 0)),
+        (BOUNDS_AT + 8, struct.pack("<q", 2)),
+        (BOUNDS_AT + 8, struct.pack("<2q", 2**63 - 1, -(2**63))),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused_without_checksums(prefix: str, at: int, data: bytes) -> None:
+    Path(f"{prefix}.meta.json").unlink()
+    rewrite(Path(f"{prefix}.idx"), at=at, data=data)
+    with pytest.raises(DataError, match=r"^data\.train: .*t\.idx contradicts itself; run"):
+        check_files(prefix)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_file_of_other_text_of_the_same_size_is_refused(prefix: str, suffix: str) -> None:
+    path = Path(f"{prefix}.{suffix}")
+    same_size = path.read_bytes()
+    with IndexedWriter(Path(prefix), vocab_size=10, overwrite=True) as writer:
+        for tokens in [[1, 2], [3, 4, 5], [6, 7, 8, 9]]:
+            writer.add_document(np.array(tokens) % 9)
+        writer.commit({"vocab_size": 10, "tokens": NUM_TOKENS})
+    check_files(prefix)
+    path.write_bytes(same_size)
+    with pytest.raises(
+        DataError, match=rf"^data\.valid: .*t\.{suffix} is not as it was written .*t\.meta\.json differs"
+    ):
+        check_files(prefix, key="data.valid")
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ("{", "does not state"),
+        ("[" * 100_000, "does not state"),
+        (" " * (1 << 20) + "{}", "not a meta file"),
+        ("[]", "does not state"),
+        ('{"vocab_size": 1}', "does not state"),
+        ('{"vocab_size": 1e999, "tokens": 9}', "does not state"),
+        ('{"vocab_size": true, "tokens": 9}', "does not state"),
+        ('{"vocab_size": 10, "tokens": 9, "tokenizer_sha256": 1}', "no usable tokenizer_sha256"),
+        (f'{{"vocab_size": 10, "tokens": 9, "{RULE}": {{"bin": "0"}}}}', "no usable tokenizer_sha256 or sha256_of"),
+        (None, "is of 8 tokens"),
+    ],
 )
 def test_a_meta_file_of_other_tokens_is_refused(prefix: str, meta: str | None, said: str) -> None:
     Path(f"{prefix}.meta.json").write_text(meta or json.dumps({"vocab_size": 10, "tokens": 8}))

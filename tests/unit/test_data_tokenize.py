@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lime_dist.data import documents
+from lime_dist.data.checksums import RULE, block_digest
 from lime_dist.data.documents import DEFAULT_FORMAT
-from lime_dist.data.indexed import check_files, open_tokens, read_document_bounds
+from lime_dist.data.indexed import check_files, open_tokens
 from lime_dist.data.tokenize import Encoder, tokenize_files
 from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from lime_dist.errors import DataError
@@ -38,7 +39,7 @@ def tokenize(folder: Path, prefix: Path, **options: object) -> None:
 
 def stored_documents(prefix: Path) -> list[np.ndarray]:
     files = check_files(str(prefix))
-    return np.split(open_tokens(files), read_document_bounds(files)[1:-1])
+    return np.split(open_tokens(files), files.document_bounds[1:-1])
 
 
 def test_every_document_comes_back_in_order(folder: Path, tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_meta_file(folder: Path, tmp_path: Path) -> None:
         "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest(),
         "documents": 57,
         "tokens": check_files(str(tmp_path / "t")).num_tokens,
+        RULE: {suffix: block_digest(tmp_path / f"t.{suffix}") for suffix in ("bin", "idx")},
     }
 
 

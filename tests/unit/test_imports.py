@@ -11,11 +11,11 @@ import lime_dist
 ROOT = Path(lime_dist.__file__).parent
 # A name stands for the module or all of the package. What is not listed may import all of these; none of these may import it.
 ORDER = (
-    "errors", "ending", "stopping", "ownership", "cluster.nodelist", "data", "launcher", "local", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config",
-    "pipeline.bundle", "lime", "optim", "pipeline.transport", "pipeline.executor", "backends", "watch.pulse", "rank", "testing",
+    "errors", "ending", "stopping", "ownership", "cluster.nodelist", "data", "launcher", "network", "wire", "local", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config",
+    "pipeline.bundle", "lime", "optim", "pipeline.transport", "pipeline.executor", "backends", "watch.pulse", "rendezvous", "rank", "testing",
 )  # fmt: skip
 TORCH_FREE = (
-    "errors", "ending", "stopping", "ownership", "cluster", "launcher", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config", "pipeline.bundle",
+    "errors", "ending", "stopping", "ownership", "cluster", "launcher", "network", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config", "pipeline.bundle",
     "lime.parameters", "watch.pulse", "watch.heartbeat", "watch.silence", "formats", "records",
 )  # fmt: skip
 

@@ -1,35 +1,57 @@
-"""Forked ranks: results by rank, the rank that fails by name, and nothing left behind."""
+"""Local ranks, forked and in fresh interpreters: results by rank, the rank that fails by name, and nothing left behind."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from rank_work import (
+    answer_signal,
+    environment,
+    fail,
+    pid_and_flag,
+    place_and_sum,
+    report_pid_and_wait,
+    sleep_unless,
+)
 
+from lime_dist.config import Config, ModelConfig, RunConfig
 from lime_dist.errors import DataError
 from lime_dist.launcher import find_place
 from lime_dist.local import RankFailed, run_local
+from lime_dist.ownership import RunTaken
+from lime_dist.preflight.devices import needs_fresh_interpreters
+from lime_dist.stopping import STOP_SIGNALS
+
+both_ways = pytest.mark.parametrize("fresh", [False, True], ids=["fork", "fresh"])
 
 
-def test_results_come_by_rank() -> None:
-    def work(base: int) -> tuple[int, int, int]:
-        place = find_place()
-        time.sleep(0.02 * (3 - place.rank))  # the first rank ends last
-        return base + place.rank, place.local_rank, place.world_size
-
-    assert run_local(work, 3, 10) == [(10, 0, 3), (11, 1, 3), (12, 2, 3)]
+@both_ways
+def test_results_come_by_rank(fresh: bool) -> None:
+    assert run_local(place_and_sum, 3, 10, fresh=fresh) == [(10, 0, 3), (11, 1, 3), (12, 2, 3)]
     assert find_place({key: value for key, value in os.environ.items() if "SLURM" not in key}) is None
 
 
-def test_ranks_share_a_meeting_place_and_leave_a_core_to_each() -> None:
-    facts = run_local(lambda: (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], torch.get_num_threads()), 4)
-    assert len(set(facts)) == 1
-    assert facts[0][0] == "127.0.0.1" and facts[0][2] <= max(1, (os.cpu_count() or 1) // 4)
+@both_ways
+def test_ranks_share_a_meeting_place_that_only_this_machine_reaches(fresh: bool) -> None:
+    first, second = run_local(environment, 2, fresh=fresh)
+    assert first == second and first["MASTER_PORT"].isdigit()
+    assert first["MASTER_ADDR"] == "127.0.0.1"
+
+
+@both_ways
+def test_each_rank_has_its_share_of_the_cores(fresh: bool) -> None:
+    for threads in run_local(torch.get_num_threads, 4, fresh=fresh):
+        assert threads <= max(1, (os.cpu_count() or 1) // 4)
 
 
 def test_tensors_travel_whole_and_large_ones_too() -> None:
@@ -37,68 +59,130 @@ def test_tensors_travel_whole_and_large_ones_too() -> None:
     assert [tensor.unique().tolist() for tensor in tensors] == [[0.0], [1.0]]
 
 
-def fail(rank: int, how: str) -> None:
-    if find_place().rank != rank:
-        time.sleep(60)
-    if how == "raise":
-        raise KeyError("lost")
-    if how == "refuse":
-        raise DataError("data.train: no such file")
-    if how == "exit":
-        os._exit(7)
-    if how == "interrupt":
-        raise SystemExit(3)
-    os.kill(os.getpid(), getattr(signal, how))
+def total(tensor: torch.Tensor) -> tuple[float, torch.Tensor]:
+    return float(tensor.sum()), tensor + find_place().rank
+
+
+def test_tensors_travel_to_fresh_interpreters_and_back() -> None:
+    for rank, (value, tensor) in enumerate(run_local(total, 2, torch.full((1000, 1000), 2.0), fresh=True)):
+        assert value == 2e6 and torch.equal(tensor, torch.full((1000, 1000), 2.0 + rank))
 
 
 FAILURES = [
     ("raise", "rank 1 failed: KeyError: 'lost'"),
     ("exit", "rank 1 failed: exit code 7"),
     ("interrupt", "rank 1 failed: SystemExit: 3"),
+    ("unsendable", "rank 1 failed: TypeError: set cannot be sent to another process"),
+    ("within a result", "rank 1 failed: killed by SIGKILL"),
     ("SIGKILL", "rank 1 failed: killed by SIGKILL"),
     ("SIGTERM", "rank 1 failed: killed by SIGTERM"),
 ]
 
 
+@both_ways
 @pytest.mark.parametrize(("how", "message"), FAILURES)
-def test_the_rank_that_fails_is_named_and_the_others_are_stopped(how: str, message: str) -> None:
+def test_the_rank_that_fails_is_named_and_the_others_are_stopped(how: str, message: str, fresh: bool) -> None:
     start = time.monotonic()
     with pytest.raises(RankFailed) as failure:
-        run_local(fail, 3, 1, how)
+        run_local(fail, 3, 1, how, fresh=fresh)
     assert str(failure.value) == message and failure.value.rank == 1
     assert ("in fail" in failure.value.detail) == (how in ("raise", "interrupt")), "where it was raised"
     assert time.monotonic() - start < 10
 
 
-def test_the_caller_says_what_a_rank_is() -> None:
+@both_ways
+def test_a_rank_that_leaves_because_of_another_names_it(fresh: bool) -> None:
+    with pytest.raises(RankFailed, match=r"^rank 2 failed: silent for 8 s$"):
+        run_local(fail, 3, 1, "blame", fresh=fresh)
+
+
+@both_ways
+def test_the_caller_says_what_a_rank_is(fresh: bool) -> None:
     with pytest.raises(RankFailed, match=r"^rank 1 \(stage 7\) failed: KeyError"):
-        run_local(fail, 2, 1, "raise", describe=lambda rank: f"stage {rank + 6}")
+        run_local(fail, 2, 1, "raise", describe=lambda rank: f"stage {rank + 6}", fresh=fresh)
 
 
-def test_a_users_error_stays_what_it_is() -> None:
+@both_ways
+def test_a_users_error_stays_what_it_is(fresh: bool) -> None:
     with pytest.raises(DataError, match="^data.train: no such file$"):
-        run_local(fail, 2, 0, "refuse")
+        run_local(fail, 2, 0, "refuse", fresh=fresh)
+    with pytest.raises(RunTaken, match="^run.dir: taken over$"):
+        run_local(fail, 2, 0, "taken", fresh=fresh)
 
 
-def test_a_run_that_is_too_long_names_who_still_runs() -> None:
-    with pytest.raises(RankFailed, match="no end after 0:00:01; still running: rank 0, 2"):
-        run_local(lambda: time.sleep(60 * (find_place().rank != 1)), 3, timeout=timedelta(seconds=1))
+@both_ways
+def test_a_run_that_is_too_long_names_who_still_runs(fresh: bool) -> None:
+    with pytest.raises(RankFailed, match="no end after 0:00:03; still running: rank 0, 2"):
+        run_local(sleep_unless, 3, 1, timeout=timedelta(seconds=3), fresh=fresh)
 
 
+@both_ways
 @pytest.mark.parametrize("deaf", [False, True])
-def test_no_rank_outlives_the_call(tmp_path: Path, deaf: bool) -> None:
-    def work() -> None:
-        if deaf:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        (tmp_path / str(os.getpid())).touch()
-        while find_place().rank == 0 and len(list(tmp_path.iterdir())) < 2:
-            time.sleep(0.01)
-        if find_place().rank == 0:
-            raise ValueError
-        time.sleep(60)
-
+def test_no_rank_outlives_the_call(tmp_path: Path, deaf: bool, fresh: bool) -> None:
     with pytest.raises(RankFailed):
-        run_local(work, 2)
-    for path in tmp_path.iterdir():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(path.name), 0)
+        run_local(report_pid_and_wait, 2, tmp_path, deaf, fresh=fresh)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2 and not any(map(psutil.pid_exists, pids))
+
+
+@both_ways
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signals_that_ask_to_stop_are_passed_on(number: signal.Signals, tmp_path: Path, fresh: bool) -> None:
+    def ask() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert run_local(answer_signal, 2, tmp_path, fresh=fresh) == [number.name] * 2
+    asking.join()
+
+
+CALLER = """
+import sys
+from pathlib import Path
+from lime_dist.local import run_local
+from rank_work import answer_signal
+run_local(answer_signal, 2, Path(sys.argv[1]), fresh=sys.argv[2] == "True")
+"""
+
+
+@both_ways
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_rank_outlives_the_caller(number: signal.Signals, tmp_path: Path, fresh: bool) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", CALLER, str(tmp_path), str(fresh)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as caller:
+        while len(list(tmp_path.iterdir())) < 2:
+            assert caller.poll() is None
+            time.sleep(0.01)
+        ranks = [psutil.Process(int(path.name)) for path in tmp_path.iterdir()]
+        assert all(rank.ppid() == caller.pid for rank in ranks)
+        caller.send_signal(number)
+        caller.wait(10)
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+# ---- fresh interpreters
+
+
+def test_a_fresh_interpreter_is_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark stands for what a process keeps of CUDA, and its forks with it."""
+    monkeypatch.setattr(sys, "marked", True, raising=False)
+    assert [marked for _, marked in run_local(pid_and_flag, 2)] == [True, True]
+    assert [marked for _, marked in run_local(pid_and_flag, 2, fresh=True)] == [False, False]
+
+
+def test_a_fresh_interpreter_calls_functions_of_modules_only() -> None:
+    with pytest.raises(ValueError, match="another process finds only what stands in a module"):
+        run_local(lambda: None, 2, fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "needed"),
+    [("cpu", 0, False), ("cpu", 8, False), ("auto", 0, False), ("auto", 8, True), ("cuda", 8, True), ("cuda", 0, True)],
+)
+def test_ranks_that_may_use_cuda_need_fresh_interpreters(device: str, num_gpus: int, needed: bool) -> None:
+    model = ModelConfig(num_layers=1, hidden_size=8, intermediate_size=8, num_heads=1, vocab_size=8)
+    assert needs_fresh_interpreters(Config(model=model, run=RunConfig(device=device)), num_gpus) == needed

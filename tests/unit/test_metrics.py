@@ -74,8 +74,24 @@ def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     record(tmp_path, range(1, 11), loss=4.5, num_steps=310, log_every=10)
     said = [line for line in capsys.readouterr().out.splitlines() if "held-out" not in line]
     assert said == [
-        "step  10/310  loss 4.5000  grad 2.000  lr 5.00e-01  4.0k tokens/s  sent 0>1 1.5kB 1>2 2.0MB  left 1:15"
+        "step  10/310  loss 4.5000  grad 2.000  lr 5.00e-01  4.0k tok/s  sent 2.0MB, most 1>2 2.0MB  left 1:15"
     ]
+
+
+@pytest.mark.parametrize(("num_stages", "said"), ((1, ""), (2, "sent 12.3GB"), (64, "sent 777.8GB, most 61>62 12.3GB")))
+def test_progress_lines_fit_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_stages: int, said: str
+) -> None:
+    """The first step of a long and large run, whose numbers are wide."""
+    metrics = Metrics(tmp_path, first_step=0, num_steps=500_000, log_every=1)
+    boundary_bytes = [12_345_678_901 + (boundary == 61) for boundary in range(num_stages - 1)]
+    metrics.step(
+        step=1, loss=10.12345, grad_norm=9.876, lr=1e-3, tokens=4_000_000, step_seconds=4.01, boundary_bytes=boundary_bytes
+    )  # fmt: skip
+    metrics.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) <= 120
+    assert line.partition(" tok/s")[2] == (f"  {said}" if said else "") + "  left 556:56:36"
 
 
 def test_the_last_step_is_always_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lime_dist.layout import Layout
 from lime_dist.watch.heartbeat import Heartbeat, read_heartbeats, write_heartbeat, written_since
 from lime_dist.watch.pulse import Pulse
-from lime_dist.watch.silence import describe_silence, first_silent
+from lime_dist.watch.silence import describe_silence, find_cause, first_silent
 
 LAYOUT = Layout(pp=4, tp=2)
 NOW, STALE_AFTER = 10_000.0, 300.0
@@ -153,3 +153,118 @@ TOLD = [
 @pytest.mark.parametrize(("beat", "text"), TOLD)
 def test_what_is_told_of_a_silent_rank(beat: Heartbeat | None, text: str) -> None:
     assert describe_silence(LAYOUT, all_waiting(r3=beat), 3, NOW, STALE_AFTER) == text
+
+
+# ---- what lies between ranks that are all alive
+
+
+def passes(forward: int, backward: int, **more: object) -> dict[str, object]:
+    """A rank that awaits a pass unless `more` says otherwise; counts are of passes since the start."""
+    return {"passes": {"forward": forward, "backward": backward}, "done": 900 + forward + backward, **more}
+
+
+def awaiting(kind: str, microbatch: int) -> dict[str, object]:
+    return {"awaits": kind, "awaited_microbatch": microbatch}
+
+
+def stages(*values: dict[str, object]) -> list[Heartbeat | None]:
+    """One dict a stage of four; both of its tensor ranks are alike."""
+    return [heartbeat(rank, **values[rank // 2]) for rank in range(8)]
+
+
+def cause(heartbeats: list[Heartbeat | None], layout: Layout = LAYOUT) -> str:
+    return find_cause(layout, heartbeats, NOW, STALE_AFTER).text
+
+
+def test_a_forward_that_was_sent_and_has_not_come_names_the_boundary() -> None:
+    """1F1B of four stages: stage 2 has not got the third forward, so no backward comes either, and all ranks wait."""
+    beats = stages(
+        passes(104, 100, **awaiting("backward", 1)),
+        passes(103, 100, **awaiting("backward", 1)),
+        passes(102, 100, **awaiting("forward", 3)),
+        passes(102, 102, **awaiting("forward", 3)),
+    )
+    assert cause(beats) == (
+        "silent: between stage 1 on n1 and stage 2 on n2 (forward of microbatch 3, step 41, ranks 2 and 4); "
+        "sent, and it has not come"
+    )
+
+
+def test_a_backward_that_was_sent_and_has_not_come_names_the_boundary() -> None:
+    """The stage before has done more forwards than the one behind, as it always has, and that is no sign."""
+    beats = stages(
+        passes(104, 100, **awaiting("backward", 1)),
+        passes(103, 100, **awaiting("backward", 1)),
+        passes(102, 100, **awaiting("backward", 1)),
+        passes(102, 102, **awaiting("forward", 3)),
+    )
+    assert cause(beats).startswith(
+        "silent: between stage 2 on n2 and stage 3 on n3 (backward of microbatch 1, step 41, ranks 4 and 6)"
+    )
+
+
+def test_a_stage_that_computes_is_named_and_no_boundary() -> None:
+    beats = stages(
+        passes(104, 100, **awaiting("backward", 1)),
+        passes(102, 100, busy=True, phase="forward", microbatch=3, done=1001),
+        passes(102, 100, **awaiting("forward", 3)),
+        passes(102, 102, **awaiting("forward", 3)),
+    )
+    beats[3] = heartbeat(3, **passes(103, 100, **awaiting("backward", 1)))
+    beats[5] = heartbeat(5, **passes(102, 100))  # has its part, and waits for that of its neighbour
+    assert cause(beats) == (
+        "first silent: rank 2 (pp=1 dp=0 tp=0) on n1, stage 1, since step 41 forward microbatch 3; alive, and inside of it"
+    )
+
+
+def test_a_host_that_is_gone_is_named_though_a_bundle_was_sent_to_it() -> None:
+    beats = stages(
+        passes(104, 100, **awaiting("backward", 1)),
+        passes(103, 100, **awaiting("backward", 1)),
+        passes(102, 100, **awaiting("forward", 3), alive=NOW - 590),
+        passes(102, 102, **awaiting("forward", 3)),
+    )
+    assert cause(beats).startswith("first silent: rank 4 (pp=2 dp=0 tp=0) on n2, stage 2")
+    beats[4] = None
+    assert cause(beats) == "first silent: rank 4 (pp=2 dp=0 tp=0), stage 2, which never began"
+
+
+def test_tensor_ranks_that_wait_for_each_other_are_named_together() -> None:
+    inside = {"busy": True, "phase": "forward", "microbatch": 3}
+    beats = all_waiting(r2=heartbeat(2, done=890, **inside), r3=heartbeat(3, done=890, moved=NOW - 610, **inside))
+    assert cause(beats) == (
+        "silent: among the tensor ranks of stage 1 (2, 3) on n1, since step 41 forward microbatch 3; "
+        "all alive and inside of it: one of them hangs there, or a link between them is down"
+    )
+
+
+def test_no_clock_picks_one_of_ranks_that_are_level() -> None:
+    assert cause(all_waiting(r3=heartbeat(3, moved=NOW - 650))) == (
+        "silent: all ranks on n0, n1, n2, n3, since step 41 backward microbatch 2; "
+        "all alive and behind it: one of them hangs there, or a link between them is down"
+    )
+    replicas = Layout(pp=2, dp=2, tp=2)
+    beats = [replace(beat, coordinate=replicas.coordinate(beat.global_rank)) for beat in all_waiting() if beat]
+    behind = [replace(beat, done=899) if beat.coordinate.pp_rank == 1 else beat for beat in beats]
+    assert cause(behind, replicas).startswith("silent: among the ranks of stage 1 (4, 5, 6, 7) on n2, n3, since")
+    mixed = [replace(beat, done=899) if beat.global_rank in (1, 6) else beat for beat in beats]
+    assert cause(mixed, replicas).startswith("silent: among ranks 1, 6 on n0, n3, since")
+
+
+def test_who_has_left_behind_the_last_step_holds_up_nobody() -> None:
+    """The others have gone, one has not."""
+    left = [heartbeat(rank, phase="leave", microbatch=None, ended=rank != 5) for rank in range(8)]
+    assert cause(left).startswith("first silent: rank 5 (pp=2 dp=0 tp=1) on n2, stage 2, since step 41 leave; alive")
+
+
+def test_a_pulse_tells_what_its_rank_awaits_and_how_many_passes_are_done() -> None:
+    pulse, seen = Pulse(), []
+    pulse.begin_step(1)
+    forward = pulse.around("forward", lambda: None)
+    forward()
+    pulse.awaiting("forward", lambda: seen.append((pulse.last.awaits, pulse.last.awaited_microbatch, pulse.last.busy)))
+    assert seen == [("forward", 2, False)] and pulse.last.awaits is None
+    forward()
+    pulse.begin_step(2)
+    forward()
+    assert pulse.last.passes == {"forward": 3}

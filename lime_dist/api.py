@@ -1,0 +1,137 @@
+"""For notebooks and scripts: a config, its plan, and the whole model on one device, new or of any run's checkpoint.
+
+`import lime_dist` gives these names and loads torch when the first of them is used. Training is a command
+(`lime-dist train`), as it needs ranks. A mistake raises a `LimeDistError`, whose text names the key and the fix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config import load_config as read_config
+from lime_dist.errors import ConfigError
+from lime_dist.generate import (
+    Sampling,
+    checkpoint_folder,
+    continue_text,
+    load_tokenizer_of,
+    single_device,
+    whole_model,
+)
+from lime_dist.generate import load_model as load_checkpoint
+from lime_dist.lime.model import LimeStage, model_logits, model_loss
+from lime_dist.lime.weights import initialize
+from lime_dist.pipeline.table import plan_report, stage_table
+from lime_dist.resolve import ready_config, resolve_pattern
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file or nested mappings; `overrides` as on the command line, such as "parallel.pp=4".
+
+    Raises: ConfigError.
+    """
+    if isinstance(source, Mapping):
+        return check_config(parse_config(source, overrides))
+    return check_config(read_config(source, overrides))
+
+
+class Plan(dict[str, Any]):
+    """What `lime-dist plan --json` prints, by the same keys; as text, the table of stages and boundaries."""
+
+    def __init__(self, config: Config):
+        super().__init__(plan_report(config))
+        self._config = config
+
+    def __str__(self) -> str:
+        return stage_table(self._config)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What a notebook shows."""
+        printer.text(str(self))
+
+
+def plan(config: Config) -> Plan:
+    """What each stage would hold and what would cross each boundary; nothing is allocated.
+
+    Raises: ConfigError, PlanError, and CheckpointError where the run has a checkpoint that `config` does not fit.
+    """
+    return Plan(ready_config(config))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """The whole model on one device.
+
+    network: the torch module, with the usual parameters, gradients and state.
+    tokenizer: None where the config names no file that is there.
+    """
+
+    network: LimeStage
+    config: Config
+    tokenizer: SentencePieceProcessor | None
+
+    def logits(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """[batch, seq, vocab_size] of token ids [batch, seq]."""
+        return model_logits(self.network, self._on_device(tokens))
+
+    def loss(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Mean next-token cross entropy, in nats, of token ids [batch, seq + 1]."""
+        return model_loss(self.network, self._on_device(tokens))
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """The prompt with its continuation, as `lime-dist generate` prints it.
+
+        temperature 0: the likeliest token; top_k 0 and top_p 1: no limit. Raises: ConfigError.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("data.tokenizer: the model has none; give load_model(..., tokenizer=FILE)")
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return "".join(continue_text(self.network, self.tokenizer, prompt, sampling, max_new_tokens))
+
+    def _on_device(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        return torch.as_tensor(tokens, dtype=torch.long, device=self.network.device)
+
+
+def build_model(config: Config, *, device: str = "auto", tokenizer: str | Path | None = None) -> Model:
+    """The model with the initial weights of `run.seed`, which are those of a training under any layout.
+
+    device: auto, cpu or cuda. tokenizer: instead of data.tokenizer. Raises: LimeDistError.
+    """
+    config = resolve_pattern(check_config(config))
+    network = whole_model(config, single_device(device))
+    initialize(network, config.run.seed)
+    return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer))
+
+
+def load_model(path: str | Path, *, device: str = "auto", tokenizer: str | Path | None = None) -> Model:
+    """The model of a checkpoint, whatever layout wrote it: a step_N folder, or a run's folder for its newest.
+
+    device: auto, cpu or cuda. tokenizer: instead of the run's own. Raises: LimeDistError.
+    """
+    network, config = load_checkpoint(checkpoint_folder(Path(path)), single_device(device))
+    return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer))
+
+
+def _find_tokenizer(config: Config, given: str | Path | None) -> SentencePieceProcessor | None:
+    """A run's tokenizer may lie elsewhere by now, and logits need none; one that was given must be there."""
+    if given is not None:
+        return load_tokenizer_of(config, Path(given))
+    own = config.data.tokenizer
+    return load_tokenizer_of(config, Path(own)) if own is not None and Path(own).is_file() else None

@@ -1,0 +1,82 @@
+"""What `PREFIX.meta.json` says of a token file: its vocabulary, the tokenizer that made it and the files' checksums.
+
+Files made by Megatron's own tools have none, and those of earlier versions lack the checksums.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lime_dist.data.checksums import RULE, file_digest
+from lime_dist.errors import DataError
+
+_MAX_BYTES = 1 << 20
+_AGAIN = "run lime-dist data tokenize again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMeta:
+    """`checksums`: by "bin" and "idx". None: not known."""
+
+    vocab_size: int
+    num_tokens: int
+    tokenizer_sha256: str | None = None
+    checksums: Mapping[str, str] | None = None
+
+
+def find_meta(path: Path, *, key: str) -> TokenMeta | None:
+    """None where the file does not exist. Raises: DataError, which names `key`, for one that cannot be used."""
+    if not path.exists():
+        return None
+    values = _read_object(path, key)
+    vocab_size, num_tokens = values.get("vocab_size"), values.get("tokens")
+    if not (_is_count(vocab_size) and _is_count(num_tokens)):
+        raise DataError(f"{key}: {path} does not state vocab_size and tokens; {_AGAIN}")
+    tokenizer, checksums = values.get("tokenizer_sha256"), values.get(RULE)
+    if not isinstance(tokenizer, str | None) or not _are_checksums(checksums):
+        raise DataError(f"{key}: {path} has no usable tokenizer_sha256 or {RULE}; {_AGAIN}")
+    return TokenMeta(vocab_size=vocab_size, num_tokens=num_tokens, tokenizer_sha256=tokenizer, checksums=checksums)
+
+
+def require_tokenizer(tokenizer: Path, sha256: str | None, *, key: str, made: str) -> None:
+    """See that `tokenizer` is the file that a meta file's `tokenizer_sha256` is of; None says nothing.
+
+    `key` names the tokenizer and `made` what was made with it, for the message. Raises: DataError.
+    """
+    try:
+        found = file_digest(tokenizer)
+    except OSError as error:
+        raise DataError(f"{key}: {tokenizer} cannot be read ({error.strerror}); correct the path") from None
+    if sha256 is not None and found != sha256:
+        raise DataError(
+            f"{key}: {tokenizer} is not the tokenizer that made {made} (sha256 {found[:12]}, not {sha256[:12]}); "
+            f"name that one, or {_AGAIN} with this one"
+        )
+
+
+def _read_object(path: Path, key: str) -> dict[str, Any]:
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            raise DataError(f"{key}: {path} is not a meta file of lime-dist data tokenize; {_AGAIN}")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{key}: {path} cannot be read ({error.strerror}); change its permissions") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{key}: {path} does not state vocab_size and tokens in JSON; {_AGAIN}") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_checksums(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"bin", "idx"}
+        and all(isinstance(text, str) for text in value.values())
+    )

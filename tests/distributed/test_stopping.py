@@ -1,0 +1,193 @@
+"""Signals at any time: in start-up, in an evaluation, before the ranks have met. What was not done then is done by the next start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_watchdog import start, wait_until, write_endless_run
+
+from lime_dist.checkpoint.files import find_checkpoints
+from lime_dist.cli import main
+from lime_dist.data.dataset import PackedSource
+from lime_dist.ending import DONE, OUTCOME_VARIABLE, REQUEUE, read_outcome
+from lime_dist.local import free_port
+from lime_dist.records import read_records
+from lime_dist.watch.heartbeat import heartbeat_folder, read_heartbeats
+
+PATIENCE = 60  # seconds; a reaction takes a batch, and whatever a busy machine adds
+ENDLESS = "eval.batches=100000"
+LAYOUT = ("parallel.pp=2", "run.timeout_seconds=60", "eval.every=0", "checkpoint.every=0")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_endless_run(tmp_path)
+
+
+def held_out(config: Path) -> str:
+    return f"data.valid={config.parent / 'train'}"
+
+
+def is_evaluating(folder: Path) -> bool:
+    beat = read_heartbeats(folder, 1)[0]
+    return beat is not None and beat.phase == "forward"
+
+
+def evaluated(config: Path) -> list[int]:
+    return [record["step"] for record in read_records(config.parent / "run" / "metrics.jsonl") if "eval_loss" in record]
+
+
+def trained(config: Path) -> list[int]:
+    return [record["step"] for record in read_records(config.parent / "run" / "metrics.jsonl") if "loss" in record]
+
+
+def saved(config: Path) -> list[str]:
+    return [path.name for path in find_checkpoints(config.parent / "run" / "checkpoints")]
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(config: Path) -> None:
+    first = start(config, *LAYOUT, held_out(config), ENDLESS, "run.steps=2")
+    wait_until(lambda: is_evaluating(heartbeat_folder(config.parent / "run")), first)
+    first.terminate()
+    first.join(PATIENCE)
+    assert first.exitcode == REQUEUE
+    assert read_outcome(config.parent / "outcome") == (REQUEUE, "SIGTERM at step 0 of 2")
+    assert evaluated(config) == trained(config) == saved(config) == []
+
+    whole = ("train", str(config), *LAYOUT, held_out(config), "eval.batches=1")
+    assert main([*whole, "run.steps=2"]) == DONE
+    assert (evaluated(config), saved(config)) == ([0, 2], ["step_000002"])
+
+    (config.parent / "outcome").unlink()
+    last = start(config, *LAYOUT, held_out(config), ENDLESS, "run.steps=4")
+    wait_until(lambda: trained(config) == [1, 2, 3, 4], last)
+    last.terminate()
+    last.join(PATIENCE)
+    assert last.exitcode == REQUEUE, "all steps are done, their evaluation is not"
+    assert read_outcome(config.parent / "outcome") == (REQUEUE, "SIGTERM at step 4 of 4")
+    assert (evaluated(config), saved(config)) == ([0, 2], ["step_000002", "step_000004"])
+
+    for _ in range(2):  # once and no more
+        assert main([*whole, "run.steps=4"]) == DONE
+        assert (evaluated(config), trained(config)) == ([0, 2, 4], [1, 2, 3, 4])
+
+
+def test_a_signal_ends_the_eval_command(config: Path) -> None:
+    assert main(["train", str(config), *LAYOUT, "run.steps=1"]) == DONE
+    process = start(config, *LAYOUT, held_out(config), ENDLESS, command="eval")
+    wait_until(lambda: is_evaluating(heartbeat_folder(config.parent / "run") / "eval"), process)
+    process.terminate()
+    process.join(PATIENCE)
+    assert process.exitcode == REQUEUE
+    errors = (config.parent / "stderr").read_text()
+    assert errors.splitlines()[-1] == "lime-dist: SIGTERM: the evaluation was stopped; start it again"
+    assert "Traceback" not in errors
+
+
+def test_a_signal_while_data_is_opened_ends_the_start(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two token files each rank has opened one when all agree to leave."""
+    opened, sent, open_source = config.parent / "opened", config.parent / "sent", PackedSource.__init__
+
+    def slowly(source: PackedSource, *args: object, **more: object) -> None:
+        with opened.open("a") as file:
+            file.write("one\n")
+        while not sent.exists():
+            time.sleep(0.05)
+        open_source(source, *args, **more)
+
+    monkeypatch.setattr(PackedSource, "__init__", slowly)  # ranks are forked, so they have it
+    process = start(config, *LAYOUT, held_out(config))
+    wait_until(lambda: opened.exists() and len(opened.read_text().splitlines()) == 2, process)
+    process.terminate()
+    wait_until(lambda: (config.parent / "stderr").read_text().count("SIGTERM: stopping") == 2, process)
+    sent.touch()
+    process.join(PATIENCE)
+    assert process.exitcode == REQUEUE
+    assert read_outcome(config.parent / "outcome") == (REQUEUE, "SIGTERM before the first step")
+    assert len(opened.read_text().splitlines()) == 2
+    assert saved(config) == [] and "Traceback" not in (config.parent / "stderr").read_text()
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_rank_that_waits_for_the_others_to_come_leaves_at_once(command: str, config: Path) -> None:
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), OUTCOME_VARIABLE: str(config.parent / "outcome")}
+    line = [sys.executable, "-m", "lime_dist.cli", command, str(config), *LAYOUT, held_out(config)]
+    process = subprocess.Popen(line, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    folder = heartbeat_folder(config.parent / "run")
+    while not (folder if command == "train" else folder / "eval").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == REQUEUE and "Traceback" not in errors
+    assert read_outcome(config.parent / "outcome") == (REQUEUE, "SIGUSR1 before the ranks had met")
+
+
+def test_a_command_without_ranks_leaves_at_once(tmp_path: Path) -> None:
+    code = "import os\nfrom lime_dist.stopping import leaving_when_asked\nwith leaving_when_asked():\n    os.kill(os.getpid(), 15)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {OUTCOME_VARIABLE: str(tmp_path / "o")},
+    )
+    assert (result.returncode, result.stderr) == (REQUEUE, "SIGTERM: leaving before the ranks have met\n")
+    assert read_outcome(tmp_path / "o") == (REQUEUE, "SIGTERM before the ranks had met")
+
+
+# ---- what is left when the power goes
+
+
+class Disk:
+    """What a power cut would leave: what was flushed, under the names that were flushed with its folder."""
+
+    def __init__(self) -> None:
+        self._contents: dict[int, bytes] = {}  # by inode
+        self._names: dict[str, int] = {}
+
+    def flushed(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_dir():
+            self._names |= {entry.path: entry.inode() for entry in os.scandir(path)}
+        else:
+            self._contents[os.fstat(descriptor).st_ino] = path.read_bytes()
+
+    def left(self, path: Path) -> bytes:
+        return self._contents.get(self._names.get(str(path), -1), b"")
+
+
+def test_a_checkpoint_is_never_whole_before_the_records_of_its_steps(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, fsync, rename = Disk(), os.fsync, os.rename
+    run = config.parent / "run"
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        disk.flushed(descriptor)
+
+    def cut(source: Path, target: Path) -> None:
+        """The moment from which on the checkpoint may be there."""
+        if target.name.startswith("step_"):
+            (config.parent / f"{target.name}.jsonl").write_bytes(disk.left(run / "metrics.jsonl"))
+            assert disk.left(target.with_name(source.name) / "meta.json"), "this test sees no flush"
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)  # ranks are forked, so they have it
+    monkeypatch.setattr(os, "rename", cut)
+    for last in (2, 4):  # the second start has replaced the file
+        assert main(["train", str(config), "checkpoint.every=1", f"run.steps={last}"]) == DONE
+    for step in (1, 2, 3, 4):
+        lines = (config.parent / f"step_{step:06d}.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert sorted(set(steps)) == list(range(1, step + 1)), (
+            "a power cut would leave a checkpoint without its records"
+        )
