@@ -13,7 +13,7 @@ history=$slurm_dir/history.tsv
 outcome='' # where the ranks of this start write how they ended
 began=''   # a file as old as this start
 restart=0  # starts before this one since the submission
-before_first_step='before its first step'
+no_step='no step begun'
 successor='' decision='' stop_requested='' term_cause='' step_pid='' clock_pid='' log_size=0
 log=$slurm_dir/logs/$SLURM_JOB_ID.out # what this script and srun say
 
@@ -40,9 +40,9 @@ earlier_starts() { # [PATTERN]: the newest checkpoint's step at each start since
     END { for (i = 0; i < n; i++) if (step[i] != "") print step[i] }' "$history"
 }
 
-lacks_progress() { # no new checkpoint in so many starts; one that was asked to stop before its first step says nothing
+lacks_progress() { # no new checkpoint in so many starts, but for those that were asked to stop before they could
   local counted
-  mapfile -t counted < <(earlier_starts "$before_first_step")
+  mapfile -t counted < <(earlier_starts "^75 .*$no_step")
   ((${#counted[@]} >= max_starts_without_progress)) &&
     ! printf '%s\n' "${counted[@]: -max_starts_without_progress}" | grep -qvx "$(newest_step)"
 }
@@ -157,11 +157,12 @@ conclude() { # CODE REASON: unless the ranks know better than srun and torchrun,
   local code=$1 reason=$2 told told_reason killed
   if [ -f "$outcome" ] && read -r told told_reason <"$outcome" && [[ $told =~ ^[0-9]+$ ]]; then
     code=$told reason=$told_reason
-  elif ((code == 75)) && ! has_stepped; then
-    reason="asked to stop $before_first_step"
+  elif ((code == 75)); then
+    reason="asked to stop"
   fi
   case $code in
-    0 | 2 | 75) ;;
+    0 | 2) ;;
+    75) has_stepped || reason+=", $no_step" ;;
     *) killed=$(killed_rank) && reason=${killed:+$killed; }$reason ;; # the ranks that are left know only that one has gone
   esac
   finish "$code" "$reason"
@@ -234,7 +235,7 @@ on_term() { # decides and records at once: SLURM kills this script in KillWait s
   end_clock
   term_cause=$(find_term_cause)
   say "TERM from SLURM: $term_cause"
-  has_stepped || when=" $before_first_step"
+  has_stepped || when=", $no_step"
   case $term_cause in
     cancelled) decision=cancelled && cancel_successor ;;
     "requeued by SLURM") decision=requeued ;;

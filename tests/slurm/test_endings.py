@@ -107,7 +107,7 @@ def test_limit_shortened_below_the_lead(run: Submission, finishes: Callable[...,
     send(checks, signal.SIGCONT)
     finishes(run)
     first, *later = run.events("end")
-    assert first.detail.endswith(" before its first step -> requeued") and first.step == 0
+    assert first.detail.endswith(", no step begun -> requeued") and first.step == 0
     assert all(event.detail.startswith(("75 SIGUSR1 at step ", "0 ")) for event in later), later
     starts = [event.step for event in run.events("start")]
     assert starts[:2] == [0, 0] and sorted(set(starts[1:])) == starts[1:]

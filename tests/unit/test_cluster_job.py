@@ -14,7 +14,7 @@ from lime_dist.cluster.schema import ClusterConfig
 
 CLUSTER = {"nodes": 2, "tasks_per_node": 2, "time": "01:00:00", "preflight": False, "stop_lead_seconds": 60}
 REQUEUE = ["requeue", "42"]
-CUT_OFF = "before its first step"
+CUT_OFF = "no step begun"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_decision(bash: Bash, mode: str, code: int) -> None:
     start, *queued, end = run.history()[1:]
     assert start == ["start", "0", "0", "n[1-2]"]
     assert queued == ([["successor", "0", "0", "43"]] if mode == "chain" else [])
-    reason = f"asked to stop {CUT_OFF}" if code == 75 else f"exit code {code}"
+    reason = f"asked to stop, {CUT_OFF}" if code == 75 else f"exit code {code}"
     assert end == ["end", "0", "0", f"{code} {reason} -> {decision}"]
     assert ended.called("scontrol", "requeue") == ([REQUEUE] if decision == "requeued" else [])
     assert ended.called("scancel") == ([["--state=PENDING", "43"]] if mode == "chain" and code == 2 else [])
@@ -46,7 +46,7 @@ def test_decision(bash: Bash, mode: str, code: int) -> None:
 
 def test_outcome_is_believed_rather_than_the_launcher(bash: Bash) -> None:
     run = make_run(bash)
-    ended = run.start(SRUN='echo "75 SIGUSR1 at step 7" >"$LIME_DIST_OUTCOME_FILE"; exit 137')
+    ended = run.start(SRUN='beat 7; echo "75 SIGUSR1 at step 7" >"$LIME_DIST_OUTCOME_FILE"; exit 137')
     assert ended.code == 75
     assert run.history()[-1][-1] == "75 SIGUSR1 at step 7 -> requeued"
     assert (run.submission.slurm_dir / "outcomes" / "42.0").read_text() == "75 SIGUSR1 at step 7\n"
@@ -223,7 +223,7 @@ def test_usr1_reaches_the_ranks(bash: Bash) -> None:
     process = bash.start(run.script, SRUN=f"trap 'exit 75' USR1; beat 1; touch ready; while :; do {NAP}; done")
     ended = bash.interrupt(process, signal.SIGUSR1, bash.folder / "ready")
     assert ended.code == 75, ended.text
-    assert run.history()[-1][-1] == "75 exit code 75 -> requeued"
+    assert run.history()[-1][-1] == "75 asked to stop -> requeued"
 
 
 def test_usr1_waits_until_all_ranks_listen(bash: Bash) -> None:
@@ -240,14 +240,14 @@ def test_usr1_in_preflight_ends_the_start_behind_it(bash: Bash) -> None:
     bash.add_client("srun", f"touch ready; for _ in {{1..20}}; do {NAP}; done; touch checked")
     ended = bash.interrupt(bash.start(run.script), signal.SIGUSR1, bash.folder / "ready")
     assert (bash.folder / "checked").exists() and len(ended.called("srun")) == 1
-    assert ended.code == 75 and run.history()[-1][-1] == f"75 asked to stop {CUT_OFF} -> requeued"
+    assert ended.code == 75 and run.history()[-1][-1] == f"75 asked to stop, {CUT_OFF} -> requeued"
 
 
 def test_starts_cut_off_are_no_lack_of_progress(bash: Bash) -> None:
     """They count as restarts only."""
     run = make_run(bash, max_starts_without_progress=2, max_restarts=5)
     for restart, detail in enumerate(
-        [f"75 asked to stop {CUT_OFF}", f"75 time limit {CUT_OFF}", "1 x", "75 time limit"]
+        [f"75 asked to stop, {CUT_OFF}", f"75 time limit, {CUT_OFF}", "1 x", "75 time limit"]
     ):
         assert run.start().called("srun"), detail
         lines = run.submission.history.read_text().splitlines()
@@ -319,7 +319,7 @@ def test_term(bash: Bash, job: str, mode: str, stepped: bool) -> None:
     bash.add_client("scontrol", f'case "$1 $2" in "show job") echo "JobId=42 {restarts}{job} "; touch told ;; esac')
     ended = bash.interrupt(bash.start(run.script), signal.SIGTERM, bash.folder / "ready")
     assert ended.code == 75, ended.text
-    assert run.history()[-1][-1] == f"75 {cause}{'' if stepped else f' {CUT_OFF}'} -> {decision}"
+    assert run.history()[-1][-1] == f"75 {cause}{'' if stepped else f', {CUT_OFF}'} -> {decision}"
     assert [line[0] for line in run.history()].count("end") == 1
     by_us = decision == "requeued" and cause != "requeued by SLURM"
     assert ended.called("scontrol", "requeue") == ([REQUEUE] if by_us else [])
