@@ -102,7 +102,7 @@ def test_limit_shortened_below_the_lead(run: Submission, finishes: Callable[...,
     run.submit(stop_lead_seconds=599, preflight=True, max_starts_without_progress=1)
     checks = run.cluster.wait_until(lambda: run.checks()[3:] and run.checks(), "preflight", job_id=run.job)
     send(checks, signal.SIGSTOP)
-    update_job(run, "TimeLimit=1")
+    update_job(run, "TimeLimit=2")  # minutes; a busy machine needs one to start the ranks
     run.cluster.wait_until(lambda: "asked to stop" in run.log, "asked to stop", job_id=run.job, timeout=90)
     send(checks, signal.SIGCONT)
     finishes(run)

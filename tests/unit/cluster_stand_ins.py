@@ -77,10 +77,15 @@ class Bash:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def finish(self, process: subprocess.Popen[str]) -> Ended:
-        text, _ = process.communicate(timeout=60)
+        try:
+            text, _ = process.communicate(timeout=60)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # what a test leaves behind would run for ever
+            raise
         calls = [call.split("\0")[:-1] for call in self._record.read_text().split("\n\0")]
         return Ended(process.returncode, text, [call for call in calls if call])
 
