@@ -11,8 +11,11 @@ set +o posix -uo pipefail
 slurm_dir=$run_dir/slurm
 history=$slurm_dir/history.tsv
 outcome='' # where the ranks of this start write how they ended
+began=''   # a file as old as this start
 restart=0  # starts before this one since the submission
-successor='' decision='' stop_requested='' term_cause='' step_pid=''
+no_step='no step begun'
+successor='' decision='' stop_requested='' term_cause='' step_pid='' clock_pid='' log_size=0
+log=$slurm_dir/logs/$SLURM_JOB_ID.out # what this script and srun say
 
 say() { printf '%s lime-dist: %s\n' "$(date -u +%FT%TZ)" "$*"; }
 
@@ -29,8 +32,23 @@ record() { # EVENT DETAIL: a line of the run's history
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$SLURM_JOB_ID" "$restart" "$1" "$(newest_step)" "${2//$'\t'/ }" >>"$history"
 }
 
-earlier_starts() { # the newest checkpoint's step at each start since the submission
-  awk -F '\t' '$4 == "submitted" { n = 0 } $4 == "start" { step[n++] = $5 } END { for (i = 0; i < n; i++) print step[i] }' "$history"
+earlier_starts() { # [PATTERN]: the newest checkpoint's step at each start since the submission, but for ends with PATTERN
+  awk -F '\t' -v left_out="${1:-^$}" '
+    $4 == "submitted" { n = 0 }
+    $4 == "start" { step[n] = $5; key[n++] = $2 "." $3 }
+    $4 == "end" { for (i = 0; i < n; i++) if (key[i] == $2 "." $3 && $6 ~ left_out) step[i] = "" }
+    END { for (i = 0; i < n; i++) if (step[i] != "") print step[i] }' "$history"
+}
+
+lacks_progress() { # no new checkpoint in so many starts, but for those that were asked to stop before they could
+  local counted
+  mapfile -t counted < <(earlier_starts "^75 .*$no_step")
+  ((${#counted[@]} >= max_starts_without_progress)) &&
+    ! printf '%s\n' "${counted[@]: -max_starts_without_progress}" | grep -qvx "$(newest_step)"
+}
+
+nap() { # SECONDS: without a process that would outlive this one
+  read -rt "$1" <> <(:) || :
 }
 
 await_submission() { # submit writes its line when sbatch has answered; this start may be quicker
@@ -122,6 +140,7 @@ start_again() { # sets decision
 
 finish() { # CODE REASON: decide and record, unless a signal has, and leave
   local code=$1 reason=$2
+  end_clock
   if [ -z "$decision" ]; then
     case $code in
       0) decision=finished ;;
@@ -135,11 +154,25 @@ finish() { # CODE REASON: decide and record, unless a signal has, and leave
 }
 
 conclude() { # CODE REASON: unless the ranks know better than srun and torchrun, which make other codes of theirs
-  local code=$1 reason=$2 told told_reason
+  local code=$1 reason=$2 told told_reason killed
   if [ -f "$outcome" ] && read -r told told_reason <"$outcome" && [[ $told =~ ^[0-9]+$ ]]; then
     code=$told reason=$told_reason
+  elif ((code == 75)); then
+    reason="asked to stop"
   fi
+  case $code in
+    0 | 2) ;;
+    75) has_stepped || reason+=", $no_step" ;;
+    *) killed=$(killed_rank) && reason=${killed:+$killed; }$reason ;; # the ranks that are left know only that one has gone
+  esac
   finish "$code" "$reason"
+}
+
+killed_rank() { # what srun said of the first task that ended by a signal, before it ended the others itself
+  local task='rank \2'
+  [ "$launcher" = srun ] || task=torchrun
+  tail -c "+$((log_size + 1))" "$log" 2>/dev/null | sed -nE "/^srun: ([^:]+: )*(Force )?Terminat(ing|ed) (StepId|job step)/q
+    /: Exited with exit code /d; s/^srun: error: ([^ :]+): tasks? ([0-9,-]+): (.*)/$task on \1: \3/p" | head -n 1
 }
 
 give_up() { # REASON: before anything was started
@@ -149,10 +182,33 @@ give_up() { # REASON: before anything was started
 
 # ---- signals ----
 
-on_usr1() { # the time limit is near
+on_usr1() { # from the clock below, or from whoever wants the run to stop
   say "asked to stop; the ranks save and leave"
   stop_requested=1
-  [ -z "$step_pid" ] || kill -USR1 "$step_pid" # srun hands it to the tasks
+  end_clock # a second signal would tell the ranks to leave at once
+  [ -z "$step_pid" ] || hand_on_stop "$step_pid"
+}
+
+hand_on_stop() { # PID: of srun, which hands it to the tasks; before they listen it would kill them
+  (
+    until ranks_listen; do
+      kill -0 "$1" 2>/dev/null || exit 0
+      nap 1
+    done
+    kill -USR1 "$1" 2>/dev/null
+  ) &
+}
+
+heartbeats() { # COMMAND...: the ranks' files of this start of which it is true
+  find "$run_dir/heartbeat" -name 'rank_*.json' -newer "$began" -exec "$@" {} \; -print 2>/dev/null
+}
+
+ranks_listen() { # a rank catches signals from before its first heartbeat on; preflight leaves none
+  (($(heartbeats true | wc -l) >= ranks_per_node * SLURM_NNODES))
+}
+
+has_stepped() { # some rank has begun a step in this start
+  [ -n "$(heartbeats grep -qE '"step": [1-9]')" ]
 }
 
 find_term_cause() {
@@ -174,24 +230,68 @@ find_term_cause() {
 }
 
 on_term() { # decides and records at once: SLURM kills this script in KillWait seconds, whether the ranks have left or not
+  local when=''
   trap '' TERM
+  end_clock
   term_cause=$(find_term_cause)
   say "TERM from SLURM: $term_cause"
+  has_stepped || when=", $no_step"
   case $term_cause in
     cancelled) decision=cancelled && cancel_successor ;;
     "requeued by SLURM") decision=requeued ;;
     *) start_again ;;
   esac
-  record end "75 $term_cause -> $decision"
+  record end "75 $term_cause$when -> $decision"
+}
+
+# ---- the clock ----
+
+watch_clock() { # asks this script to stop so long before the time limit that a step and a save fit
+  local now rest end='' seen='' wanted=$stop_lead most=0 measure_at=$time_limit
+  trap '' USR1
+  while :; do
+    now=$(date +%s)
+    end=$(end_time "${end:-$((now + time_limit))}")
+    if [ "$end" != "$seen" ]; then # the limit may be moved at any time; most of what is left is for training
+      seen=$end most=$(((end - now) / 3))
+    fi
+    rest=$((end - now - (wanted < most ? wanted : most)))
+    if ((rest <= measure_at)); then # the nearer the end, the more often
+      wanted=$(wanted_lead) rest=$((end - now - (wanted < most ? wanted : most))) measure_at=$((rest / 2))
+    fi
+    ((rest > 0)) || break
+    nap $((rest < 30 ? rest : 30)) # SLURM looks as seldom
+  done
+  say "$((end - now)) s are left to the time limit"
+  kill -USR1 $$
+}
+
+end_time() { # ELSE: of this job, in seconds since the epoch, as SLURM has it now
+  local end
+  end=$(SLURM_TIME_FORMAT=standard timeout 5 squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)
+  [[ $end =~ ^[0-9T:-]+$ ]] && date -d "$end" +%s 2>/dev/null || echo "$1"
+}
+
+wanted_lead() { # seconds, from the steps and saves that this run has measured
+  local lead
+  lead=$([ "$lead_is_measured" = yes ] && timeout 10 "${container[@]}" "$python" -m lime_dist.cluster.lead "$run_dir" 2>/dev/null)
+  [[ $lead =~ ^[0-9]+$ ]] || lead=$stop_lead # such as outside of the container that has lime_dist
+  echo "$lead"
+}
+
+end_clock() {
+  [ -z "$clock_pid" ] || kill "$clock_pid" 2>/dev/null
+  clock_pid=''
 }
 
 # ---- steps ----
 
 run_step() { # COMMAND...: signals reach it while it runs; returns its code
   [[ -z $stop_requested && -z $term_cause ]] || return 75
+  log_size=$(stat -c %s "$log" 2>/dev/null) || log_size=0
   env "${exports[@]}" "$@" &
   step_pid=$!
-  [ -z "$stop_requested" ] || kill -USR1 "$step_pid" # it came between the two lines above
+  [ -z "$stop_requested" ] || hand_on_stop "$step_pid" # it came between the two lines above
   while kill -0 "$step_pid" 2>/dev/null; do wait "$step_pid"; done # a trapped signal ends wait early
   wait "$step_pid"
   local code=$?
@@ -250,15 +350,15 @@ node_script='
 '
 
 train() {
-  local code log arguments=(train "$slurm_dir/config.yaml")
-  log=${slurm_dir//%/%%}/logs/$SLURM_JOB_ID.$restart # srun reads %t and the like in it
+  local code logs arguments=(train "$slurm_dir/config.yaml")
+  logs=${slurm_dir//%/%%}/logs/$SLURM_JOB_ID.$restart # srun reads %t and the like in it
   # A restart goes on from this run's checkpoints, whatever its first start began from.
   if ((restart > 0)) && [ "$(newest_step)" != "${steps[0]}" ]; then arguments+=(checkpoint.resume=auto); fi
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
   if [ "$launcher" = srun ]; then
-    run_step "${srun[@]}" --output="$log.rank_%3t.log" "${container[@]}" "$python" -m lime_dist.cli "${arguments[@]}"
+    run_step "${srun[@]}" --output="$logs.rank_%3t.log" "${container[@]}" "$python" -m lime_dist.cli "${arguments[@]}"
   else
-    run_step "${srun[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$log.node_%3n.log" \
+    run_step "${srun[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$logs.node_%3n.log" \
       ${cpus_per_task:+--cpus-per-task="$((cpus_per_task * ranks_per_node))"} \
       "${container[@]}" bash -c "$node_script" node "$python" "$ranks_per_node" "${arguments[@]}"
   fi
@@ -274,10 +374,7 @@ if [[ -z ${SLURM_RESTART_COUNT:-} && ${1:-} != successor ]]; then await_submissi
 mapfile -t steps < <(earlier_starts)
 restart=${#steps[@]}
 ((restart <= max_restarts)) || give_up "max_restarts=$max_restarts reached"
-if ((restart >= max_starts_without_progress)) &&
-  ! printf '%s\n' "${steps[@]:restart-max_starts_without_progress}" | grep -qvx "$(newest_step)"; then
-  give_up "no progress in $max_starts_without_progress starts"
-fi
+if lacks_progress; then give_up "no progress in $max_starts_without_progress starts"; fi
 if ! record start "$SLURM_JOB_NODELIST"; then # without it nothing bounds the restarts
   say "$history cannot be written; see whether the disk is full"
   exit 2
@@ -285,6 +382,8 @@ fi
 mkdir -p "$slurm_dir/logs" "$slurm_dir/outcomes"
 outcome=$slurm_dir/outcomes/$SLURM_JOB_ID.$restart
 export LIME_DIST_OUTCOME_FILE=$outcome
+began=$outcome.began
+: >"$began"
 if [[ $mode = chain ]] && ((restart < max_restarts)); then queue_successor; fi
 
 # Modules and setup are not written for `set -u`, and their variables must be global: hence no function.
@@ -307,5 +406,8 @@ export MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-${cpus_per_task:-1}}
 if [ -n "$cpus_per_task" ]; then export SRUN_CPUS_PER_TASK=$cpus_per_task; fi
 srun=(srun --export=ALL --kill-on-bad-exit=1 --wait=60 --distribution=block:block --open-mode=append "${srun_flags[@]}")
 describe
+watch_clock &
+clock_pid=$!
+disown
 if [ "$preflight" = yes ]; then check_hosts; fi
 train

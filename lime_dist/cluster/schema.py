@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from lime_dist.cluster.allowed import OWNED_FLAGS, may_export, may_pass
 from lime_dist.config.reading import apply_override, build_section, parse_bytes, read_yaml
 from lime_dist.errors import ConfigError
 
@@ -55,12 +56,14 @@ class ClusterConfig:
     gpu_memory: str | None = None  # of one GPU, such as 80GiB: larger runs are refused before they wait in the queue
     container: ContainerConfig | None = None
     modules: list[str] = field(default_factory=list)  # `module load` of each
-    # Lines of bash, run on the first node before anything else. Copied as they are: the only values that are run.
+    # Lines of bash, run on the first node before anything else, copied as they are. But for `python` and `container`, the
+    # only values that are run.
     setup: list[str] = field(default_factory=list)
-    sbatch_flags: list[str] = field(default_factory=list)  # further flags, --name or --name=value
+    # Further flags, --name or --name=value, and variables for the ranks, over the script's own: those of allowed.py.
+    sbatch_flags: list[str] = field(default_factory=list)
     srun_flags: list[str] = field(default_factory=list)
     environment: list[str] = field(default_factory=lambda: list(SHOWN_VARIABLES))  # printed into the log; no others
-    export: dict[str, str | int | float] = field(default_factory=dict)  # set for the ranks, over the script's own
+    export: dict[str, str | int | float] = field(default_factory=dict)
     python: str | None = None  # None: the interpreter that submits, or container.python
     launcher: str = "srun"  # srun: a task is a rank | torchrun: a task is a node's torchrun
     requeue: str = "requeue"  # requeue: the same job again | chain: a successor waits in the queue | never
@@ -106,7 +109,7 @@ def check_cluster(cluster: ClusterConfig) -> ClusterConfig:
     _check_names(cluster)
     for key, flags in (("sbatch_flags", cluster.sbatch_flags), ("srun_flags", cluster.srun_flags)):
         for flag in flags:
-            _check_flag(f"cluster.{key}", flag)
+            _check_flag(key, flag)
     _check_programs(cluster)
     return cluster
 
@@ -161,7 +164,6 @@ _AT_LEAST = {
     "nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "max_restarts": 0, "max_starts_without_progress": 1,
     "stop_lead_seconds": 1,
 }  # fmt: skip
-_LONGEST_LEAD = 65535  # sbatch takes no more for --signal
 
 
 def _check_numbers(cluster: ClusterConfig) -> None:
@@ -177,8 +179,8 @@ def _check_numbers(cluster: ClusterConfig) -> None:
     )
     lead = cluster.stop_lead_seconds or 0
     _require(
-        lead < min(cluster.time_seconds, _LONGEST_LEAD),
-        f"cluster.stop_lead_seconds: {lead} must be below cluster.time and {_LONGEST_LEAD} seconds; lower it",
+        lead < cluster.time_seconds,
+        f"cluster.stop_lead_seconds: {lead} must be below cluster.time; lower it",
     )
     _require(
         cluster.gpu_memory is None or bool(cluster.gpu_memory_bytes),
@@ -223,10 +225,6 @@ def _check_directives(cluster: ClusterConfig) -> None:
 
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# By these a value could run a program, or change what the script does.
-_OWN_VARIABLES = re.compile(
-    r"(LIME_DIST|SLURM|SRUN|SBATCH|LD|PYTHON|BASH).*|PATH|ENV|SHELLOPTS|PS4|PROMPT_COMMAND|POSIXLY_CORRECT"
-)
 
 
 def _check_names(cluster: ClusterConfig) -> None:
@@ -242,39 +240,24 @@ def _check_names(cluster: ClusterConfig) -> None:
             )
     for name in cluster.export:
         _require(
-            not _OWN_VARIABLES.fullmatch(name),
-            f"cluster.export: {name} is not yours to set; remove it, and write code under cluster.setup",
+            may_export(name),
+            f"cluster.export: {name} is not among the variables known to load and run nothing; "
+            "set it under cluster.setup, whose lines are bash",
         )
-
-
-# Flags that the keys own, with their keys; and those that run a program, which only `setup` may.
-_OWNED_FLAGS = {
-    "--nodes": "nodes", "--ntasks": "tasks_per_node", "--ntasks-per-node": "tasks_per_node", "--time": "time",
-    "--cpus-per-task": "cpus_per_task", "--mem": "memory", "--partition": "partition", "--account": "account",
-    "--qos": "qos", "--constraint": "constraint", "--reservation": "reservation", "--job-name": "job_name",
-    "--gres": "gpus_per_node and gpu_type", "--gpus-per-node": "gpus_per_node and gpu_type", "--requeue": "requeue",
-    "--no-requeue": "requeue", "--signal": "stop_lead_seconds", "--exclude": "exclude_file", "--export": "export",
-    "--container-image": "container", "--container-mounts": "container", "--container-workdir": "container",
-}  # fmt: skip
-_REFUSED_FLAGS = (
-    "--output", "--error", "--input", "--open-mode", "--chdir", "--array", "--dependency", "--kill-on-invalid-dep",
-    "--parsable", "--test-only", "--wait", "--kill-on-bad-exit", "--distribution", "--export-file",
-    "--wrap", "--prolog", "--epilog", "--task-prolog", "--task-epilog", "--multi-prog", "--bcast", "--help",
-    "--usage", "--version", "--get-user-env", "--clusters", "--jobid", "--propagate-script",
-)  # fmt: skip
 
 
 def _check_flag(key: str, flag: str) -> None:
     name = flag.partition("=")[0]
     _require(
-        bool(re.fullmatch(r"--[a-z][a-z0-9-]*", name, re.ASCII)), f"{key}: {flag!r} must be --name or --name=value"
+        bool(re.fullmatch(r"--[a-z][a-z0-9-]*", name, re.ASCII)),
+        f"cluster.{key}: {flag!r} must be --name or --name=value",
     )
-    # SLURM takes a flag's beginning for the flag, so --wra is --wrap.
-    owner = next((owner for owned, owner in _OWNED_FLAGS.items() if owned.startswith(name)), None)
-    _require(owner is None, f"{key}: {name} is set from cluster.{owner}; remove it and set that")
+    owner = OWNED_FLAGS.get(name)
+    _require(owner is None, f"cluster.{key}: {name} is set from cluster.{owner}; remove it and set that")
     _require(
-        not any(refused.startswith(name) for refused in _REFUSED_FLAGS),
-        f"{key}: {name} is the script's own or runs a program; remove it (programs belong in cluster.setup)",
+        may_pass(key, flag),
+        f"cluster.{key}: {flag!r} is not among the flags known to run no program and to read no file; "
+        "remove it, or put its work under cluster.setup, whose lines are bash",
     )
 
 

@@ -76,7 +76,6 @@ def _directives(cluster: ClusterConfig, submission: Submission) -> list[str]:
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "reservation": cluster.reservation,
-        "signal": f"B:USR1@{submission.stop_lead_seconds}",
         "output": f"{str(submission.slurm_dir).replace('%', '%%')}/logs/%j.out",
         "chdir": submission.folder,
     }
@@ -118,6 +117,9 @@ def _values(cluster: ClusterConfig, submission: Submission) -> dict[str, str]:
         "max_restarts": cluster.max_restarts,
         "max_starts_without_progress": cluster.max_starts_without_progress,
         "exclude_file": submission.exclude_file(cluster),
+        "time_limit": cluster.time_seconds,
+        "stop_lead": submission.stop_lead_seconds,
+        "lead_is_measured": "yes" if cluster.stop_lead_seconds is None else "no",
         "ranks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task or "",
         "preflight": "yes" if cluster.preflight else "no",

@@ -18,14 +18,13 @@ import yaml
 
 from lime_dist.checkpoint.files import find_latest, step_of
 from lime_dist.cluster.history import append_submitted, read_history
-from lime_dist.cluster.lead import plan_stop_lead
+from lime_dist.cluster.lead import bound_lead, measure_lead
 from lime_dist.cluster.schema import ClusterConfig, load_cluster
 from lime_dist.cluster.script import Submission, check_paths, render_script
 from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.errors import ConfigError, LayoutError, one_line
 from lime_dist.pipeline.table import format_bytes
 from lime_dist.preflight.files import check_files
-from lime_dist.records import read_records
 from lime_dist.resolve import ready_config
 
 _CLIENT_TIMEOUT_SECONDS = 60  # SLURM's clients wait for ever for a controller that is away
@@ -122,14 +121,12 @@ def _plan_submission(config: Config, cluster: ClusterConfig) -> tuple[Submission
         run_dir=Path(os.path.abspath(config.run.dir)),
         folder=Path.cwd(),
         python=sys.executable,
-        stop_lead_seconds=cluster.stop_lead_seconds or 0,
+        stop_lead_seconds=0,
     )
     check_paths(submission)
-    if cluster.stop_lead_seconds is not None:
-        return submission, "cluster.stop_lead_seconds"
-    starts = [event.step for event in read_history(submission.history) if event.kind == "start"]
-    records = read_records(submission.run_dir / "metrics.jsonl")
-    lead, source = plan_stop_lead(records, [step + 1 for step in (0, *starts)], cluster.time_seconds)
+    chosen = cluster.stop_lead_seconds
+    lead, source = measure_lead(submission.run_dir) if chosen is None else (chosen, "cluster.stop_lead_seconds")
+    lead, source = bound_lead(lead, source, cluster.time_seconds)
     return dataclasses.replace(submission, stop_lead_seconds=lead), source
 
 

@@ -20,6 +20,7 @@ SITE = {
     "preflight": False,  # two of the tests have it on: it costs a start of all ranks
 }  # fmt: skip
 RANK = r"^\S*python\S* -m lime_dist\.cli train"
+CHECK = r"^\S*python\S* -m lime_dist\.cli preflight"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,14 @@ class Submission:
 
     def ranks(self) -> list[Process]:
         """The processes of this run, the first node's first."""
-        found = [process for process in self.cluster.processes(RANK) if str(self.dir) in process.command]
+        return self._processes(RANK)
+
+    def checks(self) -> list[Process]:
+        """The processes of its preflight."""
+        return self._processes(CHECK)
+
+    def _processes(self, pattern: str) -> list[Process]:
+        found = [process for process in self.cluster.processes(pattern) if str(self.dir) in process.command]
         return sorted(found, key=lambda process: (process.node, process.pid))
 
     @property

@@ -10,6 +10,7 @@ import pytest
 from cluster import Cluster, ClusterError
 from training import STEPS, TP2_PP2, curve
 
+pytestmark = pytest.mark.slurm
 TRAIN = ("-m", "lime_dist.cli", "train", "run.yaml", *TP2_PP2)
 MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "21000"}
 

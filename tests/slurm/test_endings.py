@@ -5,6 +5,7 @@ that the losses of all its starts together are those of a run that nothing distu
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, Process
-from submission import RANK, Submission
+from submission import LIME_DIST, RANK, Submission
 from training import PP3, STEPS, TP2_PP2, steps_done, write_training
 
 from lime_dist.ending import NEVER_RESTART, REQUEUE
 
-pytestmark = pytest.mark.timeout(900)  # on a busy machine; an idle one needs under a minute for each
+# On a busy machine; an idle one needs under a minute for each.
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 Curve = list[tuple[int, float]]
 PERIODIC = (
     10,
@@ -92,6 +94,23 @@ def test_time_limit(warned: bool, run: Submission, finishes: Callable[..., None]
     finishes(run)
     assert run.decisions == ["requeued", "finished"]
     assert run.events("start")[1].step == stopped_at(run)
+
+
+def test_limit_shortened_below_the_lead(run: Submission, finishes: Callable[..., None]) -> None:
+    """During preflight, and for all later starts, whose limit is less than the lead that was submitted. Each makes some
+    steps, and the one that made none is not held against the run."""
+    run.submit(stop_lead_seconds=599, preflight=True, max_starts_without_progress=1)
+    checks = run.cluster.wait_until(lambda: run.checks()[3:] and run.checks(), "preflight", job_id=run.job)
+    send(checks, signal.SIGSTOP)
+    update_job(run, "TimeLimit=2")  # minutes; a busy machine needs one to start the ranks
+    run.cluster.wait_until(lambda: "asked to stop" in run.log, "asked to stop", job_id=run.job, timeout=90)
+    send(checks, signal.SIGCONT)
+    finishes(run)
+    first, *later = run.events("end")
+    assert first.detail.endswith(", no step begun -> requeued") and first.step == 0
+    assert all(event.detail.startswith(("75 SIGUSR1 at step ", "0 ")) for event in later), later
+    starts = [event.step for event in run.events("start")]
+    assert starts[:2] == [0, 0] and sorted(set(starts[1:])) == starts[1:]
 
 
 def long_step(run: Submission, until: str) -> None:
@@ -207,9 +226,13 @@ def assert_queue_empties(run: Submission) -> None:
 def test_killed_rank(run: Submission, finishes: Callable[..., None]) -> None:
     run.submit()
     run.reach(13)
+    killed = run.nodes[1]
     run.ranks()[2].kill()
     finishes(run)
     assert run.decisions == ["requeued", "finished"]
+    assert re.fullmatch(rf"\d+ rank [23] on {killed}: Killed; .* -> requeued", run.events("end")[0].detail)
+    status = run.cluster.run([*LIME_DIST, "status", str(run.dir)]).stdout
+    assert f"on {killed}: Killed; " in status
     assert run.events("start")[1].step in PERIODIC
 
 

@@ -11,6 +11,7 @@ import pytest
 from cluster import Cluster, why_not_here
 from site_files import Site
 
+pytestmark = pytest.mark.slurm
 SCRIPTS = sorted((Path(__file__).parents[1] / "golden" / "sbatch").glob("*.sbatch"))
 
 

@@ -1,4 +1,5 @@
-"""SLURM's clients as tiny executables that record how they were called, for running a rendered script in real bash."""
+"""SLURM's clients as tiny executables that record how they were called, for running a rendered script in real bash; and
+`beat STEP`, the heartbeats of the four ranks of a run called `run`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from lime_dist.cluster.schema import ClusterConfig
 from lime_dist.cluster.script import Submission, render_script
 
 RECORD = """#!/bin/bash
-{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$RECORD"
+{ flock 9; printf '%s\\0' "${0##*/}" "$@" $'\\n' >&9; } 9>>"$RECORD"
 """
 CLIENTS = {
     # SRUN: what the ranks do, as bash
@@ -21,6 +22,7 @@ CLIENTS = {
     "sbatch": 'echo "${SBATCH_ANSWER-43}"; exit "${SBATCH_CODE:-0}"',
     "scancel": "",
     "squeue": 'printf "%s" "${SQUEUE_ANSWER:-}"',
+    "beat": """mkdir -p run/heartbeat; for rank in 0 1 2 3; do echo "{\\"step\\": $1}" >"run/heartbeat/rank_0000$rank.json"; done""",
     "scontrol": """case "$1 $2" in
   "show hostnames") printf 'n1\\nn2\\n' ;;
   "show job") echo "JobId=$3 JobName=x JobState=${STATE:-RUNNING} Requeue=1 Restarts=0 ${JOB:-Reason=None PreemptTime=None}" ;;
@@ -75,10 +77,15 @@ class Bash:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def finish(self, process: subprocess.Popen[str]) -> Ended:
-        text, _ = process.communicate(timeout=60)
+        try:
+            text, _ = process.communicate(timeout=60)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # what a test leaves behind would run for ever
+            raise
         calls = [call.split("\0")[:-1] for call in self._record.read_text().split("\n\0")]
         return Ended(process.returncode, text, [call for call in calls if call])
 
@@ -104,11 +111,12 @@ class Run:
         self.submission = Submission(
             run_dir=bash.folder / name, folder=bash.folder, python="python", stop_lead_seconds=60
         )
+        text = render_script(cluster, self.submission)
         folder = self.submission.slurm_dir
         (folder / "logs").mkdir(parents=True)
         (folder / "outcomes").mkdir()
         self.script = self.submission.script
-        self.script.write_text(render_script(cluster, self.submission), encoding="utf-8")
+        self.script.write_text(text, encoding="utf-8")
         self.add_history("submitted", restart="-")
 
     def add_history(self, event: str, step: int = 0, restart: str = "0", detail: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from cluster_stand_ins import Bash, Run, wait_for
 
 from lime_dist.cluster.schema import ClusterConfig
 
-CLUSTER = {"nodes": 2, "tasks_per_node": 2, "time": "01:00:00", "preflight": False}
+CLUSTER = {"nodes": 2, "tasks_per_node": 2, "time": "01:00:00", "preflight": False, "stop_lead_seconds": 60}
 REQUEUE = ["requeue", "42"]
+CUT_OFF = "no step begun"
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def test_decision(bash: Bash, mode: str, code: int) -> None:
     start, *queued, end = run.history()[1:]
     assert start == ["start", "0", "0", "n[1-2]"]
     assert queued == ([["successor", "0", "0", "43"]] if mode == "chain" else [])
-    assert end == ["end", "0", "0", f"{code} exit code {code} -> {decision}"]
+    reason = f"asked to stop, {CUT_OFF}" if code == 75 else f"exit code {code}"
+    assert end == ["end", "0", "0", f"{code} {reason} -> {decision}"]
     assert ended.called("scontrol", "requeue") == ([REQUEUE] if decision == "requeued" else [])
     assert ended.called("scancel") == ([["--state=PENDING", "43"]] if mode == "chain" and code == 2 else [])
     assert len(ended.called("sbatch")) == (mode == "chain")
@@ -43,7 +46,7 @@ def test_decision(bash: Bash, mode: str, code: int) -> None:
 
 def test_outcome_is_believed_rather_than_the_launcher(bash: Bash) -> None:
     run = make_run(bash)
-    ended = run.start(SRUN='echo "75 SIGUSR1 at step 7" >"$LIME_DIST_OUTCOME_FILE"; exit 137')
+    ended = run.start(SRUN='beat 7; echo "75 SIGUSR1 at step 7" >"$LIME_DIST_OUTCOME_FILE"; exit 137')
     assert ended.code == 75
     assert run.history()[-1][-1] == "75 SIGUSR1 at step 7 -> requeued"
     assert (run.submission.slurm_dir / "outcomes" / "42.0").read_text() == "75 SIGUSR1 at step 7\n"
@@ -199,10 +202,10 @@ def test_ports_and_addresses(bash: Bash) -> None:
 
 
 def test_export_wins(bash: Bash) -> None:
-    run = make_run(bash, export={"MASTER_ADDR": "10.0.0.1", "A": "b c"}, environment=["A", "HOME"])
-    ended = run.start(SRUN='echo "$MASTER_ADDR/$A" >exported', HOME="/h", UNLISTED="secret")
+    run = make_run(bash, export={"MASTER_ADDR": "10.0.0.1", "NCCL_DEBUG": "b c"}, environment=["NCCL_DEBUG", "HOME"])
+    ended = run.start(SRUN='echo "$MASTER_ADDR/$NCCL_DEBUG" >exported', HOME="/h", UNLISTED="secret")
     assert (bash.folder / "exported").read_text() == "10.0.0.1/b c\n"
-    assert "A='b c'" in ended.text and "HOME='/h'" in ended.text and "secret" not in ended.text
+    assert "NCCL_DEBUG='b c'" in ended.text and "HOME='/h'" in ended.text and "secret" not in ended.text
 
 
 def test_failing_module_never_restarts(bash: Bash) -> None:
@@ -217,10 +220,81 @@ NAP = "read -rt 0.05 <> <(:)"  # bash's own, so that traps run soon
 
 def test_usr1_reaches_the_ranks(bash: Bash) -> None:
     run = make_run(bash)
-    process = bash.start(run.script, SRUN=f"trap 'exit 75' USR1; touch ready; while :; do {NAP}; done")
+    process = bash.start(run.script, SRUN=f"trap 'exit 75' USR1; beat 1; touch ready; while :; do {NAP}; done")
     ended = bash.interrupt(process, signal.SIGUSR1, bash.folder / "ready")
     assert ended.code == 75, ended.text
-    assert run.history()[-1][-1] == "75 exit code 75 -> requeued"
+    assert run.history()[-1][-1] == "75 asked to stop -> requeued"
+
+
+def test_usr1_waits_until_all_ranks_listen(bash: Bash) -> None:
+    """While Python starts it would kill them. A heartbeat of an earlier start is no sign."""
+    run = make_run(bash)
+    bash.run(bash.folder / "bin" / "beat", "5")
+    starting = f"touch ready; for _ in {{1..20}}; do {NAP}; done; trap 'exit 75' USR1; beat 0; while :; do {NAP}; done"
+    ended = bash.interrupt(bash.start(run.script, SRUN=starting), signal.SIGUSR1, bash.folder / "ready")
+    assert ended.code == 75, ended.text
+
+
+def test_usr1_in_preflight_ends_the_start_behind_it(bash: Bash) -> None:
+    run = make_run(bash, preflight=True)
+    bash.add_client("srun", f"touch ready; for _ in {{1..20}}; do {NAP}; done; touch checked")
+    ended = bash.interrupt(bash.start(run.script), signal.SIGUSR1, bash.folder / "ready")
+    assert (bash.folder / "checked").exists() and len(ended.called("srun")) == 1
+    assert ended.code == 75 and run.history()[-1][-1] == f"75 asked to stop, {CUT_OFF} -> requeued"
+
+
+def test_starts_cut_off_are_no_lack_of_progress(bash: Bash) -> None:
+    """They count as restarts only."""
+    run = make_run(bash, max_starts_without_progress=2, max_restarts=5)
+    for restart, detail in enumerate(
+        [f"75 asked to stop, {CUT_OFF}", f"75 time limit, {CUT_OFF}", "1 x", "75 time limit"]
+    ):
+        assert run.start().called("srun"), detail
+        lines = run.submission.history.read_text().splitlines()
+        run.submission.history.write_text("\n".join(lines[:-1]) + "\n")
+        run.add_history("end", restart=str(restart), detail=f"{detail} -> requeued")
+    ended = run.start()
+    assert not ended.called("srun")
+    assert run.history()[-1] == ["end", "4", "0", "2 no progress in 2 starts -> gave-up"]
+
+
+@pytest.mark.parametrize("lead", [60, 3599])
+def test_the_clock_asks_before_the_limit_of_now(bash: Bash, lead: int) -> None:
+    """The limit has been shortened below the lead: training gets two thirds of what is left."""
+    run = make_run(bash, stop_lead_seconds=lead)
+    ranks = f"trap 'exit 75' USR1; beat 1; while :; do {NAP}; done"
+    ended = run.start(SRUN=ranks, SQUEUE_ANSWER=in_seconds(7))
+    assert ended.code == 75 and " s are left to the time limit" in ended.text
+    assert int(ended.text.split(" s are left")[0].split()[-1]) <= 3
+    assert "lime_dist.cluster.lead" not in str(ended.calls)
+
+
+def test_the_lead_is_measured_anew(bash: Bash) -> None:
+    run = make_run(bash, stop_lead_seconds=None)
+    bash.add_client("python", "echo 2000")
+    ended = run.start(SRUN=f"trap 'exit 75' USR1; beat 1; while :; do {NAP}; done", SQUEUE_ANSWER=in_seconds(7))
+    assert ended.code == 75
+    assert ended.called("python")[0] == ["-m", "lime_dist.cluster.lead", str(run.submission.run_dir)]
+
+
+def in_seconds(seconds: float) -> str:
+    return (datetime.now() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def test_a_killed_rank_is_named(bash: Bash) -> None:
+    """By srun only; the others know that somebody has gone, and then srun ends them too."""
+    run = make_run(bash)
+    said = ["error: n1: task 1: Exited with exit code 1", "error: n2: task 3: Killed", "Terminating StepId=42.0",
+            "error: n1: task 0: Killed"]  # fmt: skip
+    log = run.submission.slurm_dir / "logs" / "42.out"
+    log.write_text("srun: error: n9: task 9: Killed\n")  # in an earlier start
+    lines = "".join(f"echo 'srun: {line}' >>{log};" for line in said)
+    run.start(SRUN=f"{lines} exit 137")
+    assert run.history()[-1][-1] == "137 rank 3 on n2: Killed; exit code 137 -> requeued"
+    run.start(SRUN=f"{lines} echo '1 rank 0 failed: peer' >\"$LIME_DIST_OUTCOME_FILE\"; exit 137")
+    assert run.history()[-1][-1] == "1 rank 3 on n2: Killed; rank 0 failed: peer -> requeued"
+    run.start(SRUN=f"echo 'srun: error: n1: task 1: Exited with exit code 1' >>{log}; exit 1")
+    assert run.history()[-1][-1] == "1 exit code 1 -> requeued"
 
 
 # What `scontrol show job` says within the script after TERM, as measured: what follows.
@@ -233,18 +307,19 @@ TERMS = {
 }
 
 
+@pytest.mark.parametrize("stepped", [True, False])
 @pytest.mark.parametrize("mode", ["requeue", "chain"])
 @pytest.mark.parametrize("job", TERMS)
-def test_term(bash: Bash, job: str, mode: str) -> None:
+def test_term(bash: Bash, job: str, mode: str, stepped: bool) -> None:
     cause, requeue_decision, chain_decision = TERMS[job]
     decision = requeue_decision if mode == "requeue" else chain_decision
     run = make_run(bash, requeue=mode)
-    bash.add_client("srun", f"touch ready; while [ ! -e told ]; do {NAP}; done; exit 75")
+    bash.add_client("srun", f"beat {int(stepped)}; touch ready; while [ ! -e told ]; do {NAP}; done; exit 75")
     restarts = "" if "Restarts" in job else "Restarts=0 "
     bash.add_client("scontrol", f'case "$1 $2" in "show job") echo "JobId=42 {restarts}{job} "; touch told ;; esac')
     ended = bash.interrupt(bash.start(run.script), signal.SIGTERM, bash.folder / "ready")
     assert ended.code == 75, ended.text
-    assert run.history()[-1][-1] == f"75 {cause} -> {decision}"
+    assert run.history()[-1][-1] == f"75 {cause}{'' if stepped else f', {CUT_OFF}'} -> {decision}"
     assert [line[0] for line in run.history()].count("end") == 1
     by_us = decision == "requeued" and cause != "requeued by SLURM"
     assert ended.called("scontrol", "requeue") == ([REQUEUE] if by_us else [])
@@ -254,7 +329,7 @@ def test_term(bash: Bash, job: str, mode: str) -> None:
 def test_term_when_slurm_does_not_answer(bash: Bash) -> None:
     """A run that ends unseen costs more than one start too many."""
     run = make_run(bash)
-    bash.add_client("srun", f"touch ready; while [ ! -e told ]; do {NAP}; done; exit 75")
+    bash.add_client("srun", f"beat 1; touch ready; while [ ! -e told ]; do {NAP}; done; exit 75")
     bash.add_client("scontrol", 'case "$1 $2" in "show job") touch told; exit 1 ;; esac')
     ended = bash.interrupt(bash.start(run.script), signal.SIGTERM, bash.folder / "ready")
     assert run.history()[-1][-1] == "75 unknown cause -> requeued"
@@ -288,7 +363,7 @@ def test_torchrun_hands_usr1_to_the_ranks(bash: Bash) -> None:
     run = make_run(bash, launcher="torchrun")
     worker = bash.folder / "worker.py"
     worker.write_text(WORKER)
-    bash.add_client("python", f"{sys.executable} {worker} & wait $!; exit 1")
+    bash.add_client("python", f"{sys.executable} {worker} & beat 0; wait $!; exit 1")
     nodes = 'while [[ $1 = --* ]]; do shift; done; export SLURM_NODEID=1; "$@" & trap "kill -USR1 $!" USR1; wait $!; wait $!'
     ended = bash.interrupt(bash.start(run.script, SRUN=nodes), signal.SIGUSR1, bash.folder / "ready")
     assert ended.code == 1, ended.text

@@ -60,9 +60,11 @@ MISTAKES = {
     "cluster.partition=a b": r"cluster\.partition: 'a b' has characters that SLURM does not take here",
     "cluster.sbatch_flags=[-N2]": r"cluster\.sbatch_flags: '-N2' must be --name or --name=value",
     "cluster.sbatch_flags=[--time=1]": r"cluster\.sbatch_flags: --time is set from cluster\.time; remove it and set that",
-    "cluster.sbatch_flags=[--wra=ls]": r"cluster\.sbatch_flags: --wra is the script's own or runs a program; remove it",
-    "cluster.srun_flags=[--task-prolog=x]": r"cluster\.srun_flags: --task-prolog is the script's own or runs a program",
-    "cluster.export={BASH_ENV: x}": r"cluster\.export: BASH_ENV is not yours to set; remove it, and write code under",
+    "cluster.sbatch_flags=[--wra=ls]": r"cluster\.sbatch_flags: '--wra=ls' is not among the flags known to run no program",
+    "cluster.srun_flags=[--task-prolog=x]": r"cluster\.srun_flags: '--task-prolog=x' is not among .* under cluster\.setup",
+    "cluster.srun_flags=[--mpi=../x]": r"cluster\.srun_flags: '--mpi=\.\./x' is not among",
+    "cluster.srun_flags=[--begin=now]": r"cluster\.srun_flags: '--begin=now' is not among",
+    "cluster.export={BASH_ENV: x}": r"cluster\.export: BASH_ENV is not among the variables .*; set it under cluster\.setup",
     "cluster.export={a-b: x}": r"cluster\.export: 'a-b' is no name of a variable; use letters",
     "cluster.modules=[--force]": r"cluster\.modules\[0\]: '--force' is no name of a module",
     'cluster.setup=["a\\nb"]': r"cluster\.setup\[0\]: 'a\\nb' holds the control character '\\n'; remove it",
@@ -81,3 +83,30 @@ def test_not_a_cluster_file(tmp_path: Path) -> None:
         load_cluster(tmp_path / "list.yaml")
     with pytest.raises(ConfigError, match=r"cluster file .*none\.yaml: No such file .*; give the path of a YAML file"):
         load_cluster(tmp_path / "none.yaml")
+
+
+LOADING = (
+    "OPENSSL_CONF NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_PROFILER_PLUGIN NCCL_CONF_FILE NCCL_TOPO_FILE NCCL_CUDA_PATH "
+    "NCCL_DEBUG_FILE TORCH_NCCL_DEBUG_INFO_PIPE_FILE CUDA_INJECTION64_PATH CXX CC NVCC_PREPEND_FLAGS CUDA_HOME LD_PRELOAD "
+    "LD_LIBRARY_PATH LD_AUDIT PATH PYTHONPATH PYTHONSTARTUP BASH_ENV ENV GCONV_PATH LOCPATH TMPDIR HOME TRITON_CACHE_DIR "
+    "TORCH_EXTENSIONS_DIR FI_PROVIDER_PATH UCX_MODULE_DIR UCX_GDB_COMMAND OMP_TOOL_LIBRARIES OMP_TOOL SLURM_CONF "
+    "LIME_DIST_OUTCOME_FILE PDSH_RCMD_TYPE BASH_FUNC_srun RDMAV_DRIVERS MKL_RT XDG_CACHE_HOME IFS nccl_debug"
+).split()
+PLAIN = (
+    "NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_IB_TIMEOUT NCCL_NET_GDR_LEVEL NCCL_P2P_DIRECT_DISABLE NCCL_CROSS_NIC "
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING GLOO_SOCKET_IFNAME OMP_NUM_THREADS MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES "
+    "CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF TORCH_DISTRIBUTED_DEBUG FI_PROVIDER "
+    "FI_CXI_DISABLE_HOST_REGISTER HF_HUB_OFFLINE TZ LANG LC_ALL"
+).split()
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_no_variable_that_loads_or_runs_anything(file: Path, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^cluster\.export: {name} is not among .*; set it under cluster\.setup, whose"
+    ):
+        load_cluster(file, [f"cluster.export={{{name}: /tmp/x}}"])
+
+
+def test_plain_variables(file: Path) -> None:
+    assert list(load_cluster(file, [f"cluster.export={{{': 1, '.join(PLAIN)}: 1}}"]).export) == PLAIN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,11 +14,12 @@ import pytest
 import yaml
 from cluster_stand_ins import Bash
 
+from lime_dist.checkpoint.files import FORMAT
 from lime_dist.cli import main
 from lime_dist.cluster.history import read_history
 from lime_dist.cluster.schema import load_cluster
 from lime_dist.cluster.submit import sbatch_environment
-from lime_dist.config import load_config
+from lime_dist.config import load_config, to_dict
 from lime_dist.data.indexed import IndexedWriter
 
 REPOSITORY = Path(__file__).parents[2]
@@ -110,9 +112,9 @@ def test_lead_from_earlier_starts(bash: Bash, capsys: pytest.CaptureFixture[str]
     (bash.folder / "runs/a b/metrics.jsonl").write_text(records)
     assert main([*COMMAND, "--dry-run"]) == 0
     told = capsys.readouterr()
-    assert "#SBATCH --signal=B:USR1@80\n" in told.out and "80 s before the time limit" in told.err
+    assert "\nstop_lead=80\nlead_is_measured=yes\n" in told.out and "80 s before the time limit" in told.err
     assert main([*COMMAND, "--dry-run", "cluster.stop_lead_seconds=77"]) == 0
-    assert "#SBATCH --signal=B:USR1@77\n" in capsys.readouterr().out
+    assert "\nstop_lead=77\nlead_is_measured=no\n" in capsys.readouterr().out
 
 
 MISTAKES = {
@@ -196,7 +198,8 @@ def test_the_shells_sbatch_variables_do_not_beat_the_script(bash: Bash, monkeypa
 def test_a_finished_run_is_refused(bash: Bash, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("runs/mine/checkpoints/step_000009")
     folder.mkdir(parents=True)
-    (folder / "meta.json").write_text("{}")
+    meta = {"format": FORMAT, "step": 9, "samples_seen": 72, "config": to_dict(load_config("run.yaml")), "files": []}
+    (folder / "meta.json").write_text(json.dumps(meta))
     check_refused(bash, capsys, r"run\.steps: all 9 steps of .* are done; raise it", "run.dir=runs/mine", "run.steps=9")
 
 
