@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cluster_stand_ins import Bash
 
-from lime_dist.checkpoint.files import FORMAT
+from lime_dist.checkpoint.checking import FORMAT
 from lime_dist.cli import main
 from lime_dist.cluster.history import read_history
 from lime_dist.cluster.schema import load_cluster
