@@ -110,6 +110,7 @@ def begin(hosts: Hosts, rank: int, config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_the_boundary_whose_link_is_cut_is_named(hosts: Hosts, config: Path) -> None:
     ranks = [begin(hosts, rank, config) for rank in range(3)]
     try:
