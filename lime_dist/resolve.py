@@ -61,16 +61,14 @@ def _check_folders(config: Config) -> None:
     """Before ranks start: checkpoints can be made and found. A link to a folder, such as scratch storage, is as good."""
     path, resume = checkpoints_of(config), config.checkpoint.resume
     with _naming_path("run.dir", config.run.dir):
-        is_folder = not os.path.lexists(path) or path.is_dir()
+        is_folder = path.is_dir() or not os.path.lexists(path)
     if not is_folder:
         problem = "a link that leads to no folder" if path.is_symlink() else "a file"
         raise CheckpointError(f"checkpoint {path}: is {problem}; remove it or name another run.dir")
     with _naming_path("checkpoint.resume", resume):
         is_known = resume in ("auto", "never") or (Path(resume) / "meta.json").is_file()
     if not is_known:
-        raise CheckpointError(
-            f"checkpoint.resume: {shown(resume)} is no checkpoint; name a step_N folder, auto or never"
-        )
+        raise CheckpointError(f"checkpoint.resume: {resume} is no checkpoint; name a step_N folder, auto or never")
 
 
 @contextmanager

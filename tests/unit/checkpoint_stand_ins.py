@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -20,10 +22,10 @@ MODEL = {
 }
 
 
-def write_checkpoint(folder: Path, step: int = 7) -> dict[str, np.ndarray]:
+def write_checkpoint(folder: Path, step: int = 7, tree: Mapping[str, Any] = MODEL) -> dict[str, np.ndarray]:
     """What `folder` then holds: KIND:NAME -> values."""
     folder.mkdir(parents=True)
-    config = check_config(parse_config(MODEL))
+    config = check_config(parse_config(tree))
     generator = np.random.default_rng(step)
     whole: dict[str, np.ndarray] = {}
     files: dict[str, dict[str, np.ndarray]] = {"a": {}, "b": {}}

@@ -132,8 +132,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pattern": (meta("config", "depth", "pattern", value="x"), r"config in meta\.json: depth\.pattern: 'x'"),
     "a million layers": (meta("config", "model", "num_layers", value=10**6), r"3 layers .*num_layers=1000000 in its"),
     "vocabulary": (
-        meta("config", "model", "vocab_size", value=10**12),
-        r"has shape .* its config says \[1000000000000",
+        meta("config", "model", "vocab_size", value=16_000_000),
+        r"has shape .* its config says \[16000000",
     ),
     "a name outside": (meta("files", value=["../other/a", "b"]), r"files in meta\.json cannot be \['\.\./other/a'"),
     "an absolute name": (meta("files", value=["/etc/a", "b"]), r"files in meta\.json cannot be"),
@@ -182,7 +182,7 @@ def test_damage_is_named(folder: Path, name: str) -> None:
 
 def test_nothing_of_a_crafted_size_is_made(folder: Path) -> None:
     """Sizes that agree with one another, and with no file: refused before anything is allocated."""
-    rows = 2**40
+    rows = 2**24
     change(folder / "meta.json", "config", "model", "vocab_size", value=rows)
     for stem in "ab":
         places = json.loads((folder / f"{stem}.json").read_text())
@@ -192,7 +192,7 @@ def test_nothing_of_a_crafted_size_is_made(folder: Path) -> None:
         (folder / f"{stem}.json").write_text(json.dumps(places))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(
-        CheckpointError, match=r"safetensors: cut short, or a slice is missing: its tensors have \d{13,}"
+        CheckpointError, match=r"safetensors: cut short, or a slice is missing: its tensors have \d{9,}"
     ):
         CheckpointReader(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB

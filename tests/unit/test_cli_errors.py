@@ -129,7 +129,7 @@ TRAIN = {
     f"run.dir={'x' * 100_000}": r"run\.dir: 'x{30,40}\.\.\.x+' has 100000 letters; use at most 1000",
     f"run.dir={'x' * 900}": r"run\.dir: 'x{30,40}\.\.\.x+': File name too long; name a folder",
     f"run.steps={'[' * 1000}": r"override run\.steps: line 1: nested more than 20 deep",
-    "model.vocab_size=16000000 data.seq_length=4000000": r"memory: all ranks need about .* TiB, this machine has .*; lower",
+    "model.intermediate_size=4000000 model.hidden_size=1048576": r"memory: all ranks need about .* TiB, this machine has .*; lower",
     "depth.switch_at={1: nonsense}": r"depth\.switch_at\.1: 'nonsense' is not a pattern",
     # layouts
     "parallel.tp=4": r"parallel\.tp: 4 does not divide model\.num_kv_heads=2; change one",
@@ -242,8 +242,8 @@ def test_the_checkpoint_itself_is_sound(words: str, capfd: pytest.CaptureFixture
 
 def test_what_runs_but_is_hardly_meant_is_said(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """62 held-out sequences, 5 batches of 12 of them are all new."""
-    warm_up, batches = "optim.warmup_steps: 5 is not below run.steps=2", "eval.batches: 6 batches are 72 sequences"
-    for overrides, said in (["eval.batches=5"], []), (["optim.warmup_steps=5", "eval.batches=6"], [warm_up, batches]):
+    warm_up, batches = "optim.warmup_steps: 5 is not below run.steps=2", "eval.batches: 6 batches are 72 samples"
+    for overrides, said in (["eval.batches=5"], []), (["optim.warmup_steps=5", "eval.batches=6"], [batches, warm_up]):
         assert main(["train", "run.yaml", f"run.dir={tmp_path}/{len(said)}", *overrides]) == 0
         warnings = [line for line in capfd.readouterr().err.splitlines() if "warning: " in line]
         assert len(warnings) == len(said)

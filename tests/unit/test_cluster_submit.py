@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from checkpoint_stand_ins import write_checkpoint
 from cluster_stand_ins import Bash
 
-from lime_dist.checkpoint.checking import FORMAT
 from lime_dist.cli import main
 from lime_dist.cluster.history import read_history
 from lime_dist.cluster.schema import load_cluster
 from lime_dist.cluster.submit import sbatch_environment
-from lime_dist.config import load_config, to_dict
+from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
 
 REPOSITORY = Path(__file__).parents[2]
@@ -196,10 +195,7 @@ def test_the_shells_sbatch_variables_do_not_beat_the_script(bash: Bash, monkeypa
 
 
 def test_a_finished_run_is_refused(bash: Bash, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path("runs/mine/checkpoints/step_000009")
-    folder.mkdir(parents=True)
-    meta = {"format": FORMAT, "step": 9, "samples_seen": 72, "config": to_dict(load_config("run.yaml")), "files": []}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_checkpoint(Path("runs/mine/checkpoints/step_000009"), 9, CONFIG)
     check_refused(bash, capsys, r"run\.steps: all 9 steps of .* are done; raise it", "run.dir=runs/mine", "run.steps=9")
 
 
