@@ -156,6 +156,9 @@ def bad(*arguments: str, seconds: str = LONG, **options) -> list[Ended]:
 def test_good_hosts_pass_and_each_boundary_is_measured(folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 0.25}\n')
+    for path in folder.glob("train.*"):
+        path.unlink()
+    write_tokens(folder / "train", 3001)
     ended = bad("--json", "data.seq_length=3000", "data.global_batch_size=12")
     assert [task.code for task in ended] == [0, 0, 0], ended
     assert [task.output for task in ended[1:]] == ["", ""]

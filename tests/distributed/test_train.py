@@ -423,37 +423,32 @@ def refuse_constant(text: str) -> None:
     raise ValueError(text)
 
 
-def test_a_rate_that_ruins_the_model_ends_on_one_line_and_saves_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The first update makes weights that are not finite; a rate of .inf does the same."""
-    ruin = ("optim.lr=3e38", "optim.warmup_steps=0", "eval.every=0")
-    for steps_asked in (1, 3):
-        run_dir = tmp_path / str(steps_asked)
-        assert train(run_dir, "pp=3", *ruin, f"run.steps={steps_asked}") == NEVER_RESTART
-        (line,) = told(capfd)
-        assert re.search(r"not finite|nan", line) and "start again from step 0 with a lower optim.lr" in line
-        assert find_latest(run_dir / "checkpoints") is None
-        for text in (run_dir / "metrics.jsonl").read_text().splitlines():
-            json.loads(text, parse_constant=refuse_constant)
+# The embeddings of ids that do not occur have zero moments, which AdamW without eps divides by each other.
+RUIN = ("optim.eps=0", "model.tie_embeddings=false", "optim.warmup_steps=0", "eval.every=0")
 
 
-def test_checkpoints_of_a_ruined_model_do_not_push_out_the_good_one(
+@pytest.mark.parametrize("steps_asked", [1, 3])
+def test_an_update_that_ruins_the_weights_is_not_saved(
+    steps_asked: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The loss before it and its gradient are finite, the weights after it are not."""
+    assert train(tmp_path, "pp=3", *RUIN, f"run.steps={steps_asked}") == NEVER_RESTART
+    (line,) = told(capfd)
+    assert re.search(r"not finite|nan", line) and "start again from step 0" in line
+    assert find_latest(tmp_path / "checkpoints") is None
+    for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=refuse_constant)
+
+
+def test_a_ruined_model_does_not_push_out_the_good_checkpoint(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights of 1e30 are finite, and saved; the next loss is not, so that there is no second such checkpoint."""
-    keep = ("checkpoint.every=1", "checkpoint.keep=2", "eval.every=0", "optim.lr_schedule=constant")
-    assert train(tmp_path, "pp=3", *keep, "run.steps=2") == DONE
-    for _ in range(3):
-        assert train(tmp_path, "pp=3", *keep, "run.steps=9", "optim.lr=1e30") == NEVER_RESTART
+    keep = ("checkpoint.every=1", "checkpoint.keep=1", "optim.lr_schedule=constant")
+    assert train(tmp_path, "pp=3", *RUIN, *keep, "run.steps=2", "optim.eps=1e-3") == DONE
+    for _ in range(2):
+        assert train(tmp_path, "pp=3", *RUIN, *keep, "run.steps=9") == NEVER_RESTART
         assert len(told(capfd)) == 1
-    left = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
-    assert "step_000002" in left and all_finite(tmp_path)
-
-
-def test_a_model_that_died_quietly_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train(tmp_path, "pp=3 bf16", "optim.lr=100", "run.steps=16", "optim.lr_schedule=constant", "eval.every=0")
-    assert "the gradient norm has been 0 for 5 steps" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"] and all_finite(tmp_path)
 
 
 def test_torchrun(whole: Callable[[str], Path], tmp_path: Path) -> None:
