@@ -16,6 +16,8 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -62,6 +64,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 def _tell_device(device: torch.device) -> None:
     """DeepSpeed takes the device from LOCAL_RANK, which srun does not set and which misleads where a task sees one GPU."""
     os.environ["LOCAL_RANK"] = str(device.index) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")
+    if device.type == "cpu":  # else it takes a GPU wherever there is one
+        set_accelerator(CPU_Accelerator())
 
 
 class ZeroOptimizer:

@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from common import assert_close, make_batches, make_config, make_plain, run_layout, run_plain, weight_of
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from torch import Tensor
 
 from lime_dist.lime.model import model_logits, model_loss
@@ -43,6 +45,17 @@ def test_stages_that_only_pass_on_return_the_gradients(text: str) -> None:
     assert actual.losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert_close(actual.gradients, expected.gradients, TOLERANCE)
     assert_close(actual.weights, expected.weights, TOLERANCE)
+
+
+# ---- the device
+
+
+@pytest.mark.parametrize("text", ["pp=3", "dp=2 zero=3"])
+def test_a_run_on_the_cpu_leaves_this_machines_gpus_alone(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed believes in a GPU, as on a machine that has one; here it would fail at the first use."""
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", CUDA_Accelerator())
+    config = make_config(text)
+    assert_close(run_layout(config)[0].weights, run_plain(config).weights, TOLERANCE)
 
 
 # ---- initial weights
