@@ -1,4 +1,4 @@
-"""What a user can run into. Each message is one line that names the key, flag or file and the mend.
+"""What a user can run into. Each message is one line that names the key, flag or file and the fix.
 
 The command line prints the line and exits with code 2 (`USER_ERROR_EXIT_CODE`): a launcher must not
 restart such a run, since it would fail the same way. Anything else that is raised is a defect of ours
@@ -33,7 +33,7 @@ def shown(value: Any) -> str:
 
 
 class LimeDistError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can fix."""
 
 
 class ConfigError(LimeDistError):

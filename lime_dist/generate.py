@@ -32,13 +32,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, holds, mend in (
+        for name, holds, fix in (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top-k", self.top_k >= 0, "at least 0"),
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
             if not holds:
-                raise ConfigError(f"--{name}: must be {mend}")
+                raise ConfigError(f"--{name}: must be {fix}")
 
 
 def generate_text(

@@ -1,7 +1,7 @@
 """The only importers of megatron-core and DeepSpeed.
 
 Both, and what they call of torch, warn of optional packages and coming names at every import and call; a
-user can mend none of it, so it is silenced here.
+user can fix none of it, so it is silenced here.
 """
 
 import logging

@@ -100,7 +100,7 @@ def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> ClusterConf
 
 
 def check_cluster(cluster: ClusterConfig) -> ClusterConfig:
-    """Refuse what SLURM or bash must not be handed. Raises: ConfigError, naming the key and the mend."""
+    """Refuse what SLURM or bash must not be handed. Raises: ConfigError, naming the key and the fix."""
     for key, text in _texts(cluster, "cluster."):
         check_text(key, text)
     _check_choices(cluster)

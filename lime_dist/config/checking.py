@@ -1,4 +1,4 @@
-"""What cannot run is refused here, across fields, by a line that names the key and the mend."""
+"""What cannot run is refused here, across fields, by a line that names the key and the fix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lime_dist.pipeline.schedule import SCHEDULE_NAMES
 def check_config(config: Config, world_size: int | None = None) -> Config:
     """Refuse what cannot run, and settle `parallel.dp` from `world_size` (None: started alone).
 
-    Raises: ConfigError, LayoutError, PlanError; each names the key and the mend.
+    Raises: ConfigError, LayoutError, PlanError; each names the key and the fix.
     """
     _check_texts(config)
     _check_numbers(config)

@@ -71,7 +71,7 @@ def parse_chunk(chunk: Chunk, text_format: TextFormat) -> Iterator[str]:
             text = parse(line)
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{chunk.path}:{line_number}: half a surrogate pair; mend or drop the document") from None
+            raise DataError(f"{chunk.path}:{line_number}: half a surrogate pair; fix or drop the document") from None
         except UnicodeDecodeError as error:
             line_number += error.object.count(b"\n", 0, error.start)
             raise DataError(f"{chunk.path}:{line_number}: not UTF-8 ({error.reason}); convert the file") from None
@@ -118,7 +118,7 @@ def _parse_json(line: bytes, field: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not one JSON object a line ({error.msg}); mend the line") from None
+        raise ValueError(f"not one JSON object a line ({error.msg}); fix the line") from None
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         found = f"it has {', '.join(map(repr, list(record)[:8]))}" if isinstance(record, dict) else "not an object"

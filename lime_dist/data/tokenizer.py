@@ -103,7 +103,7 @@ def _sentences(documents: Iterable[str], failures: list[DataError]) -> Iterator[
 
 
 def _explained(error: RuntimeError, vocab_size: int) -> Exception:
-    """A failure of SentencePiece with its mend where it comes from the text or the flags, and as it is otherwise."""
+    """A failure of SentencePiece with its fix where it comes from the text or the flags, and as it is otherwise."""
     message = str(error)
     if match := re.search(r"Vocabulary size too high .*<= (\d+)", message):
         return DataError(f"--vocab-size {vocab_size} is too large for this text; at most {match[1]}, or add text")

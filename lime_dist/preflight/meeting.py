@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lime_dist.errors import one_line
 from lime_dist.launcher import Place, host_name, job_secret
 from lime_dist.network import meeting_host
-from lime_dist.preflight.wire import Refused, Topic, pack, unpack
+from lime_dist.preflight.messages import Refused, Topic, pack, unpack
 from lime_dist.rendezvous import is_agents, master_port, open_store
 
 _ROUNDS_HEARD = 3  # rank 0 speaks after at most as many waits for others, of the full time each

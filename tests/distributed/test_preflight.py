@@ -35,7 +35,7 @@ from lime_dist.local import free_port
 from lime_dist.preflight import host, run  # slow imports: once, before ranks are forked
 from lime_dist.preflight.fabric import MIN_MESSAGE_BYTES, Crossing, repetitions
 from lime_dist.preflight.host import Arrival
-from lime_dist.preflight.wire import MAX_BYTES, pack
+from lime_dist.preflight.messages import MAX_BYTES, pack
 
 CONFIG = {
     "model": {

@@ -177,7 +177,7 @@ def test_damage_is_named(folder: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         all_tensors(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    assert re.search("; (name|use) |another model", str(caught.value)), "no mend"
+    assert re.search("; (name|use) |another model", str(caught.value)), "no fix"
 
 
 def test_nothing_of_a_crafted_size_is_made(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A user's mistake ends in exit code 2 and one line that names the key and the mend; `plan` starts without torch."""
+"""A user's mistake ends in exit code 2 and one line that names the key and the fix; `plan` starts without torch."""
 
 from __future__ import annotations
 
