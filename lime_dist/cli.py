@@ -12,9 +12,9 @@ from lime_dist.bench import commands as bench_commands
 from lime_dist.cluster import commands as cluster_commands
 from lime_dist.cluster import watching
 from lime_dist.data import commands as data_commands
-from lime_dist.ending import FAILED, NEVER_RESTART, write_outcome
+from lime_dist.ending import FAILED, NEVER_RESTART, REQUEUE, write_outcome
 from lime_dist.errors import LimeDistError, one_line
-from lime_dist.local import RankFailed
+from lime_dist.local import RankFailed, StoppedEarly
 from lime_dist.preflight import commands as preflight_commands
 
 
@@ -55,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lime-dist: {one_line(error)}", file=sys.stderr)
         write_outcome(NEVER_RESTART, error)
         return NEVER_RESTART
+    except StoppedEarly as error:
+        print(f"lime-dist: {error}", file=sys.stderr)
+        write_outcome(REQUEUE, error)
+        return REQUEUE
     except RankFailed as error:
         print(f"{error.detail}\nlime-dist: {one_line(error)}".lstrip(), file=sys.stderr)
         write_outcome(FAILED, error)

@@ -37,7 +37,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
         if rank not in environment or (rank.startswith("SLURM") and not _is_srun_step(environment)):
             continue
         try:
-            return Place(
+            place = Place(
                 rank=int(environment[rank]),
                 local_rank=int(environment.get(local_rank, "0")),
                 world_size=int(environment[world_size]),
@@ -46,6 +46,11 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
             raise LayoutError(
                 f"environment: {rank} is set but {world_size} is not a number; start with torchrun or srun"
             ) from None
+        if not 0 <= place.rank < place.world_size:
+            raise LayoutError(
+                f"environment: {rank}={place.rank} is not below {world_size}={place.world_size}; start with torchrun or srun"
+            )
+        return place
     return None
 
 

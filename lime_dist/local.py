@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -47,6 +47,10 @@ class RankFailed(RuntimeError):
         self.rank, self.detail = rank, detail
 
 
+class StoppedEarly(RuntimeError):
+    """A signal that asks to stop came before the ranks could hear it. No step was made, so nothing is lost."""
+
+
 def run_local(
     function: Callable[..., Any],
     world_size: int,
@@ -60,7 +64,7 @@ def run_local(
     fresh: in new interpreters rather than forks; `function` is then a module's own. What `wire` can pack may be a
     result, and, where fresh, an argument. `describe` says of a rank what it is, for the error. No rank outlives the call.
     Signals that ask to stop are passed on to the ranks, which know what to do; call on the main thread.
-    Raises: the `LimeDistError` of a rank as it is; RankFailed for anything else, among it a rank killed by a
+    Raises: the `LimeDistError` of a rank as it is; StoppedEarly; RankFailed for anything else, among it a rank killed by a
     signal, a run longer than `timeout`, and a rank that is still there long after another's result.
     """
     begin = _begin_fresh if fresh else _begin_fork
@@ -74,8 +78,8 @@ def run_local(
             pipes.append(receiver)
             processes.append(begin(function, args, environment, sender))
             sender.close()
-        with _stop_signals_passed_on(processes):
-            results = _collect(pipes, processes, timeout, describe)
+        with _stop_signals_passed_on(processes) as passed_on:
+            results = _collect(pipes, processes, timeout, describe, passed_on)
         for process in processes:
             process.join(LEAVE_GRACE.total_seconds())
         return results
@@ -267,16 +271,20 @@ class _Failure:
     reason: str
     detail: str = ""
     user_error: str = ""
-    by_signal: bool = False
+    killed_by: int = 0  # a signal
 
     @property
     def order(self) -> tuple[bool, bool, float]:
         """Causes first: killed from outside, a user's mistake, the earliest."""
-        return not self.by_signal, not self.user_error, self.moment
+        return not self.killed_by, not self.user_error, self.moment
 
 
 def _collect(
-    pipes: list[Connection], processes: Sequence[_Process], timeout: timedelta | None, describe: Callable[[int], str]
+    pipes: list[Connection],
+    processes: Sequence[_Process],
+    timeout: timedelta | None,
+    describe: Callable[[int], str],
+    passed_on: Collection[int],
 ) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[_Failure] = []
@@ -298,7 +306,10 @@ def _collect(
         if not ready:
             break
     if failures:
-        _raise(min(failures, key=lambda failure: failure.order), describe)
+        first_failure = min(failures, key=lambda failure: failure.order)
+        if first_failure.killed_by in passed_on:
+            raise StoppedEarly(f"{signal.Signals(first_failure.killed_by).name} before the ranks had met")
+        _raise(first_failure, describe)
     if pending:
         limit = f"after {timeout}" if timeout else f"{STRAGGLER_LIMIT} after others had ended"
         first, *_ = running = sorted(pending.values())
@@ -315,7 +326,7 @@ def _receive(pipe: Connection, rank: int, process: _Process) -> Any:
         pipe.close()
         process.join()
         code = process.exitcode or 0
-        return _Failure(rank, time.monotonic(), _exit_reason(code), by_signal=code < 0)
+        return _Failure(rank, time.monotonic(), _exit_reason(code), killed_by=max(0, -code))
 
 
 def _raise(failure: _Failure, describe: Callable[[int], str]) -> NoReturn:
@@ -338,15 +349,19 @@ def _exit_reason(exit_code: int) -> str:
 
 
 @contextmanager
-def _stop_signals_passed_on(processes: Sequence[_Process]) -> Iterator[None]:
+def _stop_signals_passed_on(processes: Sequence[_Process]) -> Iterator[set[int]]:
+    """Gives those that were."""
+    passed_on: set[int] = set()
+
     def pass_on(number: int, _: object) -> None:
+        passed_on.add(number)
         for process in processes:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -32,6 +32,11 @@ class Ownership:
 
     def check(self) -> None:
         """Raises: RunTaken when a later start has the run."""
-        owner = self._path.read_text()
+        try:
+            owner = self._path.read_text()
+        except FileNotFoundError:
+            raise RunTaken(
+                f"run.dir: {self._path.parent} was removed or moved; this start ends without saving"
+            ) from None
         if owner != self._claim:
             raise RunTaken(f"run.dir: {self._path.parent} was taken over by {owner}; this start ends without saving")

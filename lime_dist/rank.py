@@ -180,8 +180,17 @@ class Rank:
         return loss, [round(count) for count in boundary_bytes]
 
 
-def join_world(config: Config, place: Place, store: dist.Store | None = None) -> tuple[Groups, torch.device]:
-    """Take this process's place among the ranks. `store`: where they have met already. Collective: world."""
+def join_world(
+    config: Config,
+    place: Place,
+    store: dist.Store | None = None,
+    compare: Callable[[Config, torch.device], None] = lambda config, device: None,
+) -> tuple[Groups, torch.device]:
+    """Take this process's place among the ranks. Collective: world.
+
+    store: where they have met already. compare: called as soon as ranks can talk, before they make groups by a layout
+    that may not be the same on all of them.
+    """
     device = pick_device(config, place.local_rank)
     timeout = timedelta(seconds=config.run.timeout_seconds) + WATCHDOG_MARGIN
     if device.type == "cuda":
@@ -197,6 +206,7 @@ def join_world(config: Config, place: Place, store: dist.Store | None = None) ->
         world_size=place.world_size,
         timeout=timeout,
     )
+    compare(config, device)
     return create_groups(config.layout, device, timeout), device
 
 

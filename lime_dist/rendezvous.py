@@ -47,8 +47,8 @@ def open_store(
 def master_port(environment: Mapping[str, str]) -> int:
     """Raises: LayoutError."""
     port = environment["MASTER_PORT"]
-    if not port.isdigit():
-        raise LayoutError(f"environment: MASTER_PORT={port} is no port; set a number")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise LayoutError(f"environment: MASTER_PORT={port} is no port; set a number from 1 to 65535")
     return int(port)
 
 

@@ -91,6 +91,8 @@ def resume_folder(config: Config) -> Path | None:
 def resumed_config(config: Config, folder: Path) -> Config:
     """`config` as it goes on from the checkpoint `folder`, with the edges that its next update has.
 
+    At a step of `depth.switch_at` a run saves first, so a checkpoint of that step has the edges from before.
+
     Edges that were chosen (by routers, bytes or stages) are chosen once: from then on they are the checkpoint's, whatever
     the stages or the routers are now. A run loses edges at a step of `depth.switch_at` only.
     Raises: CheckpointError where it would lose others; PlanError, ConfigError.
@@ -99,11 +101,12 @@ def resumed_config(config: Config, folder: Path) -> Config:
     saved, step = saved_config(reader), reader.meta.step
     check_same_model(folder, saved, config)
     due = config.at_step(step)
-    if due.depth.name == saved.depth.name and due.depth.is_chosen:
+    is_switch = step in config.depth.switch_at
+    if due.depth.name == saved.depth.name and due.depth.is_chosen and not is_switch:
         return due.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
     due = resolve_pattern(due, folder)
     lost = lost_edges(saved.pattern, due.pattern)
-    if lost and step not in config.depth.switch_at:
+    if lost and not is_switch:
         raise CheckpointError(
             f"depth.pattern: {due.depth.name} lacks {lost} of the {saved.pattern.num_edges} edges of checkpoint {folder} "
             f"({saved.depth.name}); set depth.pattern={saved.depth.name}, or depth.switch_at={{{step}: {due.depth.name}}} to drop them"

@@ -24,7 +24,7 @@ from lime_dist.config import Config, DepthConfig, to_dict
 from lime_dist.data.checksums import block_digest
 from lime_dist.errors import CheckpointError, ConfigError, LimeDistError, one_line
 from lime_dist.launcher import host_name
-from lime_dist.resolve import resume_folder, resumed_config
+from lime_dist.resolve import evaluated_config, resume_folder, resumed_config
 
 VISIBLE_SECONDS = 30.0  # how long a shared disk may take to show a checkpoint to another host
 _POLL_SECONDS = 0.1
@@ -93,8 +93,14 @@ def _token_file(prefix: str) -> str:
 
 
 def agree_on_start(config: Config, device: torch.device) -> Start:
-    """The checkpoint that rank 0 finds, and the edges with which it goes on. Collective: world. Raises: LimeDistError on all."""
-    return decide_start(config, device, lambda: resume_folder(config), resumed_config)
+    """The checkpoint that rank 0 finds, and the edges with which it goes on; at a step of `depth.switch_at` its own, as what
+    was due before the switch may still be. Collective: world. Raises: LimeDistError on all."""
+    return decide_start(config, device, lambda: resume_folder(config), _before_a_switch)
+
+
+def _before_a_switch(config: Config, folder: Path) -> Config:
+    resumed = resumed_config(config, folder)
+    return evaluated_config(config, folder) if read_meta(folder).step in config.depth.switch_at else resumed
 
 
 def decide_start(

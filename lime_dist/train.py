@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lime_dist.agreement import tell_all
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.files import flush_to_disk, set_aside_after, step_folder
+from lime_dist.checkpoint.files import flush_to_disk, set_aside_after
 from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
@@ -79,7 +79,7 @@ def train(config: Config, place: Place) -> int:
     request, pulse = stop_request(), Pulse()
     full_disk = naming_full_disk(Path(config.run.dir), checkpoints_of(config))
     with Watchdog(config, place, pulse) as watchdog, full_disk:
-        groups, device = join_world(config, place)
+        groups, device = join_world(config, place, compare=check_alike)
         code, reason = _train_or_stop(config, groups, device, JointStop(request, device), pulse)
         watchdog.settle(code, reason)  # by every rank, as each node's launcher may have a file of its own
         pulse.beat("leave")
@@ -104,7 +104,7 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> tu
     """
     request, pulse = stop_request(), Pulse()
     with Watchdog(config, place, pulse, eval_heartbeat_folder(Path(config.run.dir))):
-        groups, device = join_world(config, place)
+        groups, device = join_world(config, place, compare=check_alike)
         try:
             found = DONE, _evaluate_checkpoint(config, groups, device, JointStop(request, device), pulse, checkpoint)
         except Stopped as cause:
@@ -123,7 +123,6 @@ def _evaluate_checkpoint(
     held_out = open_held_out_data(config, _between(stop, pulse))
     if held_out is None:
         raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
-    check_alike(config, device)
     start = decide_start(config, device, lambda: checkpoint or resume_folder(config), evaluated_config)
     if start.folder is None:
         raise CheckpointError(
@@ -156,10 +155,11 @@ class TrainingRun:
         self.config, self._groups, self._device, self._stop, self._pulse = config, groups, device, stop, pulse
         between = _between(stop, pulse)
         between()
-        check_alike(config, device)
         self._samples = open_training_data(config, between)
         self._held_out = open_held_out_data(config, between)
-        self.step = self.samples_seen = self._saved_step = self._pattern_since = 0
+        self.step = self.samples_seen = self._saved_step = 0
+        self._saved: Path | None = None  # where `_saved_step` is
+        self._switched_step: int | None = None
         start = agree_on_start(config, device)
         if start.folder is None:
             self.rank = Rank(config, groups, device, pulse)
@@ -178,7 +178,8 @@ class TrainingRun:
         assert start.folder is not None
         self.rank = Rank(start.config, self._groups, self._device, self._pulse)
         meta = load_checkpoint(self.rank, start.folder)
-        self.step = self._saved_step = self._pattern_since = meta.step
+        self.step = self._saved_step = meta.step
+        self._saved = start.folder
         self.samples_seen = meta.samples_seen
 
     def train(self) -> tuple[int, str]:
@@ -186,7 +187,7 @@ class TrainingRun:
         config, watch = self.config, Stopwatch()
         code = self._evaluate_and_agree()
         while self.step < config.run.steps and code == DONE:
-            if self.step in config.depth.switch_at and self._pattern_since < self.step:
+            if self.step in config.depth.switch_at and self._switched_step != self.step:
                 self._switch_pattern()
             watch.lap()
             self._train_step(watch)
@@ -222,7 +223,8 @@ class TrainingRun:
 
     def _switch_pattern(self) -> None:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
-        folder = step_folder(checkpoints_of(self.config), self.step) if self._saved_step == self.step else self._save()
+        folder = self._saved if self._saved is not None and self._saved_step == self.step else self._save()
+        self._switched_step = self.step
         del self.rank
         self._load(decide_start(self.config, self._device, lambda: folder, resumed_config))
         if self._metrics is not None:
@@ -289,7 +291,7 @@ class TrainingRun:
             )
         except TrainingDiverged as error:
             raise self._diverged(f"step {self.step}: {error}, so it was not saved") from None
-        self._saved_step = self.step
+        self._saved_step, self._saved = self.step, folder
         self._record("record", lambda metrics: metrics.saved(step=self.step, folder=folder, save_seconds=watch.lap()))
         return folder
 

@@ -11,14 +11,18 @@ import re
 _FAMILIES = re.compile(
     r"(NCCL|TORCH_NCCL|GLOO_SOCKET|OMP|FI_CXI|FI_EFA|LC)_[A-Z0-9_]+|NVIDIA_TF32_OVERRIDE|FI_PROVIDER"
     r"|CUDA_(DEVICE_MAX_CONNECTIONS|DEVICE_ORDER|LAUNCH_BLOCKING|MODULE_LOADING|VISIBLE_DEVICES)"
-    r"|(MKL|OPENBLAS|NUMEXPR)_NUM_THREADS|MASTER_ADDR|MASTER_PORT|TZ|LANG|UCX_(TLS|NET_DEVICES)"
+    r"|(MKL|OPENBLAS|NUMEXPR)_NUM_THREADS|MASTER_ADDR|MASTER_PORT|LANG|UCX_(TLS|NET_DEVICES)"
     r"|PYTORCH_(CUDA_)?ALLOC_CONF|TORCH_(DISTRIBUTED_DEBUG|CPP_LOG_LEVEL|SHOW_CPP_STACKTRACES)|HF_HUB_OFFLINE"
 )
-_LOADING = re.compile(r"PLUGIN|(^|_)(FILE|PATH|DIR|LIB|LIBRARY|LIBRARIES|CONFIG|PIPE|TOOL|ENV)(_|$)|^NCCL_CONF_")
+_LOADING = re.compile(
+    r"PLUGIN|(^|_)(FILE|PATH|DIR|LIB|LIBRARY|LIBRARIES|CONFIG|PIPE|TOOL|ENV|PROFILE)(_|$)|^NCCL_(CONF_|RAS_|COMM_ID$)"
+)
+_PATHS = re.compile(r"LANG|LC_.*")  # a value with a slash in it names a file
 
 
-def may_export(name: str) -> bool:
-    return bool(_FAMILIES.fullmatch(name)) and not _LOADING.search(name)
+def may_export(name: str, value: object) -> bool:
+    is_path = _PATHS.fullmatch(name) is not None and "/" in str(value)
+    return bool(_FAMILIES.fullmatch(name)) and not _LOADING.search(name) and not is_path
 
 
 # By their whole names; with `=`: with this value only.
@@ -55,4 +59,6 @@ OWNED_FLAGS = {
 
 def may_pass(key: str, flag: str) -> bool:
     """key: sbatch_flags or srun_flags; flag: --name or --name=value."""
-    return not {flag, flag.partition("=")[0]}.isdisjoint(_FLAGS[key])
+    name, _, value = flag.partition("=")
+    names_file = name == "--nodelist" and "/" in value  # else SLURM takes it for the name of a file with the nodes
+    return not {flag, name}.isdisjoint(_FLAGS[key]) and not names_file

@@ -238,9 +238,9 @@ def _check_names(cluster: ClusterConfig) -> None:
                 not _SECRET.search(name),
                 f"cluster.{key}: {name} looks like a secret; remove it and export it in your shell: it is inherited",
             )
-    for name in cluster.export:
+    for name, value in cluster.export.items():
         _require(
-            may_export(name),
+            may_export(name, value),
             f"cluster.export: {name} is not among the variables known to load and run nothing; "
             "set it under cluster.setup, whose lines are bash",
         )
@@ -265,8 +265,8 @@ def _check_programs(cluster: ClusterConfig) -> None:
     """Texts that stand where a command could take them for a flag."""
     for index, module in enumerate(cluster.modules):
         _require(
-            bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+/@:=~-]*", module, re.ASCII)),
-            f"cluster.modules[{index}]: {module!r} is no name of a module; use letters, digits and _.+/@:=~-",
+            bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+/@:=~-]*", module, re.ASCII)) and ".." not in module,
+            f"cluster.modules[{index}]: {module!r} is no name of a module; use letters, digits and _.+/@:=~-, and no ..",
         )
     plain = {"python": cluster.python, "exclude_file": cluster.exclude_file}
     if cluster.container is not None:
