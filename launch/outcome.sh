@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the launchers here. They exit as the run itself ended: 0 all steps done; 2 a mistake, which a restart would
-# repeat; 75 stopped on request behind a complete checkpoint: start again; anything else: try again.
+# repeat; 75 stopped on request after saving a complete checkpoint: start again; anything else: try again.
 # torchrun and DeepSpeed's launcher make 1 of every rank's exit code, so the first rank that knows writes "CODE REASON"
 # to a file (lime_dist/ending.py), of this node and this start unless the caller names another. Where none of this node's
 # ranks wrote one, the launcher's own code counts.

@@ -19,8 +19,13 @@ for split in train valid; do
       --out "$data/$split" --overwrite
 done
 
+run=runs/quickstart
+for override in "$@"; do
+  case "$override" in run.dir=*) run=${override#run.dir=} ;; esac
+done
+
 lime-dist train configs/quickstart.yaml --dry-run "$@" | sed -n '/^layout/,$p'
 lime-dist train configs/quickstart.yaml "$@"
 lime-dist eval configs/quickstart.yaml "$@"
-lime-dist generate runs/quickstart --prompt "The function returns a list of" --max-new-tokens 48 --temperature 0.7 --top-p 0.9
-echo "The run is in runs/quickstart (tensorboard --logdir runs/quickstart). Next: README.md, From a laptop to a cluster."
+lime-dist generate "$run" --prompt "The function returns a list of" --max-new-tokens 48 --temperature 0.7 --top-p 0.9
+echo "The run is in $run (tensorboard --logdir $run). Next: README.md, From a laptop to a cluster."

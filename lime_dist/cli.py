@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lime_dist import __version__, commands, samples
 from lime_dist.bench import commands as bench_commands
@@ -13,9 +16,10 @@ from lime_dist.cluster import commands as cluster_commands
 from lime_dist.cluster import watching
 from lime_dist.data import commands as data_commands
 from lime_dist.ending import FAILED, NEVER_RESTART, REQUEUE, write_outcome
-from lime_dist.errors import LimeDistError, one_line
+from lime_dist.errors import ConfigError, LimeDistError, one_line, shown
 from lime_dist.local import RankFailed, StoppedEarly
 from lime_dist.preflight import commands as preflight_commands
+from lime_dist.stopping import STOP_SIGNALS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,9 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except LimeDistError as error:
-        print(f"lime-dist: {one_line(error)}", file=sys.stderr)
-        write_outcome(NEVER_RESTART, error)
-        return NEVER_RESTART
+        return _refuse(error)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.filename is None or error.errno not in _USERS_PATHS:
+            raise
+        return _refuse(ConfigError(f"{shown(error.filename)}: {error.strerror}; give a path that can be used"))
     except StoppedEarly as error:
         print(f"lime-dist: {error}", file=sys.stderr)
         write_outcome(REQUEUE, error)
@@ -65,5 +74,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _refuse(error: LimeDistError) -> int:
+    print(f"lime-dist: {one_line(error)}", file=sys.stderr)
+    write_outcome(NEVER_RESTART, error)
+    return NEVER_RESTART
+
+
+# What is wrong with a path that a user gave, wherever it is first used.
+_USERS_PATHS = (errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
+def run() -> NoReturn:
+    """The installed command: `main`, and an end whose code a late signal does not change."""
+    code = main()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -116,6 +116,7 @@ def _plan(args: argparse.Namespace) -> int:
     from lime_dist.pipeline.table import compare_report, compare_table, plan_report, stage_table
 
     config = ready_config(load_config(args.config, args.overrides))
+    warn(find_warnings(config))
     if args.plot is not None:
         _plot(config, args.plot)
     if args.json:

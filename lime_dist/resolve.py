@@ -48,13 +48,19 @@ def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoi
     config = check_config(config, world_size)
     _check_folders(config)
     folder = checkpoint or resume_folder(config)
-    evaluated = resolve_pattern(config) if folder is None else evaluated_config(config, folder)
+    if folder is None:
+        raise no_checkpoint(config)
+    evaluated = evaluated_config(config, folder)
     plan_run_transfer(evaluated)
     return evaluated
 
 
 def checkpoints_of(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
+
+
+def no_checkpoint(config: Config) -> CheckpointError:
+    return CheckpointError(f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint")
 
 
 def _check_folders(config: Config) -> None:
@@ -194,6 +200,8 @@ def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
     def is_layer(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
 
+    if not argument:
+        raise PlanError("depth.pattern: edges without a file; write edges:FILE")
     try:
         edges: dict[Any, Any] = read_yaml(argument, "edges file", "readers and their sources, such as 3: [0, 2]")
     except ConfigError as error:

@@ -59,7 +59,7 @@ class StopRequest:
     def _begin_to_stop(self, name: str) -> None:
         if self.is_alone:
             _leave_before_the_meeting(name)
-        print(f"{name}: stopping behind this step or evaluation batch", file=sys.stderr, flush=True)
+        print(f"{name}: stopping after this step or evaluation batch", file=sys.stderr, flush=True)
 
 
 def _leave_before_the_meeting(name: str) -> NoReturn:

@@ -20,14 +20,14 @@ from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.ending import DONE, REQUEUE
-from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
+from lime_dist.errors import ConfigError, TrainingDiverged
 from lime_dist.joint_stop import JointStop, Stopped
 from lime_dist.launcher import Place
 from lime_dist.metrics import Metrics, Stopwatch
 from lime_dist.optim import lr_factor
 from lime_dist.ownership import Ownership
 from lime_dist.rank import Rank, join_world
-from lime_dist.resolve import checkpoints_of, evaluated_config, resume_folder, resumed_config
+from lime_dist.resolve import checkpoints_of, evaluated_config, no_checkpoint, resume_folder, resumed_config
 from lime_dist.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.stopping import stop_request
 from lime_dist.watch.heartbeat import eval_heartbeat_folder
@@ -125,9 +125,7 @@ def _evaluate_checkpoint(
         raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
     start = decide_start(config, device, lambda: checkpoint or resume_folder(config), evaluated_config)
     if start.folder is None:
-        raise CheckpointError(
-            f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint"
-        )
+        raise no_checkpoint(config)
     rank = Rank(start.config, groups, device, pulse)
     meta = load_checkpoint(rank, start.folder)
     loss = evaluate_batches(rank, held_out, stop)

@@ -274,7 +274,7 @@ end_time() { # ELSE: of this job, in seconds since the epoch, as SLURM has it no
 
 wanted_lead() { # seconds, from the steps and saves that this run has measured
   local lead
-  lead=$([ "$lead_is_measured" = yes ] && timeout 10 "${container[@]}" "$python" -m lime_dist.cluster.lead "$run_dir" 2>/dev/null)
+  lead=$([ "$measure_lead" = yes ] && timeout 10 "${container[@]}" "$python" -m lime_dist.cluster.lead "$run_dir" 2>/dev/null)
   [[ $lead =~ ^[0-9]+$ ]] || lead=$stop_lead # such as outside of the container that has lime_dist
   echo "$lead"
 }

@@ -119,7 +119,7 @@ def _values(cluster: ClusterConfig, submission: Submission) -> dict[str, str]:
         "exclude_file": submission.exclude_file(cluster),
         "time_limit": cluster.time_seconds,
         "stop_lead": submission.stop_lead_seconds,
-        "lead_is_measured": "yes" if cluster.stop_lead_seconds is None else "no",
+        "measure_lead": "yes" if cluster.stop_lead_seconds is None else "no",
         "ranks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task or "",
         "preflight": "yes" if cluster.preflight else "no",

@@ -42,7 +42,7 @@ class _LargeLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
 def parse_yaml(text: str, where: str) -> Any:
     """The value that `text` holds, of dict, list, str, int, float, bool and None; `where` begins the errors.
 
-    Raises: ConfigError for all that is not such a value, a key that stands twice, and a text too large or too nested.
+    Raises: ConfigError for all that is not such a value, a key that appears twice, and a text too large or too nested.
     """
     try:
         if len(text) > MAX_TEXT_BYTES:
@@ -99,7 +99,7 @@ class _Values:
                 continue
             key = self._key(key_node, depth)
             if key in own:
-                raise _refused(key_node, f"the key {shown(key)} stands twice in its section; remove one of them")
+                raise _refused(key_node, f"the key {shown(key)} appears twice in its section; remove one of them")
             own[key] = self.value(value_node, depth + 1)
         return merged | own
 

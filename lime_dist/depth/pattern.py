@@ -134,7 +134,10 @@ _TERMS: dict[str, tuple[_Term, bool]] = {  # term, whether it takes a number
     "block": (_block, True),
     "within_stage": (_within_stage, False),
 }
-_KNOWN = "full, first:j, last:j, stride:k, block:n, within_stage, or several joined by +"
+_KNOWN = (
+    "full, first:j, last:j, stride:k, block:n, within_stage, several of these joined by +, edges:FILE, budget:SIZE or top_p:P"
+    " (LLaMA: set depth.router=none)"
+)
 
 
 def parse_pattern(text: str, num_layers: int, stages: Sequence[range] | None = None) -> Pattern:

@@ -45,6 +45,8 @@ from lime_dist.preflight import devices
 devices.count_gpus = lambda: 8
 os.register_at_fork(after_in_child=lambda: os._exit(99))
 from lime_dist.cli import main
+
+pytestmark = pytest.mark.slow
 sys.exit(main())
 """
 
@@ -102,7 +104,6 @@ def test_by_fork_the_stand_in_fails() -> None:
     assert code == FAILED and re.search(r"rank \d \(pp=.*\) failed: exit code 99$", errors)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import lime_dist.startup as startup
 from lime_dist.checkpoint.files import CheckpointReader, find_latest
 from lime_dist.cli import main
 from lime_dist.data.indexed import IndexedWriter
+from lime_dist.local import free_port
 from lime_dist.resolve import saved_config
 
 BASE = {
@@ -123,6 +126,35 @@ def test_eval_measures_the_model_that_was_trained(tmp_path: Path, capfd: pytest.
         assert [json.loads(capfd.readouterr().out)["eval_loss"]] == pytest.approx(trained, rel=TOLERANCE)
 
 
+def test_each_switch_chooses_among_the_edges_that_are_left(tmp_path: Path) -> None:
+    """Also where two have the same text."""
+    assert train(tmp_path / "one", "depth.switch_at={2: top_p:0.7}") == 0
+    assert train(tmp_path / "two", "depth.switch_at={2: top_p:0.7, 6: top_p:0.7}") == 0
+    assert train(tmp_path / "parts", "depth.switch_at={2: top_p:0.7, 6: top_p:0.7}", "run.steps=7") == 0
+    assert train(tmp_path / "parts", "depth.switch_at={2: top_p:0.7, 6: top_p:0.7}") == 0
+    assert 0 < num_edges(tmp_path / "two") < num_edges(tmp_path / "one")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "two")
+
+
+def evaluations(run_dir: Path) -> dict[int, float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
+
+
+def test_an_evaluation_left_at_a_switch_measures_the_model_before_it(tmp_path: Path) -> None:
+    often = ("depth.switch_at={4: first:1}", "eval.every=4", "checkpoint.every=4")
+    assert train(tmp_path / "whole", *often, "run.steps=8") == 0
+    assert train(tmp_path / "parts", *often, "run.steps=5") == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_000005")
+    metrics = tmp_path / "parts" / "metrics.jsonl"  # as a stop in the midst of the evaluation leaves it
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if not ("eval_loss" in line and json.loads(line)["step"] == 4)))
+    assert 4 not in evaluations(tmp_path / "parts")
+    assert train(tmp_path / "parts", *often, "run.steps=8") == 0
+    assert evaluations(tmp_path / "parts") == evaluations(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 # ---- one rank decides
 
 
@@ -193,3 +225,42 @@ def test_token_files_that_differ_are_refused(tmp_path: Path, folder: Path) -> No
     meta = tmp_path / "train.meta.json"
     meta.write_text(meta.read_text().replace("2000", "2001"))
     assert startup._token_file(str(tmp_path / "train")) != before
+
+
+def start_rank(rank: int, world_size: int, port: int, command: str, *overrides: str) -> subprocess.Popen[str]:
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "lime_dist.cli", command, "run.yaml", *overrides],
+        env={**os.environ, **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "others", "said"),
+    [
+        ("train", ("parallel.pp=1", "parallel.tp=2"), "parallel.tp: 1 on rank 0 (.*), 2 on rank 1 "),
+        ("eval", ("parallel.pp=2", "data.valid=[valid, train]"), "data.valid: .* on rank 0 .* on rank 1 "),
+    ],
+)
+def test_ranks_of_other_layouts_or_files_are_refused_before_they_wait_for_each_other(
+    command: str, others: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    if command == "eval":
+        assert train(tmp_path, "parallel.pp=2", "run.steps=1") == 0
+    port = free_port()
+    ranks = [
+        start_rank(rank, 2, port, command, f"run.dir={tmp_path}", *overrides)
+        for rank, overrides in enumerate((("parallel.pp=2",), others))
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert all(re.search(f"^lime-dist: {said}", error, re.MULTILINE) for error in errors), errors

@@ -33,6 +33,8 @@ from lime_dist.watch.heartbeat import heartbeat_folder, read_heartbeats
 from lime_dist.watch.pulse import Pulse
 from lime_dist.watch.watchdog import Watchdog
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 6  # seconds; long enough to build a rank on a busy machine
 PROMPT = (
     TIMEOUT + 12

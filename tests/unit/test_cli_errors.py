@@ -123,7 +123,7 @@ TRAIN = {
     "data.train=[{path: train, wieght: 2}]": r"data\.train\[0\]\.wieght: unknown key; did you mean weight\?",
     "run.steps=2026-11-25": r"run\.steps: '2026-11-25' is not a whole number",
     "run.steps=0b_": r"override run\.steps: line 1: '0b_' is no int",
-    "optim.lr=.inf": r"optim\.lr: inf must be a finite number",
+    "optim.lr=.inf": r"optim\.lr: inf must be at most 10000",
     "run.timeout_seconds=.inf": r"run\.timeout_seconds: inf must be at most 2592000",
     "model.num_layers=100000": r"model\.num_layers: 100000 must be at most 512",
     f"run.dir={'x' * 100_000}": r"run\.dir: 'x{30,40}\.\.\.x+' has 100000 letters; use at most 1000",
@@ -186,10 +186,19 @@ RESUME = {
 }
 
 # whole command lines
+LONG = "a" * 300  # more than a name may have
 OTHERS = {
+    f"train run.yaml data.train={LONG}": r"'a{30,}.*: File name too long; give a path that can be used",
+    f"train run.yaml data.tokenizer={LONG}": r"'a{30,}.*: File name too long; give",
+    f"generate {LONG} --prompt x": r"'a{30,}.*: File name too long; give",
+    f"status {LONG}": r"'a{30,}.*: File name too long; give",
+    f"logs {LONG}": r"'a{30,}.*: File name too long; give",
+    f"init {LONG}": r".*a{30,}.*: File name too long; ",
+    f"plan {LONG}": r"config a{30,}.*: File name too long; give",
+    "plan run.yaml depth.pattern=edges": r"depth\.pattern: edges without a file; write edges:FILE",
     "train none.yaml": r"config none\.yaml: No such file or directory; give the path of a YAML file",
     "train broken.yaml": r"config broken\.yaml: not valid YAML: .* line \d",
-    "train twice.yaml": r"config twice\.yaml: line 3: the key 'steps' stands twice in its section",
+    "train twice.yaml": r"config twice\.yaml: line 3: the key 'steps' appears twice in its section",
     "train dates.yaml": r"model\.num_layers: '2026-11-25' is not a whole number",
     "plan float.yaml": r"config float\.yaml: line 2: 'x' is no float that can be read",
     "plan bool.yaml": r"config bool\.yaml: line 2: 'maybe' is no bool that can be read",

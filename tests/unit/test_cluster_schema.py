@@ -66,6 +66,10 @@ MISTAKES = {
     "cluster.srun_flags=[--begin=now]": r"cluster\.srun_flags: '--begin=now' is not among",
     "cluster.export={BASH_ENV: x}": r"cluster\.export: BASH_ENV is not among the variables .*; set it under cluster\.setup",
     "cluster.export={a-b: x}": r"cluster\.export: 'a-b' is no name of a variable; use letters",
+    "cluster.sbatch_flags=[--nodelist=/etc/hosts]": r"cluster\.sbatch_flags: '--nodelist=/etc/hosts' is not among the flags",
+    "cluster.srun_flags=[--nodelist=./n]": r"cluster\.srun_flags: '--nodelist=\./n' is not among the flags",
+    "cluster.export={LC_ALL: /tmp/x}": r"cluster\.export: LC_ALL is not among the variables",
+    "cluster.modules=[gcc/../../tmp/x]": r"cluster\.modules\[0\]: 'gcc/\.\./\.\./tmp/x' is no name of a module",
     "cluster.modules=[--force]": r"cluster\.modules\[0\]: '--force' is no name of a module",
     'cluster.setup=["a\\nb"]': r"cluster\.setup\[0\]: 'a\\nb' holds the control character '\\n'; remove it",
 }
@@ -90,13 +94,13 @@ LOADING = (
     "NCCL_DEBUG_FILE TORCH_NCCL_DEBUG_INFO_PIPE_FILE CUDA_INJECTION64_PATH CXX CC NVCC_PREPEND_FLAGS CUDA_HOME LD_PRELOAD "
     "LD_LIBRARY_PATH LD_AUDIT PATH PYTHONPATH PYTHONSTARTUP BASH_ENV ENV GCONV_PATH LOCPATH TMPDIR HOME TRITON_CACHE_DIR "
     "TORCH_EXTENSIONS_DIR FI_PROVIDER_PATH UCX_MODULE_DIR UCX_GDB_COMMAND OMP_TOOL_LIBRARIES OMP_TOOL SLURM_CONF "
-    "LIME_DIST_OUTCOME_FILE PDSH_RCMD_TYPE BASH_FUNC_srun RDMAV_DRIVERS MKL_RT XDG_CACHE_HOME IFS nccl_debug"
+    "LIME_DIST_OUTCOME_FILE PDSH_RCMD_TYPE BASH_FUNC_srun TZ NCCL_RAS_ADDR NCCL_COMM_ID NCCL_PROXY_PROFILE RDMAV_DRIVERS MKL_RT XDG_CACHE_HOME IFS nccl_debug"
 ).split()
 PLAIN = (
     "NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_IB_TIMEOUT NCCL_NET_GDR_LEVEL NCCL_P2P_DIRECT_DISABLE NCCL_CROSS_NIC "
     "TORCH_NCCL_ASYNC_ERROR_HANDLING GLOO_SOCKET_IFNAME OMP_NUM_THREADS MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES "
     "CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF TORCH_DISTRIBUTED_DEBUG FI_PROVIDER "
-    "FI_CXI_DISABLE_HOST_REGISTER HF_HUB_OFFLINE TZ LANG LC_ALL"
+    "FI_CXI_DISABLE_HOST_REGISTER HF_HUB_OFFLINE LANG LC_ALL"
 ).split()
 
 

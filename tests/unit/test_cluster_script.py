@@ -76,8 +76,8 @@ def test_hostile_cluster_values(case: Case, tmp_path: Path) -> None:
 
 
 def test_exported_values_arrive(tmp_path: Path) -> None:
-    run = Run(Bash(tmp_path), make_cluster("", "export", {"NCCL_DEBUG": HOSTILE[0], "TZ": "ü 漢 %j \\ '\""}))
-    run.start(SRUN='printf "%s|%s" "$NCCL_DEBUG" "$TZ" >arrived')
+    run = Run(Bash(tmp_path), make_cluster("", "export", {"NCCL_DEBUG": HOSTILE[0], "NCCL_IB_HCA": "ü 漢 %j \\ '\""}))
+    run.start(SRUN='printf "%s|%s" "$NCCL_DEBUG" "$NCCL_IB_HCA" >arrived')
     assert (tmp_path / "arrived").read_text() == f"{HOSTILE[0]}|ü 漢 %j \\ '\""
 
 

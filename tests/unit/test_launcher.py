@@ -86,3 +86,9 @@ def test_rank_0_asks_for_the_meeting_place() -> None:
     require_address(Place(rank=1, local_rank=0, world_size=2), unknown)
     with pytest.raises(LayoutError, match="^environment: MASTER_ADDR=no-such-host.invalid does not resolve on"):
         require_address(Place(rank=0, local_rank=0, world_size=2), unknown)
+
+
+@pytest.mark.parametrize("rank", ["-1", "2", "5"])
+def test_a_rank_outside_the_world_is_refused(rank: str) -> None:
+    with pytest.raises(LayoutError, match=f"^environment: RANK={rank} is not below WORLD_SIZE=2; start with torchrun"):
+        find_place({"RANK": rank, "WORLD_SIZE": "2"})

@@ -27,7 +27,7 @@ from rank_work import (
 from lime_dist.config import Config, ModelConfig, RunConfig
 from lime_dist.errors import DataError
 from lime_dist.launcher import find_place
-from lime_dist.local import RankFailed, run_local
+from lime_dist.local import RankFailed, StoppedEarly, run_local
 from lime_dist.ownership import RunTaken
 from lime_dist.preflight.devices import needs_fresh_interpreters
 from lime_dist.stopping import STOP_SIGNALS
@@ -186,3 +186,10 @@ def test_a_fresh_interpreter_calls_functions_of_modules_only() -> None:
 def test_ranks_that_may_use_cuda_need_fresh_interpreters(device: str, num_gpus: int, needed: bool) -> None:
     model = ModelConfig(num_layers=1, hidden_size=8, intermediate_size=8, num_heads=1, vocab_size=8)
     assert needs_fresh_interpreters(Config(model=model, run=RunConfig(device=device)), num_gpus) == needed
+
+
+@both_ways
+def test_a_stop_before_the_ranks_can_hear_it_means_to_start_again(fresh: bool) -> None:
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(StoppedEarly, match="^SIGTERM before the ranks had met"):
+        run_local(time.sleep, 2, 60, fresh=fresh)

@@ -39,7 +39,7 @@ def test_plain_values_are_read(text: str, value: Any) -> None:
 
 LAUGHS = "a0: &a0 [1]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))
 REFUSED = [  # text, what is said
-    ("a: 1\nb: 2\na: 3", "file: line 3: the key 'a' stands twice in its section; remove one of them"),
+    ("a: 1\nb: 2\na: 3", "file: line 3: the key 'a' appears twice in its section; remove one of them"),
     ("0b_", "file: line 1: '0b_' is no int that can be read"),
     ("!!float x", "file: line 1: 'x' is no float"),
     ("!!bool maybe", "file: line 1: 'maybe' is no bool"),
@@ -77,5 +77,5 @@ def test_a_large_file_is_read_alike() -> None:
     tree = {reader: list(range(reader)) for reader in range(200)}
     text = yaml.safe_dump(tree)
     assert len(text) > _LARGE_TEXT and parse_yaml(text, "file") == tree
-    with pytest.raises(ConfigError, match="the key 7 stands twice"):
+    with pytest.raises(ConfigError, match="the key 7 appears twice"):
         parse_yaml(f"{text}\n7: []", "file")
