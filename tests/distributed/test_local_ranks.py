@@ -27,6 +27,8 @@ from lime_dist.cli import main
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.ending import DONE, FAILED, NEVER_RESTART, REQUEUE
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "mha4"
 CONFIG = {
     "model": {
@@ -45,8 +47,6 @@ from lime_dist.preflight import devices
 devices.count_gpus = lambda: 8
 os.register_at_fork(after_in_child=lambda: os._exit(99))
 from lime_dist.cli import main
-
-pytestmark = pytest.mark.slow
 sys.exit(main())
 """
 
