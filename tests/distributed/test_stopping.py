@@ -118,6 +118,8 @@ def test_a_signal_while_data_is_opened_ends_the_start(config: Path, monkeypatch:
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_rank_that_waits_for_the_others_to_come_leaves_at_once(command: str, config: Path) -> None:
+    if command == "eval":
+        assert main(["train", str(config), *LAYOUT, held_out(config), "run.steps=1"]) == 0
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(free_port()), OUTCOME_VARIABLE: str(config.parent / "outcome")}
     line = [sys.executable, "-m", "lime_dist.cli", command, str(config), *LAYOUT, held_out(config)]

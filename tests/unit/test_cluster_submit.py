@@ -111,9 +111,9 @@ def test_lead_from_earlier_starts(bash: Bash, capsys: pytest.CaptureFixture[str]
     (bash.folder / "runs/a b/metrics.jsonl").write_text(records)
     assert main([*COMMAND, "--dry-run"]) == 0
     told = capsys.readouterr()
-    assert "\nstop_lead=80\nlead_is_measured=yes\n" in told.out and "80 s before the time limit" in told.err
+    assert "\nstop_lead=80\nmeasure_lead=yes\n" in told.out and "80 s before the time limit" in told.err
     assert main([*COMMAND, "--dry-run", "cluster.stop_lead_seconds=77"]) == 0
-    assert "\nstop_lead=77\nlead_is_measured=no\n" in capsys.readouterr().out
+    assert "\nstop_lead=77\nmeasure_lead=no\n" in capsys.readouterr().out
 
 
 MISTAKES = {

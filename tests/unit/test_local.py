@@ -140,10 +140,11 @@ def test_signals_that_ask_to_stop_are_passed_on(number: signal.Signals, tmp_path
 
 
 CALLER = """
-import sys
+import signal, sys
 from pathlib import Path
 from lime_dist.local import run_local
 from rank_work import answer_signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have set to be ignored
 run_local(answer_signal, 2, Path(sys.argv[1]), fresh=sys.argv[2] == "True")
 """
 
