@@ -2,7 +2,7 @@
 # Sourced by the launchers here. They exit as the run itself ended: 0 all steps done; 2 a mistake, which a restart would
 # repeat; 75 stopped on request after saving a complete checkpoint: start again; anything else: try again.
 # torchrun and DeepSpeed's launcher make 1 of every rank's exit code, so the first rank that knows writes "CODE REASON"
-# to a file (lime_dist/ending.py), of this node and this start unless the caller names another. Where none of this node's
+# to a file (lime_dist/lifecycle/ending.py), of this node and this start unless the caller names another. Where none of this node's
 # ranks wrote one, the launcher's own code counts.
 unset POSIXLY_CORRECT && set +o posix # in which bash forgets a code after the first wait
 export LIME_DIST_OUTCOME_FILE="${LIME_DIST_OUTCOME_FILE:-$(mktemp -d)/outcome}"

@@ -15,22 +15,15 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from lime_dist.checkpoint.edges import ready_config, resolve_pattern
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config import load_config as read_config
 from lime_dist.errors import ConfigError
-from lime_dist.generate import (
-    Sampling,
-    checkpoint_folder,
-    continue_text,
-    load_tokenizer_of,
-    single_device,
-    whole_model,
-)
+from lime_dist.generate import Sampling, checkpoint_folder, continue_text, load_tokenizer_of, single_device, whole_model
 from lime_dist.generate import load_model as load_checkpoint
 from lime_dist.lime.model import LimeStage, model_logits, model_loss
-from lime_dist.lime.weights import initialize
-from lime_dist.pipeline.table import plan_report, stage_table
-from lime_dist.resolve import ready_config, resolve_pattern
+from lime_dist.lime.values import initialize
+from lime_dist.plan.table import plan_report, stage_table
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -10,16 +10,16 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from lime_dist.checkpoint.files import CheckpointReader, find_latest
-from lime_dist.checkpoint.weights import SavedWeights
+from lime_dist.checkpoint.edges import saved_config
+from lime_dist.checkpoint.reader import CheckpointReader, find_latest
+from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import Config
 from lime_dist.data.tokenizer import load_tokenizer
 from lime_dist.errors import CheckpointError, ConfigError, DataError
 from lime_dist.lime.layers import KeyValueCache
 from lime_dist.lime.model import LimeStage, plain_model
 from lime_dist.lime.parts import PlainParts
-from lime_dist.lime.weights import load
-from lime_dist.resolve import saved_config
+from lime_dist.lime.values import load
 
 
 @dataclass(frozen=True, kw_only=True)

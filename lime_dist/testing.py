@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lime_dist.config import Config
-from lime_dist.launcher import own_place
-from lime_dist.lime.weights import slices, specified_parameters
-from lime_dist.local import run_local
-from lime_dist.rank import Rank, join_world
+from lime_dist.lifecycle.launcher import own_place
+from lime_dist.lifecycle.local import run_local
+from lime_dist.lime.values import slices, specified_parameters
+from lime_dist.training.rank import Rank
+from lime_dist.training.world import join_world
 
 
 def run_ranks(config: Config, work: Callable[..., Any], *args: Any, timeout: timedelta | None = None) -> list[Any]:

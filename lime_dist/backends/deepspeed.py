@@ -25,9 +25,9 @@ from lime_dist.backends.megatron import DeepSpeedMpu, Groups
 from lime_dist.config import Config
 from lime_dist.errors import TrainingDiverged
 from lime_dist.lime.model import LimeStage
-from lime_dist.lime.weights import specified_parameters
-from lime_dist.optim import build_optimizer, set_lr
+from lime_dist.lime.values import specified_parameters
 from lime_dist.pipeline.executor import joint_backward
+from lime_dist.training.optim import build_optimizer, set_lr
 
 # Else the first start on a CPU compiles a shared-memory all-reduce, which needs a compiler and half a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

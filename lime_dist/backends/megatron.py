@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lime_dist.layout import Coordinate, Layout
-from lime_dist.lime.parameters import padded_vocab_size
+from lime_dist.plan.parameters import padded_vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lime_dist.backends.deepspeed import MOMENTS, ZeroOptimizer
 from lime_dist.lime.model import LimeStage
-from lime_dist.lime.parameters import LogicalTensor
-from lime_dist.lime.weights import assemble_local, specified_parameters
+from lime_dist.lime.values import assemble_local, specified_parameters
+from lime_dist.plan.parameters import LogicalTensor
 
 KINDS = ("weight", *MOMENTS)
 

@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_leaves
 from lime_dist.bench.reference import GrowingCat
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import none_pattern, parse_pattern
-from lime_dist.depth.transfer import plan_transfer
 from lime_dist.errors import ConfigError
-from lime_dist.lime.memory import DepthMemory
+from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.model import LimeStage, plain_model
 from lime_dist.lime.parts import PlainParts
-from lime_dist.lime.weights import initialize
+from lime_dist.lime.values import initialize
+from lime_dist.plan.transfer import plan_transfer
 
 OURS, CAT, LLAMA = "lime_dist", "growing `cat`", "LLaMA"
 COMPARISONS = ((OURS, CAT), (OURS, LLAMA), (CAT, LLAMA))

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lime_dist.checkpoint.edges import ready_config
 from lime_dist.config import Config, load_config
-from lime_dist.launcher import own_place
-from lime_dist.local_ranks import run_local_ranks
-from lime_dist.pipeline.bundle import plan_stages
-from lime_dist.preflight.files import check_files
-from lime_dist.resolve import ready_config
-from lime_dist.stopping import stop_request
+from lime_dist.lifecycle.launcher import own_place
+from lime_dist.lifecycle.local_ranks import run_local_ranks
+from lime_dist.lifecycle.stopping import stop_request
+from lime_dist.plan.stages import plan_stages
+from lime_dist.preflight.input_files import check_files
 
 _WARM_UP_STEPS = 5  # not timed
 
@@ -129,7 +129,7 @@ def _run(path: Path, overrides: Sequence[str], name: str, seed: int) -> Outcome:
     check_files(config)
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    run_local_ranks(_train, config, shared_import="lime_dist.train")
+    run_local_ranks(_train, config, shared_import="lime_dist.training.run")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     return Outcome(
@@ -141,7 +141,7 @@ def _run(path: Path, overrides: Sequence[str], name: str, seed: int) -> Outcome:
 
 def _train(config: Config) -> None:
     stop_request()  # before the slow imports of a fresh interpreter
-    from lime_dist.train import train
+    from lime_dist.training.run import train
 
     train(config, own_place())
 

@@ -18,16 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lime_dist.agreement import gather
 from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state
 from lime_dist.checkpoint.checking import FORMAT, Meta
-from lime_dist.checkpoint.files import find_checkpoints, find_latest, flush_to_disk, step_folder, write_json
-from lime_dist.checkpoint.weights import SavedWeights
+from lime_dist.checkpoint.reader import find_checkpoints, find_latest, flush_to_disk, step_folder, write_json
+from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
-from lime_dist.lime.parameters import ParameterSpec
-from lime_dist.lime.weights import assemble_local, slices, specified_parameters
-from lime_dist.rank import Rank
+from lime_dist.lime.values import assemble_local, slices, specified_parameters
+from lime_dist.plan.parameters import ParameterSpec
+from lime_dist.training.agreement import gather
+from lime_dist.training.rank import Rank
 
 
 def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: int) -> Path:

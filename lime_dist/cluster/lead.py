@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.cluster.history import read_history
-from lime_dist.records import read_records
+from lime_dist.training.records import read_records
 
 CLOCK_SECONDS = 30  # the script and slurmctld look at time limits only this often
 UNMEASURED_SECONDS = 300

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lime_dist.checkpoint.files import find_latest, step_of
+from lime_dist.checkpoint.reader import find_latest, step_of
 from lime_dist.config import Config, load_config
 from lime_dist.errors import ConfigError
 from lime_dist.formats import RECENT_STEPS
-from lime_dist.records import RECENT_BYTES, read_records
+from lime_dist.training.records import RECENT_BYTES, read_records
 
 
 def find_config(run_dir: Path) -> Config:

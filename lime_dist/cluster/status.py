@@ -13,8 +13,8 @@ from lime_dist.cluster.run_folder import LastCheckpoint, Progress, find_config, 
 from lime_dist.cluster.starts import Start, find_successor, last_job, last_start_time, list_starts
 from lime_dist.formats import format_clock, format_si
 from lime_dist.layout import Layout
-from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, written_since
-from lime_dist.watch.silence import describe_silence, is_stale
+from lime_dist.lifecycle.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, written_since
+from lime_dist.lifecycle.silence import describe_silence, is_stale
 
 SILENT_SECONDS = 30.0  # without a heartbeat; they come once a second, and network disks show them late
 _SHOWN = 8  # silent ranks, of however many

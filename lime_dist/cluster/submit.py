@@ -16,16 +16,16 @@ from pathlib import Path
 
 import yaml
 
-from lime_dist.checkpoint.files import find_latest, step_of
+from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.reader import find_latest, step_of
 from lime_dist.cluster.history import append_submitted, read_history
 from lime_dist.cluster.lead import bound_lead, measure_lead
 from lime_dist.cluster.schema import ClusterConfig, load_cluster
 from lime_dist.cluster.script import Submission, check_paths, render_script
 from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.errors import ConfigError, LayoutError, one_line
-from lime_dist.pipeline.table import format_bytes
-from lime_dist.preflight.files import check_files
-from lime_dist.resolve import ready_config
+from lime_dist.plan.table import format_bytes
+from lime_dist.preflight.input_files import check_files
 
 _CLIENT_TIMEOUT_SECONDS = 60  # SLURM's clients wait for ever for a controller that is away
 
@@ -105,7 +105,7 @@ def check_memory(config: Config, cluster: ClusterConfig) -> None:
     """Raises: LayoutError when a stage is estimated to need more than `cluster.gpu_memory`."""
     if cluster.gpu_memory_bytes is None or not cluster.gpus_per_node:
         return
-    from lime_dist.pipeline.memory import estimate_memory
+    from lime_dist.plan.memory import estimate_memory
 
     needs = [stage.total_bytes for stage in estimate_memory(config)]
     worst = max(range(len(needs)), key=needs.__getitem__)

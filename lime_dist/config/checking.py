@@ -20,7 +20,7 @@ from lime_dist.config.ranges import MAX_WORLD_SIZE, RANGES, numbers_of
 from lime_dist.config.reading import nearest, shown_key
 from lime_dist.config.schema import Config, DepthConfig, ModelConfig
 from lime_dist.errors import ConfigError, LayoutError, shown
-from lime_dist.pipeline.schedule import SCHEDULE_NAMES
+from lime_dist.plan.schedule import SCHEDULE_NAMES
 
 
 def check_config(config: Config, world_size: int | None = None) -> Config:

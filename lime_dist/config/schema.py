@@ -9,7 +9,7 @@ from typing import Any
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.layout import Layout
-from lime_dist.pipeline.partition import plan_partition
+from lime_dist.plan.partition import plan_partition
 
 
 @dataclass(frozen=True, kw_only=True)

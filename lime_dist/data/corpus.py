@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lime_dist.data.files import prepare_outputs, written_whole
+from lime_dist.data.output_files import prepare_outputs, written_whole
 from lime_dist.errors import DataError
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"})

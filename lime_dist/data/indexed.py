@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from lime_dist.data.checksums import RULE, block_digest
-from lime_dist.data.files import partial_path, prepare_outputs
 from lime_dist.data.meta import TokenMeta, find_meta
+from lime_dist.data.output_files import partial_path, prepare_outputs
 from lime_dist.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -13,7 +13,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, set_random_generator_seed
 
 from lime_dist.data.documents import DEFAULT_FORMAT, TextFormat, read_documents
-from lime_dist.data.files import prepare_outputs, written_whole
+from lime_dist.data.output_files import prepare_outputs, written_whole
 from lime_dist.errors import DataError
 
 # SentencePiece drops sentences longer than 4,192 bytes; a character has at most four.

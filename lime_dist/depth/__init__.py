@@ -1,1 +1,1 @@
-"""Who reads whom across depth, and what of it must cross stage boundaries. Pure data: no torch, no ranks."""
+"""Who reads whom across depth. Pure data: no torch, no ranks."""

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.routing import Routing
-from lime_dist.depth.transfer import StageTransfer
+from lime_dist.lime.depth_memory import Buffer, DepthMemory, Runs
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
-from lime_dist.lime.memory import Buffer, DepthMemory, Runs
 from lime_dist.lime.parts import Parts
+from lime_dist.plan.transfer import StageTransfer
 
 
 def _empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:

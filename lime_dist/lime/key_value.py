@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lime_dist.config import ModelConfig
-from lime_dist.depth.transfer import StageTransfer
+from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
-from lime_dist.lime.memory import DepthMemory
 from lime_dist.lime.parts import Parts
+from lime_dist.plan.transfer import StageTransfer
 
 
 class Router(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config import ModelConfig
-from lime_dist.lime.memory import DepthMemory
+from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.parts import Parts
 
 

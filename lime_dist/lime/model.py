@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
 from lime_dist.depth.routing import Routing
-from lime_dist.depth.transfer import StageTransfer, plan_transfer
+from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.hidden import HiddenDepth
 from lime_dist.lime.key_value import KeyValueDepth
 from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, rope_tables
-from lime_dist.lime.memory import DepthMemory
-from lime_dist.lime.parameters import ParameterSpec, plan_parameters
 from lime_dist.lime.parts import Parts, PlainParts
+from lime_dist.plan.parameters import ParameterSpec, plan_parameters
+from lime_dist.plan.transfer import StageTransfer, plan_transfer
 
 
 class LimeStage(nn.Module):

@@ -1,1 +1,1 @@
-"""The pipeline. Plan (pure data): partition, schedule, bundle. Act (needs ranks): stage, transport, executor."""
+"""What ranks do with the plan: move bundles, run the passes."""

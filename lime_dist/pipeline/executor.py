@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lime_dist.lime.memory import DepthMemory
+from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.model import LimeStage
-from lime_dist.pipeline.bundle import StagePlan
-from lime_dist.pipeline.schedule import Action, Kind
 from lime_dist.pipeline.transport import Incoming, Link, ResidualShare, Transport
+from lime_dist.plan.schedule import Action, Kind
+from lime_dist.plan.stages import StagePlan
 
 # Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]

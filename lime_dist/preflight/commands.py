@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lime_dist.checkpoint.edges import ready_config
 from lime_dist.config import Config, load_config
-from lime_dist.ending import write_outcome
 from lime_dist.errors import ConfigError, LimeDistError, one_line
-from lime_dist.launcher import Place, find_place, host_name, own_place, require_address, require_rendezvous
-from lime_dist.resolve import ready_config
+from lime_dist.lifecycle.ending import write_outcome
+from lime_dist.lifecycle.launcher import Place, find_place, host_name, own_place, require_address, require_rendezvous
 
 if TYPE_CHECKING:
     from lime_dist.preflight.run import Findings
@@ -58,7 +58,7 @@ def _load(args: argparse.Namespace, world_size: int | None) -> Config:
 
 
 def _on_local_ranks(args: argparse.Namespace) -> int:
-    from lime_dist.local_ranks import run_local_ranks
+    from lime_dist.lifecycle.local_ranks import run_local_ranks
 
     options = {name: value for name, value in vars(args).items() if name != "run"}
     codes = run_local_ranks(_as_local_rank, _load(args, None), options, shared_import="lime_dist.preflight.run")
@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace, config: Config | None, place: Place) -> int:
 
 def _as_launched_rank(args: argparse.Namespace, place: Place) -> int:
     """The process ends without Python's shutdown, in which the groups of ranks that have gone would be waited for."""
-    from lime_dist.local import leave
+    from lime_dist.lifecycle.local import leave
     from lime_dist.preflight.meeting import MeetingFailed, Unreachable
 
     try:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.pipeline.bundle import StagePlan
 from lime_dist.pipeline.transport import Link, Transport
+from lime_dist.plan.stages import StagePlan
 
 MIN_MESSAGE_BYTES, MAX_MESSAGE_BYTES = 2**20, 64 * 2**20
 _SUMS = 3

@@ -16,8 +16,8 @@ import psutil
 from lime_dist import __version__
 from lime_dist.config import Config
 from lime_dist.errors import LayoutError
-from lime_dist.launcher import Place, host_name
-from lime_dist.pipeline.table import format_bytes, format_layers
+from lime_dist.lifecycle.launcher import Place, host_name
+from lime_dist.plan.table import format_bytes, format_layers
 
 MIN_FREE_GPU_SHARE = 0.9  # less means that another process holds the rest
 MIN_HOST_BYTES_PER_RANK = 2**30  # what a rank takes before it holds a model
@@ -86,7 +86,7 @@ def read_gpu(config: Config, place: Place) -> Gpu | None:
     """The GPU that this rank will use; None on the CPU, or where there is none for it."""
     import torch
 
-    from lime_dist.rank import pick_device
+    from lime_dist.training.world import pick_device
 
     try:
         device = pick_device(config, place.local_rank)
@@ -138,7 +138,7 @@ def _is_watched(process: psutil.Process) -> bool:
 
 
 def is_training(arguments: Sequence[str]) -> bool:
-    """`python .../lime-dist train ...` or `python -m lime_dist.cli train ...`, also below torchrun."""
+    """`python .../lime-dist train ...` or `python -m lime_dist.cli.command_line train ...`, also below torchrun."""
     if not arguments or not Path(arguments[0]).name.startswith("python"):
         return False  # srun and shells have these words too
     return any(

@@ -9,10 +9,10 @@ from typing import Any
 
 from lime_dist.formats import RECENT_STEPS
 from lime_dist.layout import Layout
-from lime_dist.pipeline.bundle import StagePlan
-from lime_dist.pipeline.table import align_columns, format_bytes, format_layers
+from lime_dist.plan.stages import StagePlan
+from lime_dist.plan.table import align_columns, format_bytes, format_layers
 from lime_dist.preflight.fabric import Crossing
-from lime_dist.records import RECENT_BYTES, read_records
+from lime_dist.training.records import RECENT_BYTES, read_records
 
 SLOW_SHARE = 0.25  # of the median boundary's bandwidth; below it a boundary is worth a warning
 

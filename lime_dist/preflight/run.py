@@ -18,22 +18,17 @@ from typing import Any
 from lime_dist.cluster.nodelist import planned_hosts
 from lime_dist.config import Config
 from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
-from lime_dist.launcher import Place, host_name
-from lime_dist.local import leave
-from lime_dist.pipeline.bundle import plan_stages
+from lime_dist.lifecycle.launcher import Place, host_name
+from lime_dist.lifecycle.local import leave
+from lime_dist.plan.stages import plan_stages
 from lime_dist.preflight.fabric import Crossing, time_all_reduce, time_crossings
-from lime_dist.preflight.files import check_files
 from lime_dist.preflight.folder import find_missing, leave_file, make_folder, remove_folder
 from lime_dist.preflight.host import Arrival, Host, blame_missing, judge, read_arrival
+from lime_dist.preflight.input_files import check_files
 from lime_dist.preflight.meeting import Meeting
 from lime_dist.preflight.messages import Topic
-from lime_dist.preflight.report import (
-    boundary_reports,
-    measured_step_seconds,
-    rank_report,
-    slow_boundaries,
-)
-from lime_dist.rank import join_world
+from lime_dist.preflight.report import boundary_reports, measured_step_seconds, rank_report, slow_boundaries
+from lime_dist.training.world import join_world
 
 _HOST_ROUNDS = 6  # waits of `seconds` each; more than the checks of hosts have
 _LINK_ROUNDS = 4

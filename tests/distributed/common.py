@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.lime.model import LimeStage, model_loss, plain_model
-from lime_dist.lime.weights import gather_logical, initialize
-from lime_dist.optim import build_optimizer, set_lr
-from lime_dist.pipeline.bundle import plan_stages
-from lime_dist.rank import Rank
+from lime_dist.lime.values import gather_logical, initialize
+from lime_dist.plan.stages import plan_stages
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+from lime_dist.training.optim import build_optimizer, set_lr
+from lime_dist.training.rank import Rank
 
 LR_FACTORS = (1.0, 0.5, 0.8)  # one a step: a rate that is not set anew shows
 

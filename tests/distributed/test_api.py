@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import lime_dist
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 from lime_dist.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def python(code: str, folder: Path) -> str:
 
 def lime(folder: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lime_dist.cli", *arguments], cwd=folder, capture_output=True, text=True
+        [sys.executable, "-m", "lime_dist.cli.command_line", *arguments], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

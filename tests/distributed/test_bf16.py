@@ -7,8 +7,8 @@ import torch
 from common import make_batches, make_config, run_layout, run_plain, weight_of
 from torch import Tensor
 
-from lime_dist.rank import Rank
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+from lime_dist.training.rank import Rank
 
 # A rounding to bf16 errs by up to 2**-9 (0.2 %). Six layers are some 60 roundings one after the other, forward and
 # backward; independent ones add up to sqrt(2 * 60) * 2**-9, 2 % of a tensor's norm, and 2.4 % were seen. A microbatch,

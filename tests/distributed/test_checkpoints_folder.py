@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-import lime_dist.train  # noqa: F401  (what DeepSpeed prints at its first import must not be taken for our output)
-from lime_dist.checkpoint.files import find_checkpoints
-from lime_dist.cli import main
+import lime_dist.training.run  # noqa: F401  (what DeepSpeed prints at its first import must not be taken for our output)
+from lime_dist.checkpoint.reader import find_checkpoints
+from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
 
 CONFIG = {

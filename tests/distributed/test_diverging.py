@@ -12,13 +12,13 @@ from common import make_batches, make_config
 from torch import Tensor
 
 from lime_dist.backends.zero_state import KINDS, get_state
-from lime_dist.checkpoint.files import find_checkpoints
+from lime_dist.checkpoint.reader import find_checkpoints
 from lime_dist.checkpoint.save_load import save_checkpoint
 from lime_dist.errors import CheckpointError, TrainingDiverged
-from lime_dist.lime.weights import specified_parameters
-from lime_dist.metrics import DeadGradients, Metrics
-from lime_dist.rank import Rank
+from lime_dist.lime.values import specified_parameters
 from lime_dist.testing import run_ranks
+from lime_dist.training.metrics import DeadGradients, Metrics
+from lime_dist.training.rank import Rank
 
 LAYOUTS = ("pp=3 zero=0", "pp=3 zero=1", "pp=3 zero=0 bf16", "pp=3 zero=1 bf16 dp=2", "dp=2 zero=2", "dp=2 zero=3 bf16")
 

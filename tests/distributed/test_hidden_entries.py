@@ -9,14 +9,14 @@ import pytest
 import torch
 from common import TOLERANCE, assert_equals_the_single_process, make_batches, make_config, weight_of
 
+from lime_dist.checkpoint.edges import resolve_pattern
 from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
 from lime_dist.config import Config
 from lime_dist.errors import CheckpointError
 from lime_dist.generate import load_model
 from lime_dist.lime.model import model_loss
-from lime_dist.rank import Rank
-from lime_dist.resolve import resolve_pattern
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+from lime_dist.training.rank import Rank
 
 LAYOUTS = (
     "micro=3 recompute zero=0",

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import yaml
 
-import lime_dist.train  # noqa: F401  (before ranks are forked: its imports take seconds)
-from lime_dist.checkpoint.files import CheckpointReader, find_checkpoints
-from lime_dist.cli import main
+import lime_dist.training.run  # noqa: F401  (before ranks are forked: its imports take seconds)
+from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoints
+from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
 
 STEPS_PER_KILL = 6  # at most so many saves pass before a kill

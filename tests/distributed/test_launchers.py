@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
-from lime_dist.checkpoint.files import find_latest
+from lime_dist.checkpoint.reader import find_latest
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.ending import DONE, NEVER_RESTART, REQUEUE
-from lime_dist.local import free_port
+from lime_dist.lifecycle.ending import DONE, NEVER_RESTART, REQUEUE
+from lime_dist.lifecycle.local import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -58,7 +58,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[float]:
     """The losses of `lime-dist train` alone."""
-    assert_done([start(folder, [sys.executable, "-m", "lime_dist.cli", "train"], "run.dir=alone")])
+    assert_done([start(folder, [sys.executable, "-m", "lime_dist.cli.command_line", "train"], "run.dir=alone")])
     return losses(folder / "alone")
 
 

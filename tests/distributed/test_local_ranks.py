@@ -22,10 +22,10 @@ import pytest
 import yaml
 from torch.distributed import distributed_c10d
 
-from lime_dist.checkpoint.files import find_latest
-from lime_dist.cli import main
+from lime_dist.checkpoint.reader import find_latest
+from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.ending import DONE, FAILED, NEVER_RESTART, REQUEUE
+from lime_dist.lifecycle.ending import DONE, FAILED, NEVER_RESTART, REQUEUE
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ import os, sys
 from lime_dist.preflight import devices
 devices.count_gpus = lambda: 8
 os.register_at_fork(after_in_child=lambda: os._exit(99))
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 sys.exit(main())
 """
 

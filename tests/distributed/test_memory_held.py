@@ -14,9 +14,9 @@ from common import make_batches, make_config
 from torch import Tensor
 
 from lime_dist.bench.depth import LiveBytes
-from lime_dist.pipeline.memory import StageMemory, estimate_memory
-from lime_dist.rank import Rank
+from lime_dist.plan.memory import StageMemory, estimate_memory
 from lime_dist.testing import run_ranks
+from lime_dist.training.rank import Rank
 
 # Large enough that what is counted outweighs what is not: ids, masks, tables, padding to whole shares.
 SIZES = (

@@ -18,10 +18,10 @@ from common import assert_equals_the_single_process, make_batches, make_config
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lime_dist.local import RankFailed
+from lime_dist.lifecycle.local import RankFailed
 from lime_dist.pipeline import transport
-from lime_dist.rank import Rank
 from lime_dist.testing import run_ranks
+from lime_dist.training.rank import Rank
 
 PATIENCE = 60.0  # seconds for what must come, on a busy machine
 IMPATIENCE = 4.0  # for what will not

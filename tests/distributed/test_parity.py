@@ -15,12 +15,12 @@ from common import SHORT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 from lime_dist.config import check_config, parse_config
 from lime_dist.lime.model import model_logits, model_loss, plain_model
-from lime_dist.lime.parameters import Role
-from lime_dist.lime.weights import gather_logical, initialize, specified_parameters
-from lime_dist.parity import TOLERANCES, run_parity
+from lime_dist.lime.values import gather_logical, initialize, specified_parameters
+from lime_dist.plan.parameters import Role
+from lime_dist.training.parity import TOLERANCES, run_parity
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mha4"
 TIMEOUT = timedelta(seconds=100)

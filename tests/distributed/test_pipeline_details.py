@@ -18,11 +18,11 @@ from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from torch import Tensor
 
+from lime_dist.lifecycle.local import RankFailed
 from lime_dist.lime.model import model_logits, model_loss
-from lime_dist.lime.weights import gather_logical
-from lime_dist.local import RankFailed
-from lime_dist.rank import BytesDiffer, Rank
+from lime_dist.lime.values import gather_logical
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+from lime_dist.training.rank import BytesDiffer, Rank
 
 TOLERANCE = 1e-5  # as in test_layouts: the order of fp32 sums
 
@@ -171,7 +171,7 @@ def test_a_killed_rank_is_named_and_ends_the_job(text: str) -> None:
 @pytest.mark.parametrize("text", FAILING)
 def test_a_stalled_rank_makes_the_others_give_up_after_the_timeout(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process groups' own timeouts: what runs without a folder has no watchdog to wait for."""
-    monkeypatch.setattr("lime_dist.rank.WATCHDOG_MARGIN", timedelta(0))  # ranks are forked, so they have it
+    monkeypatch.setattr("lime_dist.training.world.WATCHDOG_MARGIN", timedelta(0))  # ranks are forked, so they have it
     config = make_config(text, timeout_seconds=3)
     with fails_promptly(r"(?i)timed? ?out") as failure:
         run_ranks(config, misbehave, make_batches(config)[0], "stall")

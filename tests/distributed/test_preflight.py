@@ -28,10 +28,10 @@ import pytest
 import yaml
 from torch.distributed import TCPStore
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.launcher import SECRET_VARIABLE
-from lime_dist.local import free_port
+from lime_dist.lifecycle.launcher import SECRET_VARIABLE
+from lime_dist.lifecycle.local import free_port
 from lime_dist.preflight import host, run  # slow imports: once, before ranks are forked
 from lime_dist.preflight.fabric import MIN_MESSAGE_BYTES, Crossing, repetitions
 from lime_dist.preflight.host import Arrival
@@ -179,7 +179,7 @@ def test_good_hosts_pass_and_each_boundary_is_measured(folder: Path) -> None:
 
 
 def plan_output(*overrides: str) -> str:
-    command = [sys.executable, "-m", "lime_dist.cli", "plan", "run.yaml", "--json", *overrides]
+    command = [sys.executable, "-m", "lime_dist.cli.command_line", "plan", "run.yaml", "--json", *overrides]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

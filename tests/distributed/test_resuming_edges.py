@@ -18,12 +18,12 @@ import torch.distributed as dist
 import yaml
 from common import TOLERANCE
 
-import lime_dist.startup as startup
-from lime_dist.checkpoint.files import CheckpointReader, find_latest
-from lime_dist.cli import main
+import lime_dist.training.startup as startup
+from lime_dist.checkpoint.edges import saved_config
+from lime_dist.checkpoint.reader import CheckpointReader, find_latest
+from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.local import free_port
-from lime_dist.resolve import saved_config
+from lime_dist.lifecycle.local import free_port
 
 BASE = {
     "model": {"num_layers": 6, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": 96},
@@ -236,7 +236,7 @@ def start_rank(rank: int, world_size: int, port: int, command: str, *overrides: 
         "MASTER_PORT": port,
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "lime_dist.cli", command, "run.yaml", *overrides],
+        [sys.executable, "-m", "lime_dist.cli.command_line", command, "run.yaml", *overrides],
         env={**os.environ, **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

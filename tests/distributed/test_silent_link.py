@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_watchdog import write_endless_run
 
-from lime_dist.ending import FAILED, OUTCOME_VARIABLE, read_outcome
+from lime_dist.lifecycle.ending import FAILED, OUTCOME_VARIABLE, read_outcome
 
 TIMEOUT = 10  # seconds without progress
 PATIENCE = 120  # for three interpreters on a busy machine
@@ -25,7 +25,7 @@ _HOLD = ("unshare", "--net", "sh", "-c", "echo ready; read -r _")
 _RANK = """
 import os, sys, time
 from pathlib import Path
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 from lime_dist.lime.layers import DecoderLayer
 
 folder, forward, calls = Path(sys.argv[1]), DecoderLayer.forward, []

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from test_watchdog import start, wait_until, write_endless_run
 
-from lime_dist.checkpoint.files import find_checkpoints
-from lime_dist.cli import main
+from lime_dist.checkpoint.reader import find_checkpoints
+from lime_dist.cli.command_line import main
 from lime_dist.data.dataset import PackedSource
-from lime_dist.ending import DONE, FAILED, OUTCOME_VARIABLE, REQUEUE, read_outcome
-from lime_dist.local import free_port
-from lime_dist.records import read_records
-from lime_dist.watch.heartbeat import heartbeat_folder, read_heartbeats
+from lime_dist.lifecycle.ending import DONE, FAILED, OUTCOME_VARIABLE, REQUEUE, read_outcome
+from lime_dist.lifecycle.heartbeat import heartbeat_folder, read_heartbeats
+from lime_dist.lifecycle.local import free_port
+from lime_dist.training.records import read_records
 
 PATIENCE = 60  # seconds; a reaction takes a batch, and whatever a busy machine adds
 ENDLESS = "eval.batches=100000"
@@ -138,7 +138,15 @@ def test_launched_ranks_name_the_one_that_was_killed(config: Path) -> None:
     """Their launcher says only that a task was killed, and the others only that a connection broke."""
     environment = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {OUTCOME_VARIABLE: str(config.parent / "outcome"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lime_dist.cli", "train", str(config), "parallel.pp=3", "run.timeout_seconds=60"]
+    command = [
+        sys.executable,
+        "-m",
+        "lime_dist.cli",
+        "train",
+        str(config),
+        "parallel.pp=3",
+        "run.timeout_seconds=60",
+    ]
     ranks = [
         subprocess.Popen(command, env=os.environ | environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(3)
@@ -157,7 +165,7 @@ def test_launched_ranks_name_the_one_that_was_killed(config: Path) -> None:
 
 
 def test_a_command_without_ranks_leaves_at_once(tmp_path: Path) -> None:
-    code = "import os\nfrom lime_dist.stopping import leaving_when_asked\nwith leaving_when_asked():\n    os.kill(os.getpid(), 15)"
+    code = "import os\nfrom lime_dist.lifecycle.stopping import leaving_when_asked\nwith leaving_when_asked():\n    os.kill(os.getpid(), 15)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 
 BASE = {
     "model": {"num_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": 96},

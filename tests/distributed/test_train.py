@@ -28,16 +28,16 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.checkpoint import save_load
-from lime_dist.checkpoint.files import CheckpointReader, find_latest, read_meta
-from lime_dist.cli import main
+from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.reader import CheckpointReader, find_latest, read_meta
+from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.ending import DONE, FAILED, NEVER_RESTART, OUTCOME_VARIABLE, REQUEUE, read_outcome
-from lime_dist.lime.parameters import logical_tensors
-from lime_dist.ownership import Ownership
-from lime_dist.pipeline.table import plan_report
-from lime_dist.resolve import ready_config
-from lime_dist.stopping import REPEAT_WINDOW_SECONDS, STOP_SIGNALS
+from lime_dist.lifecycle.ending import DONE, FAILED, NEVER_RESTART, OUTCOME_VARIABLE, REQUEUE, read_outcome
+from lime_dist.lifecycle.ownership import Ownership
+from lime_dist.lifecycle.stopping import REPEAT_WINDOW_SECONDS, STOP_SIGNALS
+from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.table import plan_report
 
 # eps lies above most gradients and rates are large, so that weights, moments and losses move visibly (see `common.BASE`).
 BASE = {
@@ -316,7 +316,16 @@ LONG = *UNTIL_STOPPED, "run.steps=100000"
 
 def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
     """A training command of its own, whose third step is done when this returns."""
-    command = [sys.executable, "-m", "lime_dist.cli", "train", "run.yaml", "parallel.pp=3", f"run.dir={run_dir}", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "lime_dist.cli",
+        "train",
+        "run.yaml",
+        "parallel.pp=3",
+        f"run.dir={run_dir}",
+        *more,
+    ]
     environment = os.environ | {OUTCOME_VARIABLE: str(run_dir / "outcome")}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     while not (run_dir / "metrics.jsonl").exists() or len(steps(run_dir)) < 3:
@@ -453,7 +462,15 @@ def test_a_ruined_model_does_not_push_out_the_good_checkpoint(
 
 def test_torchrun(whole: Callable[[str], Path], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = ["-m", "lime_dist.cli", "train", "run.yaml", "parallel.pp=3", f"run.dir={tmp_path}", "eval.batches=1"]
+    command = [
+        "-m",
+        "lime_dist.cli",
+        "train",
+        "run.yaml",
+        "parallel.pp=3",
+        f"run.dir={tmp_path}",
+        "eval.batches=1",
+    ]
     result = subprocess.run([*launcher, *command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     expected = [line["loss"] for line in steps(whole("pp=3 zero=1"))]

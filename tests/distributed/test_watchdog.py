@@ -19,19 +19,19 @@ import torch.distributed as dist
 import yaml
 from test_train import BASE
 
-from lime_dist import local
 from lime_dist.checkpoint import save_load
-from lime_dist.cli import main
+from lime_dist.checkpoint.edges import ready_config
+from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.ending import DONE, FAILED, OUTCOME_VARIABLE, read_outcome
-from lime_dist.launcher import Place
+from lime_dist.lifecycle import local
+from lime_dist.lifecycle.ending import DONE, FAILED, OUTCOME_VARIABLE, read_outcome
+from lime_dist.lifecycle.heartbeat import heartbeat_folder, read_heartbeats
+from lime_dist.lifecycle.launcher import Place
+from lime_dist.lifecycle.pulse import Pulse
+from lime_dist.lifecycle.watchdog import Watchdog
 from lime_dist.lime.layers import DecoderLayer
-from lime_dist.rank import Rank
-from lime_dist.resolve import ready_config
-from lime_dist.watch.heartbeat import heartbeat_folder, read_heartbeats
-from lime_dist.watch.pulse import Pulse
-from lime_dist.watch.watchdog import Watchdog
+from lime_dist.training.rank import Rank
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from cluster import Cluster, why_not_here
 from site_files import Site
 from training import curve, write_training
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 
 
 @pytest.fixture(scope="session")

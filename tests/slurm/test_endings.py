@@ -16,7 +16,7 @@ from cluster import Cluster, Process
 from submission import LIME_DIST, RANK, Submission
 from training import PP3, STEPS, TP2_PP2, steps_done, write_training
 
-from lime_dist.ending import NEVER_RESTART, REQUEUE
+from lime_dist.lifecycle.ending import NEVER_RESTART, REQUEUE
 
 # On a busy machine; an idle one needs under a minute for each.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]

@@ -11,9 +11,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lime_dist.checkpoint.checking import FORMAT
-from lime_dist.checkpoint.files import CheckpointReader
+from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import check_config, parse_config, to_dict
-from lime_dist.lime.parameters import logical_tensors
+from lime_dist.plan.parameters import logical_tensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 MODEL = {

@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from lime_dist import local
 from lime_dist.errors import DataError
-from lime_dist.launcher import find_place
-from lime_dist.local import leave_because_of
-from lime_dist.ownership import RunTaken
+from lime_dist.lifecycle import local
+from lime_dist.lifecycle.launcher import find_place
+from lime_dist.lifecycle.local import leave_because_of
+from lime_dist.lifecycle.ownership import RunTaken
 
 
 def place_and_sum(base: int) -> tuple[int, int, int]:

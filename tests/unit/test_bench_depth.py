@@ -27,7 +27,7 @@ from lime_dist.bench.reference import GrowingCat
 from lime_dist.depth.pattern import parse_pattern
 from lime_dist.errors import ConfigError
 from lime_dist.lime.model import LimeStage, plain_model
-from lime_dist.lime.weights import initialize
+from lime_dist.lime.values import initialize
 
 TINY = Sizes(num_layers=4, hidden_size=64, num_tokens=6)
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.pipeline.bundle import plan_stages
+from lime_dist.plan.stages import plan_stages
 
 BASE = {
     "model": {

@@ -25,7 +25,7 @@ from checkpoint_stand_ins import all_tensors, write_checkpoint
 
 from lime_dist.errors import CheckpointError
 from lime_dist.generate import load_model
-from lime_dist.lime.weights import gather_logical
+from lime_dist.lime.values import gather_logical
 
 SECONDS = 20.0  # a case takes a fiftieth of one
 MEMORY_BYTES = 2**30  # beyond what the process has already

@@ -19,13 +19,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import lime_dist.train  # noqa: F401  (at its first import DeepSpeed runs a compiler, which must not be taken for our output)
+import lime_dist.training.run  # noqa: F401  (at its first import DeepSpeed runs a compiler, which must not be taken for our output)
 from lime_dist.checkpoint.checking import FORMAT
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 from lime_dist.config import parse_config, to_dict
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.data.tokenizer import train_tokenizer
-from lime_dist.lime.parameters import logical_tensors
+from lime_dist.plan.parameters import logical_tensors
 
 REPOSITORY = Path(__file__).parents[2]
 BASE = {
@@ -355,7 +355,7 @@ def test_master_port_in_use(capfd: pytest.CaptureFixture[str]) -> None:
 def test_help_plan_and_dry_run_import_no_torch() -> None:
     code = """
 import sys
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 
 for arguments in (["--help"], ["train", "--help"]):
     try:

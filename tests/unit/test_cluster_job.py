@@ -176,7 +176,13 @@ def test_preflight_ends_the_start(bash: Bash, code: int, decision: str) -> None:
     ended = run.start(PREFLIGHT_CODE=str(code))
     (call,) = ended.called("srun")
     slurm = run.submission.slurm_dir
-    assert call[-5:] == ["lime_dist.cli", "preflight", f"{slurm}/config.yaml", "--exclude-file", f"{slurm}/exclude"]
+    assert call[-5:] == [
+        "lime_dist.cli",
+        "preflight",
+        f"{slurm}/config.yaml",
+        "--exclude-file",
+        f"{slurm}/exclude",
+    ]
     assert ended.code == code and run.history()[-1][-1] == f"{code} preflight -> {decision}"
     assert len(run.start().called("srun")) == 2
 

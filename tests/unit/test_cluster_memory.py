@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from lime_dist.checkpoint.edges import ready_config
 from lime_dist.cluster.schema import ClusterConfig
 from lime_dist.cluster.submit import check_memory
 from lime_dist.config import load_config
 from lime_dist.errors import LayoutError
-from lime_dist.pipeline.memory import estimate_memory
-from lime_dist.resolve import ready_config
+from lime_dist.plan.memory import estimate_memory
 
 CONFIG = ready_config(load_config(Path(__file__).parents[2] / "configs" / "lime_1b_gqa.yaml"), 8)
 NEEDS = [stage.total_bytes for stage in estimate_memory(CONFIG)]

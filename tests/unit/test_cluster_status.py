@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 from lime_dist.cluster.queue import Job
 from lime_dist.cluster.starts import UNRECORDED_END
 from lime_dist.cluster.status import read_status, to_text
 from lime_dist.config import Config, dump_yaml, parse_config
 from lime_dist.layout import Layout
-from lime_dist.watch.heartbeat import Heartbeat, heartbeat_folder, write_heartbeat
+from lime_dist.lifecycle.heartbeat import Heartbeat, heartbeat_folder, write_heartbeat
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=timezone.utc).timestamp()
 LAYOUT = Layout(pp=2, tp=2)
@@ -247,7 +247,7 @@ def test_a_login_node_needs_no_torch(run: Path) -> None:
     (run / "slurm" / "logs").mkdir(parents=True)
     (run / "slurm" / "logs" / "12.0.rank_000.log").write_text("a line\n")
     code = (
-        "import sys; from lime_dist.cli import main; "
+        "import sys; from lime_dist.cli.command_line import main; "
         f"assert main(['status', {str(run)!r}]) == 0 == main(['logs', {str(run)!r}]); "
         "assert not {'torch', 'megatron', 'deepspeed'} & set(sys.modules)"
     )

@@ -14,7 +14,7 @@ import yaml
 from checkpoint_stand_ins import write_checkpoint
 from cluster_stand_ins import Bash
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 from lime_dist.cluster.history import read_history
 from lime_dist.cluster.schema import load_cluster
 from lime_dist.cluster.submit import sbatch_environment
@@ -182,7 +182,9 @@ def test_without_sbatch(bash: Bash, capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_no_torch() -> None:
     """A login node answers at once."""
-    code = "import sys; from lime_dist.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from lime_dist.cli.command_line import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", code, *COMMAND], check=True, env=environment)
 

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
+from lime_dist.checkpoint.edges import ready_config
 from lime_dist.cluster.schema import load_cluster
 from lime_dist.config import (
     Config,
@@ -23,7 +24,6 @@ from lime_dist.config import (
 )
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LayoutError, PlanError
-from lime_dist.resolve import ready_config
 
 MODEL = {
     "num_layers": 8,

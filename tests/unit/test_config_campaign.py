@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from lime_dist.checkpoint.edges import ready_config
 from lime_dist.config import load_config
 from lime_dist.errors import MAX_LINE, LimeDistError, one_line
-from lime_dist.pipeline.table import stage_table
-from lime_dist.resolve import ready_config
+from lime_dist.plan.table import stage_table
 
 pytestmark = pytest.mark.campaign
 

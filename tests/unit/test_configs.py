@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lime_dist.config import Config, check_config, load_config, to_dict
-from lime_dist.pipeline.table import plan_report, stage_table
+from lime_dist.plan.table import plan_report, stage_table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # layers, hidden, intermediate, heads, KV heads, steps: arXiv 2502.09245's 1B and deep set-ups

@@ -7,7 +7,7 @@ import pytest
 
 from lime_dist.config import check_config, parse_config
 from lime_dist.errors import LayoutError
-from lime_dist.pipeline.memory import estimate_memory
+from lime_dist.plan.memory import estimate_memory
 from lime_dist.preflight.devices import all_ranks_bytes, check_memory, compare_memory
 
 MODEL = {"num_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "vocab_size": 1000}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.cli import build_parser
+from lime_dist.cli.command_line import build_parser
 from lime_dist.config import Config
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.cli import main
-from lime_dist.ending import NEVER_RESTART, OUTCOME_VARIABLE, REQUEUE, read_outcome, write_outcome
+from lime_dist.cli.command_line import main
+from lime_dist.lifecycle.ending import NEVER_RESTART, OUTCOME_VARIABLE, REQUEUE, read_outcome, write_outcome
 
 
 def test_the_first_outcome_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

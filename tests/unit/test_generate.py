@@ -10,7 +10,7 @@ from lime_dist.errors import ConfigError
 from lime_dist.generate import Sampling, generate_ids, sample
 from lime_dist.lime.layers import KeyValueCache
 from lime_dist.lime.model import LimeStage, model_logits, plain_model
-from lime_dist.lime.weights import specified_parameters
+from lime_dist.lime.values import specified_parameters
 
 MODELS = {
     "mha": [],

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lime_dist.checkpoint.weights import resize_router
+from lime_dist.checkpoint.saved_weights import resize_router
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.depth.selection import mean_magnitudes, softmax
-from lime_dist.depth.transfer import plan_transfer
 from lime_dist.errors import ConfigError
 from lime_dist.generate import Sampling, generate_ids
 from lime_dist.lime.layers import KeyValueCache, rope_tables, rotate
 from lime_dist.lime.model import LimeStage, model_logits, model_loss, plain_model
-from lime_dist.lime.parameters import LogicalTensor, Role, logical_tensors
-from lime_dist.lime.weights import gather_logical, initial_values, initialize
-from lime_dist.optim import build_optimizer
-from lime_dist.pipeline.bundle import plan_run_transfer, plan_stages
+from lime_dist.lime.values import gather_logical, initial_values, initialize
+from lime_dist.plan.parameters import LogicalTensor, Role, logical_tensors
+from lime_dist.plan.selection import mean_magnitudes, softmax
+from lime_dist.plan.stages import plan_run_transfer, plan_stages
+from lime_dist.plan.transfer import plan_transfer
+from lime_dist.training.optim import build_optimizer
 
 # fp32 with 24 bits: the order of sums only.
 TOLERANCE = 1e-5

@@ -11,12 +11,13 @@ import lime_dist
 ROOT = Path(lime_dist.__file__).parent
 # A name stands for the module or all of the package. What is not listed may import all of these; none of these may import it.
 ORDER = (
-    "errors", "ending", "stopping", "ownership", "cluster.nodelist", "data", "launcher", "network", "wire", "local", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config",
-    "pipeline.bundle", "lime", "optim", "pipeline.transport", "pipeline.executor", "backends", "watch.pulse", "rendezvous", "rank", "testing",
+    "errors", "formats", "layout", "lifecycle.ending", "lifecycle.stopping", "lifecycle.ownership", "cluster.nodelist", "data", "lifecycle.launcher",
+    "lifecycle.network", "lifecycle.rendezvous", "lifecycle.wire", "lifecycle.local", "lifecycle.pulse", "depth", "plan.partition", "plan.schedule",
+    "config", "plan", "lime", "training.optim", "pipeline", "backends", "training.world", "training.rank", "testing",
 )  # fmt: skip
 TORCH_FREE = (
-    "errors", "ending", "stopping", "ownership", "cluster", "launcher", "network", "layout", "depth", "pipeline.partition", "pipeline.schedule", "config", "pipeline.bundle",
-    "lime.parameters", "watch.pulse", "watch.heartbeat", "watch.silence", "formats", "records",
+    "errors", "formats", "layout", "cluster", "config", "depth", "plan", "training.records", "lifecycle.ending", "lifecycle.stopping",
+    "lifecycle.ownership", "lifecycle.launcher", "lifecycle.network", "lifecycle.pulse", "lifecycle.heartbeat", "lifecycle.silence",
 )  # fmt: skip
 
 

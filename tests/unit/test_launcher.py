@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from lime_dist.errors import LayoutError
-from lime_dist.launcher import Place, find_place, host_name, require_address, require_rendezvous
+from lime_dist.lifecycle.launcher import Place, find_place, host_name, require_address, require_rendezvous
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}

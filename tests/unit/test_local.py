@@ -26,11 +26,11 @@ from rank_work import (
 
 from lime_dist.config import Config, ModelConfig, RunConfig
 from lime_dist.errors import DataError
-from lime_dist.launcher import find_place
-from lime_dist.local import RankFailed, StoppedEarly, run_local
-from lime_dist.ownership import RunTaken
+from lime_dist.lifecycle.launcher import find_place
+from lime_dist.lifecycle.local import RankFailed, StoppedEarly, run_local
+from lime_dist.lifecycle.ownership import RunTaken
+from lime_dist.lifecycle.stopping import STOP_SIGNALS
 from lime_dist.preflight.devices import needs_fresh_interpreters
-from lime_dist.stopping import STOP_SIGNALS
 
 both_ways = pytest.mark.parametrize("fresh", [False, True], ids=["fork", "fresh"])
 
@@ -142,7 +142,7 @@ def test_signals_that_ask_to_stop_are_passed_on(number: signal.Signals, tmp_path
 CALLER = """
 import signal, sys
 from pathlib import Path
-from lime_dist.local import run_local
+from lime_dist.lifecycle.local import run_local
 from rank_work import answer_signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have set to be ignored
 run_local(answer_signal, 2, Path(sys.argv[1]), fresh=sys.argv[2] == "True")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lime_dist.depth.pattern import Pattern, parse_pattern
-from lime_dist.depth.transfer import StageTransfer, plan_transfer
-from lime_dist.lime.memory import DepthMemory
-from lime_dist.pipeline.partition import plan_partition
+from lime_dist.lime.depth_memory import DepthMemory
+from lime_dist.plan.partition import plan_partition
+from lime_dist.plan.transfer import StageTransfer, plan_transfer
 
 HEADS, TOKENS, HEAD_DIM = 3, 4, 2
 ROW = 2 * TOKENS * HEAD_DIM

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.pipeline.memory import StageMemory, estimate_memory
-from lime_dist.pipeline.table import plan_report, stage_table
+from lime_dist.plan.memory import StageMemory, estimate_memory
+from lime_dist.plan.table import plan_report, stage_table
 
 HIDDEN, INNER, HEADS, VOCAB, TOKENS = 64, 160, 4, 512, 32
 MODEL = {"num_layers": 1, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_heads": HEADS, "vocab_size": VOCAB}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lime_dist.metrics import Metrics
+from lime_dist.training.metrics import Metrics
 
 KEYS = ["step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "boundary_bytes"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.lime.layers import rope_tables, rotate
 from lime_dist.lime.model import LimeStage, model_logits, model_loss, plain_model
-from lime_dist.lime.weights import gather_logical, initialize, load
-from lime_dist.optim import build_optimizer, set_lr
+from lime_dist.lime.values import gather_logical, initialize, load
+from lime_dist.training.optim import build_optimizer, set_lr
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent.parent / "golden").glob("*/config.json"))
 TOLERANCE = 1e-5  # fp32 sums in another order; 1e-6 of a tensor's largest magnitude was seen

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from lime_dist import network
 from lime_dist.errors import LayoutError
-from lime_dist.launcher import Place
+from lime_dist.lifecycle import network
+from lime_dist.lifecycle.launcher import Place
 
 PLACE = Place(rank=0, local_rank=0, world_size=3)
 NAMES = {"localhost": "127.0.0.1", "n1": "127.0.1.1", "n2": "10.0.0.2", "far": "10.0.0.9", "127.0.0.1": "127.0.0.1"}

@@ -10,7 +10,7 @@ from torch import nn
 
 from lime_dist.config import Config, OptimConfig, parse_config
 from lime_dist.lime.model import LimeStage, plain_model
-from lime_dist.optim import build_optimizer, lr_factor, set_lr
+from lime_dist.training.optim import build_optimizer, lr_factor, set_lr
 
 
 def make_run(*overrides: str) -> tuple[Config, LimeStage]:

@@ -7,9 +7,8 @@ import torch
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import none_pattern, parse_pattern
-from lime_dist.depth.transfer import plan_transfer
 from lime_dist.lime.model import plain_model
-from lime_dist.lime.parameters import (
+from lime_dist.plan.parameters import (
     ParameterSpec,
     Role,
     count_parameters,
@@ -17,7 +16,8 @@ from lime_dist.lime.parameters import (
     padded_vocab_size,
     plan_parameters,
 )
-from lime_dist.pipeline.partition import plan_partition
+from lime_dist.plan.partition import plan_partition
+from lime_dist.plan.transfer import plan_transfer
 
 
 def make_model(**changes: int | bool) -> ModelConfig:

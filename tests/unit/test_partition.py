@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lime_dist.errors import LayoutError
-from lime_dist.pipeline.partition import plan_partition
+from lime_dist.plan.partition import plan_partition
 
 COUNTS = [  # layers, stages, counts of `auto`: what is left over goes to the middle
     (4, 1, [4]),

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 WITHOUT_TORCH = """
 import sys
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 code = main(sys.argv[1:])
 assert "torch" not in sys.modules, "torch was imported"
 sys.exit(code)

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from lime_dist.config import Config, check_config, load_config
-from lime_dist.pipeline.bundle import plan_run_transfer
-from lime_dist.pipeline.drawing import MAX_SINGLE_ROWS, draw_plan, plan_rows
+from lime_dist.plan.drawing import MAX_SINGLE_ROWS, draw_plan, plan_rows
+from lime_dist.plan.stages import plan_run_transfer
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("full", "first:2", "last:3", "stride:2", "within_stage")

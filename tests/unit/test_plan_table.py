@@ -11,10 +11,9 @@ import pytest
 
 from lime_dist.config import Config, check_config, load_config
 from lime_dist.depth.pattern import Pattern
-from lime_dist.depth.transfer import plan_transfer
-from lime_dist.lime.parameters import Role, logical_tensors
-from lime_dist.pipeline.bundle import plan_run_transfer
-from lime_dist.pipeline.table import (
+from lime_dist.plan.parameters import Role, logical_tensors
+from lime_dist.plan.stages import plan_run_transfer
+from lime_dist.plan.table import (
     COMPARED_PATTERNS,
     POLICIES,
     compare_report,
@@ -24,6 +23,7 @@ from lime_dist.pipeline.table import (
     routing_flops_per_token,
     stage_table,
 )
+from lime_dist.plan.transfer import plan_transfer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 FULL_TOTALS = {4: (4, 6), 8: (16, 28), 16: (64, 120)}  # stages: (least, relay) in units of the layers of a stage

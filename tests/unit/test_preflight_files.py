@@ -13,7 +13,7 @@ from lime_dist.data.indexed import IndexedWriter
 from lime_dist.data.tokenize import tokenize_files
 from lime_dist.data.tokenizer import train_tokenizer
 from lime_dist.errors import DataError
-from lime_dist.preflight.files import check_files
+from lime_dist.preflight.input_files import check_files
 
 VOCAB_SIZE = 290
 BASE = {

@@ -11,7 +11,7 @@ import pytest
 from lime_dist.config import check_config, parse_config
 from lime_dist.errors import ConfigError
 from lime_dist.layout import Layout
-from lime_dist.pipeline.bundle import plan_stages
+from lime_dist.plan.stages import plan_stages
 from lime_dist.preflight.commands import exclude
 from lime_dist.preflight.fabric import MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Crossing, message_bytes, repetitions
 from lime_dist.preflight.report import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lime_dist.records import read_records
+from lime_dist.training.records import read_records
 
 
 def test_records_are_read_past_a_cut_line(tmp_path: Path) -> None:

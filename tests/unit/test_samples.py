@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.cli import main
+from lime_dist.cli.command_line import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

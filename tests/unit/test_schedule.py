@@ -6,14 +6,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from lime_dist.errors import ConfigError
-from lime_dist.pipeline.schedule import (
-    SCHEDULE_NAMES,
-    Action,
-    Kind,
-    peak_in_flight,
-    plan_forward_only,
-    plan_schedule,
-)
+from lime_dist.plan.schedule import SCHEDULE_NAMES, Action, Kind, peak_in_flight, plan_forward_only, plan_schedule
 
 TORCH = {"1f1b": torch_schedules.Schedule1F1B, "gpipe": torch_schedules.ScheduleGPipe}
 SHAPES = [(stages, microbatches) for stages in (1, 2, 3, 4, 5, 8) for microbatches in (1, 2, 3, 4, 5, 8, 16)]

@@ -8,9 +8,9 @@ from itertools import product
 import pytest
 
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern
-from lime_dist.depth.transfer import TransferPlan, plan_transfer
 from lime_dist.errors import PlanError
-from lime_dist.pipeline.partition import plan_partition
+from lime_dist.plan.partition import plan_partition
+from lime_dist.plan.transfer import TransferPlan, plan_transfer
 
 PATTERNS = ("full", "first:1", "first:2", "last:1", "last:2", "last:3", "stride:2", "stride:3")
 

@@ -11,7 +11,7 @@ import pytest
 from scipy.optimize import linprog
 
 from lime_dist.depth.pattern import Pattern
-from lime_dist.depth.transfer import TransferPlan, plan_transfer, stage_of_layers
+from lime_dist.plan.transfer import TransferPlan, plan_transfer, stage_of_layers
 
 
 def random_plan(seed: int, most_layers: int, most_stages: int) -> tuple[TransferPlan, list[float]]:

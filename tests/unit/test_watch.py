@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lime_dist.layout import Layout
-from lime_dist.watch.heartbeat import Heartbeat, read_heartbeats, write_heartbeat, written_since
-from lime_dist.watch.pulse import Pulse
-from lime_dist.watch.silence import describe_silence, find_cause, find_died, first_silent
+from lime_dist.lifecycle.heartbeat import Heartbeat, read_heartbeats, write_heartbeat, written_since
+from lime_dist.lifecycle.pulse import Pulse
+from lime_dist.lifecycle.silence import describe_silence, find_cause, find_died, first_silent
 
 LAYOUT = Layout(pp=4, tp=2)
 NOW, STALE_AFTER = 10_000.0, 300.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.config import Config, DataConfig, DepthConfig, ModelConfig, Source
-from lime_dist.wire import _LENGTH, find, name_of, pack, unpack
+from lime_dist.lifecycle.wire import _LENGTH, find, name_of, pack, unpack
 
 
 @dataclass(frozen=True)

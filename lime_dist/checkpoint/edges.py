@@ -1,0 +1,298 @@
+"""The edges of a start: chosen once by files, stages, budgets or trained routers, and from then on the checkpoint's.
+
+A resolved config holds the edges themselves, so that a checkpoint loads on other stages and without the
+files that chose them. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lime_dist.checkpoint.reader import CheckpointReader, find_latest
+from lime_dist.config import Config, check_config
+from lime_dist.config.reading import parse_bytes, read_yaml, shown_key
+from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
+from lime_dist.depth.routing import Routing
+from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
+from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
+from lime_dist.plan.stages import plan_run_transfer, plan_shape
+
+_Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
+
+
+def ready_config(config: Config, world_size: int | None = None) -> Config:
+    """`check_config`, and the edges with which a start of this run would begin: chosen now, or those of its checkpoint.
+
+    Raises: ConfigError, PlanError, CheckpointError.
+    """
+    config = check_config(config, world_size)
+    _check_folders(config)
+    folder = resume_folder(config)
+    started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
+    check_switches(config, started.pattern if folder is None else None)
+    plan_run_transfer(started)  # raises what is left: patterns and costs that do not fit the stages
+    return started
+
+
+def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoint: Path | None = None) -> Config:
+    """The same for an evaluation of `checkpoint`, or of the one that a start would go on from: with its own edges.
+
+    Raises: ConfigError, PlanError, CheckpointError.
+    """
+    config = check_config(config, world_size)
+    _check_folders(config)
+    folder = checkpoint or resume_folder(config)
+    if folder is None:
+        raise no_checkpoint(config)
+    evaluated = evaluated_config(config, folder)
+    plan_run_transfer(evaluated)
+    return evaluated
+
+
+def checkpoints_of(config: Config) -> Path:
+    return Path(config.run.dir) / "checkpoints"
+
+
+def no_checkpoint(config: Config) -> CheckpointError:
+    return CheckpointError(f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint")
+
+
+def _check_folders(config: Config) -> None:
+    """Before ranks start: checkpoints can be made and found. A link to a folder, such as scratch storage, is as good."""
+    path, resume = checkpoints_of(config), config.checkpoint.resume
+    with _naming_path("run.dir", config.run.dir):
+        is_folder = path.is_dir() or not os.path.lexists(path)
+    if not is_folder:
+        problem = "a link that leads to no folder" if path.is_symlink() else "a file"
+        raise CheckpointError(f"checkpoint {path}: is {problem}; remove it or name another run.dir")
+    with _naming_path("checkpoint.resume", resume):
+        is_known = resume in ("auto", "never") or (Path(resume) / "meta.json").is_file()
+    if not is_known:
+        raise CheckpointError(f"checkpoint.resume: {resume} is no checkpoint; name a step_N folder, auto or never")
+
+
+@contextmanager
+def _naming_path(key: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}: {shown(path)}: {error.strerror}; name a folder that can be read") from None
+
+
+def resume_folder(config: Config) -> Path | None:
+    """The checkpoint to continue from, as this host sees it, or None for a fresh start."""
+    if config.checkpoint.resume == "never":
+        return None
+    if config.checkpoint.resume == "auto":
+        return find_latest(checkpoints_of(config))
+    return Path(config.checkpoint.resume)
+
+
+def resumed_config(config: Config, folder: Path) -> Config:
+    """`config` as it goes on from the checkpoint `folder`, with the edges that its next update has.
+
+    At a step of `depth.switch_at` a run saves first, so a checkpoint of that step has the edges from before.
+
+    Edges that were chosen (by routers, bytes or stages) are chosen once: from then on they are the checkpoint's, whatever
+    the stages or the routers are now. A run loses edges at a step of `depth.switch_at` only.
+    Raises: CheckpointError where it would lose others; PlanError, ConfigError.
+    """
+    reader = CheckpointReader(folder)
+    saved, step = saved_config(reader), reader.meta.step
+    check_same_model(folder, saved, config)
+    due = config.at_step(step)
+    is_switch = step in config.depth.switch_at
+    if due.depth.name == saved.depth.name and due.depth.is_chosen and not is_switch:
+        return due.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
+    due = resolve_pattern(due, folder)
+    lost = lost_edges(saved.pattern, due.pattern)
+    if lost and not is_switch:
+        raise CheckpointError(
+            f"depth.pattern: {due.depth.name} lacks {lost} of the {saved.pattern.num_edges} edges of checkpoint {folder} "
+            f"({saved.depth.name}); set depth.pattern={saved.depth.name}, or depth.switch_at={{{step}: {due.depth.name}}} to drop them"
+        )
+    return due
+
+
+def check_same_model(folder: Path, saved: Config, config: Config) -> None:
+    """Raises: CheckpointError when the run's model is another than the saved one."""
+    facts = {
+        f"model.{item.name}": (getattr(saved.model, item.name), getattr(config.model, item.name))
+        for item in fields(config.model)
+    }
+    facts["model.num_kv_heads"] = saved.model.kv_heads, config.model.kv_heads
+    facts |= {f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry")}
+    for key, (theirs, ours) in facts.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"checkpoint {folder}: saved with {key}={theirs}, the run has {ours}; set {key}={theirs} or another run.dir"
+            )
+
+
+def evaluated_config(config: Config, folder: Path) -> Config:
+    """`config` with the checkpoint's own edges: the model that was trained. Raises: CheckpointError."""
+    saved = saved_config(CheckpointReader(folder))
+    check_same_model(folder, saved, config)
+    return config.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
+
+
+def check_switches(config: Config, before: Pattern | None) -> None:
+    """Raises: PlanError for a pattern of `depth.switch_at` that cannot be read or reads what the one before it does not.
+
+    before: the pattern of the first step; None where the run is past it, so that the checkpoint's edges count.
+    """
+    for step, pattern in sorted(config.depth.switch_at.items()):
+        after = config.at_step(step)
+        try:
+            if after.depth.chosen_by_routers:
+                check_argument(str(pattern))
+                continue  # which edges is not known yet; they are among those that are there
+            resolved = resolve_pattern(after)
+            known = resolved.pattern
+            plan_run_transfer(resolved)
+        except PlanError as error:
+            raise PlanError(str(error).replace("depth.pattern", f"depth.switch_at.{step}", 1)) from None
+        added = lost_edges(known, before) if before else 0
+        if added:
+            raise PlanError(
+                f"depth.switch_at.{step}: {shown(pattern)} has {added} edges that the pattern before it lacks; edges can only be dropped"
+            )
+        before = known
+
+
+def resolve_pattern(config: Config, trained: Path | None = None) -> Config:
+    """`depth.pattern` as edges where it is a file, a budget, top_p or depends on the stages.
+
+    trained: the checkpoint that goes on, whose routers choose among its edges, in place of `depth.weights_from`.
+    """
+    text = config.depth.pattern
+    if config.depth.router == "none" or not isinstance(text, str):
+        return config
+    kind, _, argument = text.partition(":")
+    if kind in _KINDS:
+        return config.with_pattern(_KINDS[kind](config, argument, _weights(config, trained)).edges, text)
+    return config.with_pattern(config.pattern.edges, text) if config.depth.is_chosen else config
+
+
+def _weights(config: Config, trained: Path | None) -> _Weights:
+    """Of the edges that may be chosen; None where nothing was trained."""
+
+    def read() -> EdgeWeights | None:
+        if trained is not None:
+            return router_weights(trained, config)
+        if config.depth.weights_from:
+            unread = dict.fromkeys(prior_weights(config.model.num_layers), 0.0)
+            return unread | dict(router_weights(Path(config.depth.weights_from), config))
+        return None
+
+    return read
+
+
+def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
+    """A YAML file: a mapping of each reader to the earlier layers that it reads."""
+
+    def is_layer(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    if not argument:
+        raise PlanError("depth.pattern: edges without a file; write edges:FILE")
+    try:
+        edges: dict[Any, Any] = read_yaml(argument, "edges file", "readers and their sources, such as 3: [0, 2]")
+    except ConfigError as error:
+        raise PlanError(f"depth.pattern: {error}") from None
+    if not all(
+        is_layer(reader) and isinstance(sources, list) and all(map(is_layer, sources))
+        for reader, sources in edges.items()
+    ):
+        raise PlanError(
+            f"depth.pattern: edges file {argument}: must map each reader to a list of layers, such as 3: [0, 2]"
+        )
+    return pattern_of_edges(edges, config.model.num_layers)
+
+
+def check_argument(text: str) -> None:
+    """Raises: PlanError for `budget:` without bytes or `top_p:` without a share."""
+    kind, _, argument = text.partition(":")
+    _ = _budget_bytes(argument) if kind == "budget" else _share(argument)
+
+
+def _budget_bytes(argument: str) -> int:
+    budget_bytes = parse_bytes(argument)
+    if budget_bytes is None:
+        raise PlanError(
+            f"depth.pattern: budget:{shown_key(argument)} needs bytes, such as budget:4194304 or budget:4MiB"
+        )
+    return budget_bytes
+
+
+def _share(argument: str) -> float:
+    try:
+        share = float(argument)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise PlanError(
+            f"depth.pattern: top_p:{shown_key(argument)} needs a share above 0 and at most 1, such as top_p:0.9"
+        )
+    return share
+
+
+def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
+    budget_bytes = _budget_bytes(argument)
+    return select_budget(
+        weights() or prior_weights(config.model.num_layers),
+        config.stages,
+        policy=config.depth.policy if config.depth.routing.presummable else "relay",
+        bundle_bytes=plan_shape(config).bundle_bytes,
+        budget_bytes=budget_bytes,
+    )
+
+
+def _top_p(config: Config, argument: str, weights: _Weights) -> Pattern:
+    top_p = _share(argument)
+    known = weights()
+    if known is None:
+        raise PlanError("depth.weights_from: top_p chooses by trained routers; name a checkpoint")
+    return select_top_p(known, config.model.num_layers, top_p)
+
+
+_KINDS: dict[str, Callable[[Config, str, _Weights], Pattern]] = {"edges": _edges, "budget": _budget, "top_p": _top_p}
+
+
+def router_weights(folder: Path, config: Config) -> EdgeWeights:
+    """Mean |R| of every edge of a checkpoint, or its mean share of the softmax.
+
+    Raises: CheckpointError when it has no fixed routers or another number of layers.
+    """
+    reader = CheckpointReader(folder)
+    saved = saved_config(reader)
+    if saved.model.num_layers != config.model.num_layers or saved.depth.router == "none":
+        raise CheckpointError(
+            f"depth.weights_from: {folder} has {saved.model.num_layers} layers and router {saved.depth.router}; "
+            f"name a LIMe checkpoint of {config.model.num_layers} layers"
+        )
+    pattern = saved.pattern
+    if pattern.routing is Routing.HIDDEN_DYNAMIC:
+        raise CheckpointError(
+            f"depth.weights_from: the routers of {folder} have other weights for each token; name a checkpoint of router static"
+        )
+    tensors = logical_tensors(saved.model, pattern)
+    routers = {
+        layer: reader.array("weight", tensors[f"layers.{layer}.self_attn.lime_router.weight"])
+        for layer in range(pattern.num_layers)
+        if pattern.has_router(layer)
+    }
+    if pattern.routing is Routing.HIDDEN_STATIC:
+        routers = {layer: softmax(router) for layer, router in routers.items()}
+    return mean_magnitudes(routers, dict(enumerate(pattern.sources)))
+
+
+def saved_config(reader: CheckpointReader) -> Config:
+    """The config of the run that wrote the checkpoint, with the pattern that its weights have."""
+    return reader.config

@@ -1,0 +1,93 @@
+"""`lime-dist`: the command line. A user's mistake ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lime_dist import __version__
+from lime_dist.bench import commands as bench_commands
+from lime_dist.cli import commands, samples
+from lime_dist.cluster import commands as cluster_commands
+from lime_dist.cluster import watching
+from lime_dist.data import commands as data_commands
+from lime_dist.errors import ConfigError, LimeDistError, one_line, shown
+from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, REQUEUE, write_outcome
+from lime_dist.lifecycle.local import RankFailed, StoppedEarly
+from lime_dist.lifecycle.stopping import STOP_SIGNALS
+from lime_dist.preflight import commands as preflight_commands
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lime-dist", description="Pretrain LIMe language models over tensor, pipeline and data ranks."
+    )
+    parser.add_argument("--version", action="version", version=f"lime-dist {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands.add_parsers(subparsers)
+    samples.add_parser(subparsers)
+    data_commands.add_parser(subparsers)
+    bench_commands.add_parser(subparsers)
+    cluster_commands.add_parser(subparsers)
+    watching.add_parsers(subparsers)
+    preflight_commands.add_parser(subparsers)
+    return parser
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse alone does not allow of a trailing list."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(args, "overrides") or any(item.startswith("-") or "=" not in item for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # ranks that share cores must not spin for one another
+    args = _parse(arguments)
+    try:
+        return args.run(args)
+    except LimeDistError as error:
+        return _refuse(error)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.filename is None or error.errno not in _USERS_PATHS:
+            raise
+        return _refuse(ConfigError(f"{shown(error.filename)}: {error.strerror}; give a path that can be used"))
+    except StoppedEarly as error:
+        print(f"lime-dist: {error}", file=sys.stderr)
+        write_outcome(REQUEUE, error)
+        return REQUEUE
+    except RankFailed as error:
+        print(f"{error.detail}\nlime-dist: {one_line(error)}".lstrip(), file=sys.stderr)
+        write_outcome(FAILED, error)
+        return FAILED
+
+
+def _refuse(error: LimeDistError) -> int:
+    print(f"lime-dist: {one_line(error)}", file=sys.stderr)
+    write_outcome(NEVER_RESTART, error)
+    return NEVER_RESTART
+
+
+# What is wrong with a path that a user gave, wherever it is first used.
+_USERS_PATHS = (errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
+def run() -> NoReturn:
+    """The installed command: `main`, and an end whose code a late signal does not change."""
+    code = main()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)

@@ -1,0 +1,275 @@
+"""The commands that start ranks: train, eval, parity; and plan, generate. Nothing heavy is imported until one runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lime_dist.checkpoint.edges import ready_config, ready_to_evaluate
+from lime_dist.config import Config, dump_yaml, find_warnings, load_config
+from lime_dist.config.ranges import RANGES
+from lime_dist.errors import ConfigError, LimeDistError, one_line
+from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, write_outcome
+from lime_dist.lifecycle.launcher import Place, find_place, require_address, require_rendezvous, warn
+from lime_dist.lifecycle.stopping import leaving_when_asked, stop_request
+
+
+def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the commands; each sets `run`, a handler from the parsed arguments to the exit code."""
+    _add_train(subparsers)
+    _add_plan(subparsers)
+    _add_eval(subparsers)
+    _add_generate(subparsers)
+    _add_parity(subparsers)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as parallel.pp=4")
+
+
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="local ranks when no launcher started this (default: tp * pp * dp)"
+    )
+
+
+def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("train", help="train a model; alone, under torchrun, srun or DeepSpeed's launcher")
+    _add_config(parser)
+    _add_nproc(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and the stage table, and stop"
+    )
+    parser.set_defaults(run=_train)
+
+
+def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("plan", help="what each stage holds and what crosses each boundary")
+    _add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--compare", action="store_true", help="what each pattern would cost, side by side")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: an .svg file")
+    parser.set_defaults(run=_plan)
+
+
+def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("eval", help="loss of a checkpoint on the held-out text")
+    _add_config(parser)
+    _add_nproc(parser)
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a step_N folder (default: the newest of the run's folder)"
+    )
+    parser.set_defaults(run=_eval)
+
+
+def _add_generate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("generate", help="continue a prompt with a checkpoint, on one device")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_N folder, or a run's folder")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--tokenizer", type=Path, metavar="X.model", help="default: the run's data.tokenizer")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (default: 1)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that sum to P (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.set_defaults(run=_generate)
+
+
+def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("parity", help="compare this installation, under any layout, with reference numbers")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder of reference numbers, such as tests/golden/mha4"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="the layout, such as parallel.pp=3 parallel.tp=2"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--timeout", type=_seconds, default=600, metavar="SECONDS", help="give up after (default: 600)")
+    parser.set_defaults(run=_parity)
+
+
+def _seconds(text: str) -> float:
+    problem = RANGES["run.timeout_seconds"].problem(float(text))
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
+    return float(text)
+
+
+# ---- handlers
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from lime_dist.plan.table import compare_report, compare_table, plan_report, stage_table
+
+    config = ready_config(load_config(args.config, args.overrides))
+    warn(find_warnings(config))
+    if args.plot is not None:
+        _plot(config, args.plot)
+    if args.json:
+        print(json.dumps(plan_report(config) | ({"compare": compare_report(config)} if args.compare else {})))
+    else:
+        print(stage_table(config) + (f"\n\n{compare_table(config)}" if args.compare else ""))
+    return 0
+
+
+def _plot(config: Config, path: Path) -> None:
+    from lime_dist.plan.drawing import draw_plan
+
+    if path.suffix != ".svg":
+        raise ConfigError(f"--plot: {path} must end in .svg")
+    try:
+        path.write_text(draw_plan(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--plot: {path}: {error.strerror or error}; give a file that can be written") from None
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return _dry_run(args)
+    return _ended(_ready_on_ranks(args, ready_config, "train"))
+
+
+_Ready = Callable[[Config, int | None], Config]  # `ready_config`, or what makes a config ready for an evaluation
+
+
+def _ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more: Any) -> Any:
+    """As `_on_ranks`; signals are heard from here on, before the slow imports."""
+    with _signals_heard():
+        from lime_dist.preflight.input_files import check_files
+
+        config = _resolve(args, ready)
+        check_files(config)
+        warn(find_warnings(config))
+        return _on_ranks(config, function, *more)
+
+
+@contextmanager
+def _signals_heard() -> Iterator[None]:
+    if find_place() is None:
+        with leaving_when_asked():
+            yield
+    else:
+        stop_request().is_alone = True
+        yield
+
+
+def _ended(code: int) -> int:
+    """A rank leaves at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give."""
+    if find_place() is not None:
+        from lime_dist.lifecycle.local import leave
+
+        leave(code)
+    return code
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from lime_dist.plan.table import stage_table
+
+    config = ready_config(load_config(args.config, args.overrides), args.nproc)
+    warn(find_warnings(config))
+    print(dump_yaml(config))
+    print(stage_table(config))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    ready = partial(ready_to_evaluate, checkpoint=args.checkpoint)
+    code, report = _ready_on_ranks(args, ready, "evaluate", args.checkpoint)
+    if report is not None:
+        print(json.dumps(report))
+    return _ended(code)
+
+
+def _resolve(args: argparse.Namespace, ready: _Ready) -> Config:
+    """The checked config for the ranks that a launcher has started, or for --nproc."""
+    place = find_place()
+    if place is not None and args.nproc is not None:
+        raise ConfigError("--nproc: a launcher has started this already; leave --nproc out")
+    world_size = place.world_size if place is not None else args.nproc
+    return ready(load_config(args.config, args.overrides), world_size)
+
+
+def _on_ranks(config: Config, function: str, *args: Any) -> Any:
+    """Run `train.<function>(config, place, *args)` here if a launcher started this, else on local ranks; rank 0's result."""
+    place = find_place()
+    if place is not None:
+        require_rendezvous()
+        require_address(place)
+        from lime_dist import train
+
+        return _as_launched_rank(getattr(train, function), config, place, args)
+    from lime_dist.lifecycle.local_ranks import run_local_ranks
+
+    return run_local_ranks(_as_local_rank, config, function, *args, shared_import="lime_dist.training.run")[0]
+
+
+def _as_local_rank(config: Config, function: str, *args: Any) -> Any:
+    stop_request()  # before the slow imports of a fresh interpreter
+    from lime_dist import train
+
+    return getattr(train, function)(config, find_place(), *args)
+
+
+def _as_launched_rank(function: Callable[..., Any], config: Config, place: Place, args: tuple) -> Any:
+    """An error ends the process at once, so that the launcher sees it and stops the other ranks."""
+    from lime_dist.lifecycle.local import leave
+
+    try:
+        return function(config, place, *args)
+    except LimeDistError as error:
+        print(f"lime-dist: {one_line(error)}", file=sys.stderr)
+        write_outcome(NEVER_RESTART, error)
+        leave(NEVER_RESTART)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"rank {place.rank} ({config.layout.coordinate(place.rank)}) failed: {one_line(error)}"
+        print(f"lime-dist: {reason}", file=sys.stderr)
+        write_outcome(FAILED, reason)
+        leave(FAILED)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from lime_dist.generate import Sampling, generate_text
+
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    for piece in generate_text(
+        args.checkpoint,
+        args.prompt,
+        sampling,
+        max_new_tokens=args.max_new_tokens,
+        tokenizer=args.tokenizer,
+        device=args.device,
+    ):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _parity(args: argparse.Namespace) -> int:
+    from lime_dist.training.parity import TOLERANCES, run_parity
+
+    report = run_parity(args.folder, args.overrides, timedelta(seconds=args.timeout))
+    if args.json:
+        print(json.dumps(report))
+        return 0 if report["passed"] else 1
+    print("layout: " + ", ".join(f"{key}={value}" for key, value in report["layout"].items()))
+    for name, tolerance in TOLERANCES.items():
+        verdict = "ok" if report[name] <= tolerance else "TOO LARGE"
+        worst = f"  ({report['grad_worst']})" if name == "grad_max_rel_err" else ""
+        print(f"{name:>24}  {report[name]:.2e}  tolerance {tolerance:.0e}  {verdict}{worst}")
+    print("passed" if report["passed"] else "FAILED")
+    return 0 if report["passed"] else 1

@@ -1,0 +1,327 @@
+"""Depth memory: the entries and partial sums of one microbatch on one stage, each held once.
+
+The authors' code grows a buffer by `cat` at every layer and keeps each copy for the backward pass:
+L(L+1)/2 - 1 entries. Here one buffer is written once, a read is one matrix product over a view of it, and
+the backward pass adds into one gradient buffer of the same shape. The operations are tied into autograd by a
+chain of empty tensors ("tokens"), so that each one's backward runs after those of all later operations.
+
+The first slots are the entries received from the stage before, and the buffer itself is what is sent on: a
+relayed entry is never copied. `sums` holds, for each reader on this stage or later that has something to add
+up across stages, what has been added so far; it arrives and leaves in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lime_dist.plan.transfer import StageTransfer
+
+_CACHE_LINE_BYTES = 64
+
+Runs = tuple[tuple[int, int], ...]  # half-open ranges of neighbouring slots
+
+
+class Buffer:
+    """Rows [H_kv, row_size] by layer in one tensor [rows, H_kv, row_size], and their gradients in another."""
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_kv_heads: int,
+        row_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        spaced: bool = False,
+    ):
+        """spaced: leave a cache line between rows. On a CPU rows a power of two apart evict each other, which can
+        double the time of a product; but only neighbouring rows can be sent as they are.
+        """
+        self.slot_of = {layer: slot for slot, layer in enumerate(layers)}
+        self._shape = len(layers), num_kv_heads, row_size
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._gap = _CACHE_LINE_BYTES // dtype.itemsize if spaced else 0
+        self.values = self._new(torch.empty)
+        self._gradients: Tensor | None = None
+
+    def _new(self, make: Callable[..., Tensor]) -> Tensor:
+        rows, num_kv_heads, row_size = self._shape
+        return make(rows, num_kv_heads, row_size + self._gap, **self._options)[..., :row_size]
+
+    @property
+    def gradients(self) -> Tensor:
+        """Same shape as `values`; zero where nothing has been added."""
+        if self._gradients is None:
+            self._gradients = self._new(torch.zeros)
+        return self._gradients
+
+    def release_values(self) -> None:
+        """After the forward pass, where the backward needs the gradients only."""
+        del self.values
+
+    def runs(self, layers: Sequence[int]) -> Runs:
+        """The slots of `layers`, in their order, as runs of neighbours."""
+        runs: list[tuple[int, int]] = []
+        for layer in layers:
+            slot = self.slot_of[layer]
+            if runs and runs[-1][1] == slot:
+                runs[-1] = (runs[-1][0], slot + 1)
+            else:
+                runs.append((slot, slot + 1))
+        return tuple(runs)
+
+    def select(self, layers: Sequence[int]) -> Tensor:
+        """Values of `layers` as one contiguous [n, H_kv, row_size]: a view where the slots are neighbours."""
+        return _rows(self.values, self.runs(layers))
+
+    def select_gradients(self, layers: Sequence[int]) -> Tensor:
+        return _rows(self.gradients, self.runs(layers))
+
+    def new_rows(self, count: int) -> Tensor:
+        """[count, H_kv, row_size], not initialised."""
+        return torch.empty(count, *self._shape[1:], **self._options)
+
+    def room_for(self, layers: Sequence[int]) -> Tensor:
+        """Where to receive the values of `layers`: their own slots where these are neighbours, else a tensor to `load`."""
+        return self.select(layers) if len(self.runs(layers)) == 1 else self.new_rows(len(layers))
+
+    def load(self, layers: Sequence[int], values: Tensor) -> None:
+        """Put received values in their slots; nothing to do for those that were received in place."""
+        _load(self.values, self.runs(layers), values)
+
+    def load_gradients(self, layers: Sequence[int], gradients: Tensor) -> None:
+        """Start the backward pass from what the next stage returned for `layers`; takes the tensor over."""
+        if len(layers) == len(self.slot_of):
+            self._gradients = gradients
+        else:
+            _load(self.gradients, self.runs(layers), gradients)
+
+
+class DepthMemory:
+    """Entries (received ones first) and sums (by reader) of one microbatch.
+
+    An entry of keys and values is [H_kv, 2 (K, V), tokens, head_dim], flattened behind the heads, so that routing
+    over (layer, head) is one [H_kv, n * H_kv] x [n * H_kv, 2 * tokens * head_dim] product. One of a hidden state is
+    [tokens, hidden] under a single head; `hidden.MixAndProject` reads it, and there are no sums.
+    """
+
+    def __init__(
+        self,
+        transfer: StageTransfer,
+        own_entries: Sequence[int],
+        blocks: Sequence[range],
+        num_kv_heads: int,
+        row_size: int,
+        *,
+        dtype: torch.dtype,
+        sum_dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.received, self.own = transfer.received.raw_entries, tuple(own_entries)
+        # What the last layer of a block leaves is the block's sum, in that layer's slot; its own entry lies apart.
+        self._blocks = {block[-1]: block for block in blocks}
+        slots = (*self.received, *self.own, *map(_apart, self._blocks))
+        travelling = transfer.received.raw_entries or transfer.sent.raw_entries
+        self.entries = Buffer(slots, num_kv_heads, row_size, dtype, device, spaced=not travelling)
+        self.sums = Buffer(transfer.summed_readers, num_kv_heads, row_size, sum_dtype, device)
+        self._begun = set(transfer.received.partial_sums)  # rows that hold a sum already
+
+    def start(self) -> Tensor:
+        """The first token of the chain."""
+        return self.entries.values.new_empty(0)
+
+    def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
+        """Put `entry` (of an entry's elements, any strides) in its slot; returns the next token."""
+        token = _Write.apply(entry, token, self.entries, self.entries.slot_of[self._own_key(layer)])
+        if layer not in self._blocks:
+            return token
+        members = [self.entries.slot_of[self._own_key(member)] for member in self._blocks[layer]]
+        return _SumBlock.apply(token, self.entries, members, self.entries.slot_of[layer])
+
+    def slots_read(self, reader: int, sources: tuple[int, ...]) -> Runs:
+        """Where a layer's `sources` lie among the entries; of a block that it ends it reads its own entry."""
+        return self.entries.runs([self._own_key(source) if source == reader else source for source in sources])
+
+    def _own_key(self, layer: int) -> int:
+        """Under which a layer's own entry lies."""
+        return _apart(layer) if layer in self._blocks else layer
+
+    def add_to_sums(
+        self, weights: dict[int, Tensor], sources: dict[int, tuple[int, ...]], among: tuple[int, ...], token: Tensor
+    ) -> Tensor:
+        """Add entries into the sums of several readers in one matrix product; returns the next token.
+
+        weights[j] [H_kv, n_j, H_kv] over sources[j]; `among`: neighbouring layers that hold all sources.
+        """
+        readers = tuple(weights)
+        if not readers:
+            return token
+        stacked = torch.cat([_over(among, sources[reader], weights[reader]) for reader in readers])
+        fresh = tuple(reader not in self._begun for reader in readers)
+        self._begun.update(readers)
+        return _AddToSums.apply(stacked, token, self, self._row_runs(readers, fresh), self.entries.runs(among)[0])
+
+    def read(self, reader: int, router: Tensor, sources: tuple[int, ...], token: Tensor) -> Tensor:
+        """sum_{i, h'} router[h, i, h'] * entry_i[h'] over own `sources`, plus the reader's sum if it has one
+        (arXiv 2502.09245v2, eq. 3): [H_kv, row_size].
+        """
+        return _Read.apply(router, token, self, self.slots_read(reader, sources), self.sums.slot_of.get(reader))
+
+    def _row_runs(self, readers: tuple[int, ...], fresh: tuple[bool, ...]) -> tuple[tuple[int, int, bool], ...]:
+        """Runs of neighbouring rows that are all fresh or all begun."""
+        runs: list[tuple[int, int, bool]] = []
+        for reader, is_fresh in zip(readers, fresh):
+            row = self.sums.slot_of[reader]
+            if runs and runs[-1][1] == row and runs[-1][2] == is_fresh:
+                runs[-1] = (runs[-1][0], row + 1, is_fresh)
+            else:
+                runs.append((row, row + 1, is_fresh))
+        return tuple(runs)
+
+
+def _apart(layer: int) -> int:
+    return -1 - layer
+
+
+def _over(among: tuple[int, ...], sources: tuple[int, ...], weights: Tensor) -> Tensor:
+    """Router columns [H_kv, len(among) * H_kv]: `weights` at `sources`, zero at the other layers of `among`."""
+    if sources == among:
+        return weights.flatten(1)
+    columns = torch.tensor([among.index(source) for source in sources], device=weights.device)
+    num_heads = weights.shape[0]
+    return weights.new_zeros(num_heads, len(among), num_heads).index_copy(1, columns, weights).flatten(1)
+
+
+def _rows(buffer: Tensor, runs: Runs) -> Tensor:
+    parts = [buffer[first:stop] for first, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else buffer[:0]
+
+
+def _load(buffer: Tensor, runs: Runs, values: Tensor) -> None:
+    taken = 0
+    for first, stop in runs:
+        part = values[taken : taken + stop - first]
+        if part.data_ptr() != buffer[first:stop].data_ptr():
+            buffer[first:stop].copy_(part)
+        taken += stop - first
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, entry: Tensor, token: Tensor, entries: Buffer, slot: int) -> Tensor:
+        entries.values[slot].view(entry.shape).copy_(entry)
+        ctx.entries, ctx.slot, ctx.entry_shape = entries, slot, entry.shape
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, token_gradient: Tensor):
+        return ctx.entries.gradients[ctx.slot].view(ctx.entry_shape), token_gradient, None, None
+
+
+class _SumBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token: Tensor, entries: Buffer, members: list[int], slot: int) -> Tensor:
+        torch.sum(entries.values[members], dim=0, out=entries.values[slot])
+        ctx.entries, ctx.members, ctx.slot = entries, members, slot
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, token_gradient: Tensor):
+        for member in ctx.members:
+            ctx.entries.gradients[member].add_(ctx.entries.gradients[ctx.slot])
+        return token_gradient, None, None, None
+
+
+# In the two below the buffers are kept on ctx and not by save_for_backward: other slots are written after the
+# operation, which autograd's version counter would take for a change of what was read.
+
+
+class _AddToSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, stacked: Tensor, token: Tensor, memory: DepthMemory, rows: tuple, slots: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(stacked)
+        ctx.memory, ctx.rows, ctx.slots = memory, rows, slots
+        values = memory.entries.values[slots[0] : slots[1]].flatten(0, 1)
+        for weights, sums, fresh in _by_rows(stacked, memory.sums.values, rows):
+            _accumulate(sums, weights, values, fresh)
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, token_gradient: Tensor):
+        (stacked,) = ctx.saved_tensors
+        entries, (first, stop) = ctx.memory.entries, ctx.slots
+        values, gradients = entries.values[first:stop].flatten(0, 1), entries.gradients[first:stop].flatten(0, 1)
+        stacked_gradient, sum_gradients = torch.empty_like(stacked), ctx.memory.sums.gradients
+        for (weights, sums, _), (target, _, _) in zip(
+            _by_rows(stacked, sum_gradients, ctx.rows), _by_rows(stacked_gradient, sum_gradients, ctx.rows)
+        ):
+            sums = sums.to(values.dtype)
+            target.copy_(torch.mm(sums, values.t()))
+            gradients.addmm_(weights.t(), sums)
+        return stacked_gradient, token_gradient, None, None, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, router: Tensor, token: Tensor, memory: DepthMemory, runs: Runs, row: int | None) -> Tensor:
+        ctx.save_for_backward(router)
+        ctx.memory, ctx.runs, ctx.row = memory, runs, row
+        routed: Tensor | None = memory.sums.values[row] if row is not None else None
+        if routed is not None and routed.dtype != router.dtype:
+            for weights, values in _per_run(router, memory.entries.values, runs):
+                routed = routed + torch.mm(weights, values)
+            return routed.to(router.dtype)
+        for weights, values in _per_run(router, memory.entries.values, runs):
+            routed = torch.mm(weights, values) if routed is None else torch.addmm(routed, weights, values)
+        assert routed is not None  # a reader has sources
+        return routed
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (router,) = ctx.saved_tensors
+        gradient, entries = gradient.contiguous(), ctx.memory.entries
+        if ctx.row is not None:
+            ctx.memory.sums.gradients[ctx.row].copy_(gradient)
+        router_gradient = torch.empty_like(router)
+        for (target, values), (weights, gradients) in zip(
+            _per_run(router_gradient, entries.values, ctx.runs), _per_run(router, entries.gradients, ctx.runs)
+        ):
+            target.copy_(torch.mm(gradient, values.t()))
+            gradients.addmm_(weights.t(), gradient)
+        return router_gradient, gradient.new_zeros(0), None, None, None
+
+
+def _accumulate(sums: Tensor, weights: Tensor, values: Tensor, fresh: bool) -> None:
+    if sums.dtype != values.dtype:
+        product = torch.mm(weights, values)
+        sums.copy_(product) if fresh else sums.add_(product)
+    elif fresh:
+        torch.mm(weights, values, out=sums)
+    else:
+        sums.addmm_(weights, values)
+
+
+def _by_rows(
+    stacked: Tensor, buffer: Tensor, rows: tuple[tuple[int, int, bool], ...]
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """For each run of rows, the stacked weights [k * H_kv, n * H_kv], the buffer's rows [k * H_kv, row_size], whether fresh."""
+    num_heads, taken = buffer.shape[1], 0
+    for first, stop, fresh in rows:
+        height = (stop - first) * num_heads
+        yield stacked[taken : taken + height], buffer[first:stop].flatten(0, 1), fresh
+        taken += height
+
+
+def _per_run(router: Tensor, buffer: Tensor, runs: Runs) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each run of slots, the router's columns [H_kv, k * H_kv] and the buffer's rows [k * H_kv, row_size]."""
+    column = 0
+    for first, stop in runs:
+        width = stop - first
+        yield router[:, column : column + width].flatten(1), buffer[first:stop].flatten(0, 1)
+        column += width

@@ -1,0 +1,224 @@
+"""What one rank of each stage needs of its device's memory, in bytes. Pure data: the one place that estimates it.
+
+Counts tensors, as the code that makes them holds them: `lime/` (activations), `backends/deepspeed.py` (gradients,
+optimiser), `pipeline/executor.py` (what waits and travels). It refuses to know what is not a tensor of ours: the CUDA
+context, NCCL's buffers, what the allocator keeps unused, a kernel's workspace.
+
+Activations follow Korthikanti et al. (arXiv 2205.05198, section 4: what each operation keeps for its backward pass),
+with SwiGLU in place of their MLP, grouped queries, RMSNorm, no dropout, and `F.scaled_dot_product_attention`, whose
+fused kernels keep one number a row in place of the tokens x tokens matrix. (On a GPU, fp32 with grouped queries has no
+fused kernel, and that matrix is not counted here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import prod
+
+from lime_dist.config import Config
+from lime_dist.depth.routing import Routing
+from lime_dist.plan.parameters import padded_vocab_size, plan_parameters
+from lime_dist.plan.stages import StagePlan, plan_stages
+
+FP32 = 4
+MOMENTS = 2  # AdamW's
+
+# DeepSpeed's defaults of keys under `zero_optimization`.
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+MAX_LIVE_ELEMENTS = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on one rank of a stage; the parts that count microbatches count those in flight at the peak.
+
+    gradients: as they lie while microbatches pass.
+    activations: what autograd keeps, and a layer computed again under `parallel.recompute`.
+    sums: partial sums, and those of this stage's readers.
+    logits: on the last stage.
+    buffers: bundles that come, go or wait; gradients of entries, sums and logits; ZeRO's buckets.
+    update: what the optimiser's step takes for itself, when all that microbatches hold is free again.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    entries: int
+    sums: int
+    logits: int
+    buffers: int
+    update: int
+
+    @property
+    def total_bytes(self) -> int:
+        """At the peak, which is in a pass or in the update."""
+        passing = self.activations + self.entries + self.sums + self.logits + self.buffers
+        return self.weights + self.gradients + self.optimizer + max(passing, self.update)
+
+    def report(self) -> dict[str, int]:
+        """The parts by name, and their `total`."""
+        return {part.name: getattr(self, part.name) for part in fields(self)} | {"total": self.total_bytes}
+
+
+def estimate_memory(config: Config) -> tuple[StageMemory, ...]:
+    """One for each stage of a checked config. `run.device: auto` is taken for a GPU."""
+    return tuple(_StageEstimate(config, stage).memory() for stage in plan_stages(config))
+
+
+class _StageEstimate:
+    def __init__(self, config: Config, stage: StagePlan):
+        self._config, self._model, self._stage, self._shape = config, config.model, stage, stage.shape
+        self._element, self._tp, self._dp = stage.shape.element_bytes, config.parallel.tp, config.layout.dp
+        self._rows = stage.shape.rows * self._tp  # tokens of a microbatch, padded
+        self._residual_rows = stage.shape.rows if config.parallel.sequence_parallel else self._rows
+        self._residual = self._residual_rows * self._model.hidden_size * self._element
+        self._recomputes = config.parallel.recompute == "layer"
+        self._on_gpu = config.run.device != "cpu"
+        self._parameters = self._parameter_sizes()
+
+    def memory(self) -> StageMemory:
+        count, zero = sum(self._parameters), self._config.zero_stage
+        gradients = FP32 * count // (self._dp if zero >= 2 else 1)
+        return StageMemory(
+            weights=self._weights(count),
+            gradients=gradients,
+            optimizer=self._optimizer(count),
+            activations=self._activations(),
+            entries=self._stage.peak_in_flight * self._stage.held_bytes,
+            sums=self._sums() * (self._stage.peak_in_flight if self._recomputes else 1),
+            logits=self._logits(),
+            buffers=sum(self._buffers()),
+            update=max(0, self._update(count) - gradients),
+        )
+
+    # ---- weights to moments: `backends/deepspeed.py`
+
+    def _parameter_sizes(self) -> list[int]:
+        """Elements of each parameter of a tensor rank, padding and tied copies included."""
+        vocab_rows = padded_vocab_size(self._model.vocab_size, self._tp)
+        layers, transfer = self._stage.layers, self._stage.transfer
+        specs = plan_parameters(self._model, transfer, layers, tp=self._tp, tp_rank=0, vocab_rows=vocab_rows)
+        return [prod(spec.shape) for spec in specs]
+
+    def _weights(self, count: int) -> int:
+        """ZeRO 3 keeps a share of each parameter, and so many parameters whole at a time."""
+        if self._config.zero_stage < 3:
+            return count * self._element
+        return count * self._element // self._dp + self._element * min(
+            count, self._zero_key("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)
+        )
+
+    def _optimizer(self, count: int) -> int:
+        """fp32 masters and moments, shared by the replicas from ZeRO 1 on; without it fp32 weights are the masters."""
+        if self._config.zero_stage:
+            return (1 + MOMENTS) * FP32 * count // self._dp
+        masters = 0 if self._element == FP32 else 1
+        return (masters + MOMENTS) * FP32 * count
+
+    def _update(self, count: int) -> int:
+        """Gradients and what the step makes of them; AdamW's `foreach` makes a root of the second moments, in fp32."""
+        share, zero = FP32 * count // self._dp, self._config.zero_stage
+        if zero >= 2:
+            return (3 if zero == 2 else 2) * share  # the gradients, under ZeRO 2 a flat copy of them, the root
+        in_bf16 = self._element * count if self._element < FP32 else 0
+        if zero == 0:
+            return in_bf16 + 2 * FP32 * count
+        sums_and_copy = in_bf16 + FP32 * count  # in `finish_gradients`
+        bucket = min(count, self._zero_key("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
+        return max(sums_and_copy, self._element * (count + bucket), 2 * share)
+
+    def _zero_key(self, key: str, default: int) -> int:
+        return int(self._config.deepspeed.get("zero_optimization", {}).get(key, default))
+
+    # ---- what autograd keeps of one microbatch: `lime/`
+
+    def _activations(self) -> int:
+        layers = [sum(self._layer(layer)) for layer in self._stage.layers]
+        ends = self._norm() if self._stage.is_last_stage else self._residual  # the final norm, or the output
+        in_flight = self._stage.peak_in_flight
+        if self._recomputes:
+            return in_flight * (len(layers) * self._residual + ends) + max(layers)
+        return in_flight * (sum(layers) + ends)
+
+    def _layer(self, layer: int) -> Iterator[int]:
+        yield 2 * self._norm()
+        yield sum(self._attention(layer))
+        # SwiGLU: the gate and the other half, silu of the gate, the product.
+        yield 4 * self._rows * self._model.intermediate_size // self._tp * self._element
+
+    def _norm(self) -> int:
+        """RMSNorm: its input, its output (which the next product keeps), 1 / rms. On a CPU it is made of several
+        operations in fp32, which keep the input as fp32 and the normed rows before the gain."""
+        elements = self._residual_rows * self._model.hidden_size
+        inside = self._element if self._on_gpu else 2 * FP32
+        return elements * (inside + self._element) + self._residual_rows * FP32
+
+    def _attention(self, layer: int) -> Iterator[int]:
+        """Rotated queries and keys, values, the output, the log of each row's sum.
+
+        Values are a view, which keeps all of what they are part of: the layer's own projection or the routed entry.
+        """
+        heads, kv_heads, head_dim = self._model.num_heads, self._model.kv_heads, self._model.head_dim
+        is_reader = layer in self._stage.transfer.reads
+        values_of = 2 * kv_heads if is_reader else heads + 2 * kv_heads
+        yield (2 * heads + kv_heads + values_of) * head_dim // self._tp * self._rows * self._element
+        yield heads // self._tp * self._rows * FP32
+        if is_reader and self._shape.routing is not Routing.KEY_VALUE:
+            yield from self._hidden_read(layer)
+
+    def _hidden_read(self, layer: int) -> Iterator[int]:
+        """LIMe v1: the projection of all heads before and after the reader's gain; a dynamic router's weights."""
+        model = self._model
+        yield 2 * 2 * model.kv_heads * model.head_dim * model.hidden_size * self._element
+        if self._shape.routing is Routing.HIDDEN_DYNAMIC:
+            weights = self._shape.rows * model.kv_heads * len(self._stage.transfer.reads[layer])
+            yield weights * (FP32 if self._element == FP32 else FP32 + self._element)
+
+    def _logits(self) -> int:
+        """The fp32 softmax of each microbatch in flight; Megatron's cross entropy writes it over the logits."""
+        return FP32 * self._stage.peak_in_flight * self._logit_elements()
+
+    def _logit_elements(self) -> int:
+        vocab_rows = padded_vocab_size(self._model.vocab_size, self._tp) // self._tp
+        return self._rows * vocab_rows if self._stage.is_last_stage else 0
+
+    # ---- what waits and travels: `pipeline/executor.py`
+
+    def _buffers(self) -> Iterator[int]:
+        yield self._element * max(self._parameters)  # a parameter's gradient, before it is added to the sum
+        yield self._element * self._logit_elements()  # the logits, then their gradient, beside the softmax
+        yield self._stage.held_bytes + self._sums()  # their gradients, of the microbatch that goes back
+        yield self._received()
+        yield self._sent()
+        if self._config.parallel.sequence_parallel and self._tp > 1:
+            yield self._rows * self._model.hidden_size * self._element  # Megatron's buffer of gathered rows
+        if self._config.zero_stage >= 2:
+            yield self._buckets()
+
+    def _sums(self) -> int:
+        return len(self._stage.transfer.summed_readers) * self._shape.sum_bytes
+
+    def _received(self) -> int:
+        """One action ahead: the next microbatch's depth memory and residual, the gradients of what was sent."""
+        stage, waits = self._stage, self._config.pipeline.num_microbatches > self._stage.peak_in_flight
+        ahead = stage.held_bytes + self._sums() + (0 if stage.is_first_stage else self._shape.residual_bytes)
+        return (ahead if waits else 0) + stage.sent_bytes
+
+    def _sent(self) -> int:
+        """Views keep whole buffers until the next send finds that they have left; gloo tells only at the step's end."""
+        stage, held, sums = self._stage, self._stage.held_bytes, self._sums()
+        forward = self._residual + (held if stage.transfer.sent.raw_entries else 0)
+        forward += sums if stage.transfer.sent.partial_sums else 0
+        backward = self._residual + (held if stage.transfer.received.raw_entries else 0)
+        backward += sums if stage.transfer.received.partial_sums else 0
+        one = (0 if stage.is_last_stage else forward) + (0 if stage.is_first_stage else backward)
+        return one if self._on_gpu else one * (self._config.pipeline.num_microbatches - 1)
+
+    def _buckets(self) -> int:
+        """DeepSpeed makes them of full size however few gradients there are; two under ZeRO 2 with `overlap_comm`."""
+        if not self._zero_key("contiguous_gradients", True):
+            return 0
+        count = 2 if self._config.zero_stage == 2 and self._zero_key("overlap_comm", False) else 1
+        return count * self._element * self._zero_key("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)

@@ -1,0 +1,113 @@
+"""Checks before ranks start: the files that a run reads. No collective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lime_dist.config import Config
+from lime_dist.data.indexed import TokenFiles
+from lime_dist.data.indexed import check_files as check_token_files
+from lime_dist.data.meta import require_tokenizer
+from lime_dist.data.split import (
+    WHOLE,
+    Split,
+    cut_documents,
+    held_out_split,
+    num_samples,
+    require_vocabulary,
+    train_split,
+)
+from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
+from lime_dist.errors import ConfigError, DataError
+from lime_dist.lifecycle.launcher import warn
+
+
+def check_files(config: Config) -> None:
+    """Raises: DataError, ConfigError for a file that is missing, damaged, too short or does not fit.
+
+    What is doubtful but usable is warned of on stderr, by one rank.
+    """
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir: {run_dir} is a file; name a folder")
+    if not config.data.train:
+        raise ConfigError("data.train: empty; name the prefix of a token file (from `lime-dist data tokenize`)")
+    train = [_read_source(config, "data.train", source.path) for source in config.data.train]
+    valid = [_read_source(config, "data.valid", source.path) for source in config.data.valid]
+    _check_tokenizers(config, [*train, *valid])
+    _count_samples(config, train, train_split(config.data.valid_fraction))
+    warnings = [_no_checksums(source) for source in (*train, *valid) if not source.files.has_checksums]
+    if valid or config.data.valid_fraction:
+        held_out = (valid, WHOLE) if valid else (train, held_out_split(config.data.valid_fraction))
+        warnings += _short_evaluation(config, _count_samples(config, *held_out))
+    warn(warnings)
+
+
+@dataclass(frozen=True)
+class _Source:
+    key: str
+    files: TokenFiles
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.files.prefix}"
+
+
+def _read_source(config: Config, key: str, prefix: str) -> _Source:
+    source = _Source(key, check_token_files(prefix, key=key))
+    require_vocabulary(source.files, config.model.vocab_size, key=key)
+    return source
+
+
+def _check_tokenizers(config: Config, sources: Sequence[_Source]) -> None:
+    """One tokenizer made all sources, and it is data.tokenizer where that is given."""
+    if config.data.tokenizer is not None:
+        path = Path(config.data.tokenizer)
+        _check_vocabulary(config, path)
+        for source in sources:
+            require_tokenizer(path, source.files.tokenizer_sha256, key="data.tokenizer", made=str(source))
+    known = [source for source in sources if source.files.tokenizer_sha256 is not None]
+    for source in known[1:]:
+        if source.files.tokenizer_sha256 != known[0].files.tokenizer_sha256:
+            raise DataError(
+                f"{source.key}: {source.files.prefix} was made by another tokenizer than {known[0]}; "
+                "run lime-dist data tokenize again with one tokenizer for all"
+            )
+
+
+def _check_vocabulary(config: Config, path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"data.tokenizer: {path} does not exist; train one with `lime-dist data train-tokenizer`")
+    size = tokenizer_vocab_size(path)
+    if size != config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size: {config.model.vocab_size}, but data.tokenizer {path} has {size} ids; set model.vocab_size={size}"
+        )
+
+
+def _count_samples(config: Config, sources: Sequence[_Source], split: Split) -> int:
+    """Of an epoch of all sources. Raises: DataError where a source has less than one."""
+    seq_length = config.data.seq_length
+    cuts = [cut_documents(source.files, split, seq_length=seq_length, key=source.key) for source in sources]
+    return sum(num_samples(bounds, seq_length) for bounds in cuts)
+
+
+# ---- warnings
+
+
+def _no_checksums(source: _Source) -> str:
+    return (
+        f"{source.key}: {source.files.prefix} has no checksums in a .meta.json, damage is found only where the index "
+        "contradicts itself; lime-dist data tokenize writes them"
+    )
+
+
+def _short_evaluation(config: Config, num_held_out: int) -> list[str]:
+    needed = config.eval.batches * config.data.global_batch_size
+    if needed <= num_held_out:
+        return []
+    return [
+        f"eval.batches: {config.eval.batches} batches are {needed} samples, the held-out text has {num_held_out}, so some "
+        "count more than once; lower eval.batches or hold out more text"
+    ]

@@ -1,0 +1,1 @@
+"""The run of one rank: its world, its step, optimiser, metrics."""

@@ -1,0 +1,35 @@
+"""The wish to stop of any rank, agreed on by all, so that all leave at the same point."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from lime_dist.lifecycle.stopping import StopRequest
+
+
+class Stopped(Exception):
+    """All ranks have agreed to leave here, with nothing to save."""
+
+
+class JointStop:
+    """Every rank has one; made when the ranks have met. Collective: `agreed` and `check`, world."""
+
+    def __init__(self, request: StopRequest, device: torch.device):
+        self._request, self._device = request, device
+        request.is_alone = False
+
+    @property
+    def cause(self) -> str:
+        return self._request.signal_name or "stop asked of another rank"
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop."""
+        asked = torch.tensor(int(self._request.signal_name is not None), device=self._device)
+        dist.all_reduce(asked)
+        return bool(asked.item())
+
+    def check(self) -> None:
+        """Raises: Stopped on all ranks when any was asked to stop."""
+        if self.agreed():
+            raise Stopped(self.cause)

@@ -1,0 +1,176 @@
+"""What a run tells: metrics.jsonl, TensorBoard and the progress line. Written by one rank; knows no model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lime_dist.checkpoint.reader import flush_to_disk
+from lime_dist.formats import RECENT_STEPS, format_clock, format_si
+from lime_dist.training.records import read_records
+
+
+class Metrics:
+    """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it.
+
+    evaluated_step: the last one of which there is an evaluation.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, log_every: int):
+        self._path = run_dir / "metrics.jsonl"
+        _drop_lines_after(self._path, first_step)
+        self.evaluated_step = _last_evaluated(self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._num_steps, self._log_every = num_steps, log_every
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._dead_gradients = DeadGradients()
+
+    def step(
+        self,
+        *,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        step_seconds: float,
+        boundary_bytes: Sequence[int],
+    ) -> None:
+        """Record update `step` (from 1)."""
+        self._recent.append(step_seconds)
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": tokens / step_seconds,
+            "step_seconds": step_seconds,
+            "boundary_bytes": list(boundary_bytes),
+        }
+        self._write(record)
+        for name in ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"):
+            self._board.add_scalar(f"train/{name}", record[name], step)
+        for boundary, count in enumerate(boundary_bytes):
+            self._board.add_scalar(f"boundary_bytes/{boundary}-{boundary + 1}", count, step)
+        if step % self._log_every == 0 or step == self._num_steps:
+            print(self._progress(record), flush=True)
+        if warning := self._dead_gradients.warning(step, grad_norm):
+            print(f"lime-dist: {warning}", file=sys.stderr, flush=True)
+
+    def evaluation(self, *, step: int, eval_loss: float, eval_seconds: float) -> None:
+        self._write({"step": step, "eval_loss": eval_loss, "eval_seconds": eval_seconds})
+        self._board.add_scalar("eval/loss", eval_loss, step)
+        print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  held-out loss {eval_loss:.4f}", flush=True)
+
+    def saved(self, *, step: int, folder: Path, save_seconds: float) -> None:
+        self._write({"step": step, "save_seconds": save_seconds})
+        print(f"saved {folder} in {save_seconds:.1f} s", flush=True)
+
+    def flush_to_disk(self) -> None:
+        """On return what was recorded survives a power cut."""
+        os.fsync(self._file.fileno())
+        flush_to_disk(self._path.parent)  # the file itself may be new in it
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """JSON has no NaN and no infinity: such a value is null."""
+        finite = {key: value if is_finite(value) else None for key, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def _progress(self, record: dict[str, Any]) -> str:
+        step = record["step"]
+        seconds_left = (self._num_steps - step) * sum(self._recent) / len(self._recent)
+        parts = [
+            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
+            f"loss {record['loss']:.4f}",
+            f"grad {record['grad_norm']:.3f}",
+            f"lr {record['lr']:.2e}",
+            f"{format_si(record['tokens_per_second'])} tok/s",
+            *_sent(record["boundary_bytes"]),
+            f"left {format_clock(seconds_left)}",
+        ]
+        return "  ".join(parts)
+
+
+def _sent(boundary_bytes: Sequence[int]) -> list[str]:
+    """Over all boundaries and over the busiest, however many there are; metrics.jsonl has each."""
+    if not boundary_bytes:
+        return []
+    most = max(boundary_bytes)
+    busiest = boundary_bytes.index(most)
+    sent = f"sent {format_si(sum(boundary_bytes))}B"
+    return [sent if len(boundary_bytes) == 1 else f"{sent}, most {busiest}>{busiest + 1} {format_si(most)}B"]
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep what led to `step`; nothing led to a start from the beginning, whose first record is of step 0."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if step > 0 and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # the line that a killed run was writing
+    replacement = path.with_suffix(".tmp")
+    with replacement.open("w") as file:
+        file.write("".join(kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(replacement, path)
+
+
+def _last_evaluated(path: Path) -> int | None:
+    return next((record["step"] for record in reversed(read_records(path)) if "eval_loss" in record), None)
+
+
+def is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+class DeadGradients:
+    """Notices a model that no longer learns: its gradients are zero step after step, while the loss stays finite."""
+
+    STEPS = 5
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def warning(self, step: int, grad_norm: float) -> str | None:
+        """After update `step`: a line to print, once for each such stretch."""
+        self._count = self._count + 1 if grad_norm < SMALLEST_NORM else 0
+        if self._count != self.STEPS:
+            return None
+        return (
+            f"warning: step {step}: the gradient norm has been 0 for {self.STEPS} steps, the model no longer learns; "
+            "start again from an earlier checkpoint with a lower optim.lr"
+        )
+
+
+SMALLEST_NORM = 1e-12  # below it AdamW's eps of 1e-8 makes every update nothing
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

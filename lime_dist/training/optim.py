@@ -1,0 +1,67 @@
+"""AdamW's parameter groups and the learning-rate schedule. Knows no DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lime_dist.config import Config, OptimConfig
+from lime_dist.depth.routing import Routing
+from lime_dist.lime.model import LimeStage
+from lime_dist.lime.values import specified_parameters
+from lime_dist.plan.parameters import ROUTER_ROLES, Role
+
+DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
+
+
+def build_optimizer(stage: LimeStage, config: Config, placeholder: nn.Parameter | None = None) -> torch.optim.AdamW:
+    """torch's AdamW over three groups: decayed, undecayed, routers. Each group keeps its own peak rate as `peak_lr`.
+
+    Of routers only dynamic ones are decayed (arXiv 2502.09245v1), and a model has routers of one kind.
+
+    placeholder: stands in for the routers of a stage that has none.
+    """
+    optim = config.optim
+    return torch.optim.AdamW(
+        _parameter_groups(stage, config, placeholder),
+        lr=optim.lr,
+        betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps,
+        foreach=True,
+    )
+
+
+def _parameter_groups(stage: LimeStage, config: Config, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
+    optim = config.optim
+    router_decay = optim.weight_decay if config.depth.routing is Routing.HIDDEN_DYNAMIC else 0.0
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    routers = [] if placeholder is None else [placeholder]
+    for spec, parameter in specified_parameters(stage):
+        group = routers if spec.role in ROUTER_ROLES else decayed if spec.role in DECAYED_ROLES else undecayed
+        group.append(parameter)
+    groups = [
+        {"name": "decayed", "params": decayed, "peak_lr": optim.lr, "weight_decay": optim.weight_decay},
+        {"name": "undecayed", "params": undecayed, "peak_lr": optim.lr, "weight_decay": 0.0},
+        {"name": "routers", "params": routers, "peak_lr": optim.router_lr, "weight_decay": router_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def lr_factor(optim: OptimConfig, step: int, num_steps: int) -> float:
+    """The fraction of the peak rate at update `step` (from 0) of `num_steps`: linear warm-up, then cosine or constant."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.lr_schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps))
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group at `factor` of its own peak rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

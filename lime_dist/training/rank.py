@@ -1,0 +1,174 @@
+"""One rank of a run: its stage, executor and optimiser, and the step that they make together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lime_dist.backends.deepspeed import ZeroOptimizer
+from lime_dist.backends.megatron import Groups, MegatronParts
+from lime_dist.config import Config
+from lime_dist.errors import TrainingDiverged
+from lime_dist.lifecycle.pulse import Pulse
+from lime_dist.lime.model import LimeStage
+from lime_dist.lime.values import initialize
+from lime_dist.pipeline.executor import Executor
+from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
+from lime_dist.plan.schedule import Kind, plan_forward_only
+from lime_dist.plan.stages import StagePlan, plan_stages
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Batch(Protocol):
+    """A global batch of token ids [global_batch_size, seq + 1]: a tensor, or what reads rows when asked for them."""
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+class BytesDiffer(RuntimeError):
+    """The transport sent another number of bytes than the plan says: a defect, as gradients may be wrong."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What every rank knows after a step.
+
+    boundary_bytes: for each boundary, the bytes of all microbatches' bundles that one tensor rank of one
+    replica sent forward, as counted at the transport; as many came back as gradients.
+    """
+
+    loss: float
+    grad_norm: float
+    boundary_bytes: list[int]
+
+
+class Rank:
+    """Everything one rank holds. Collective: the constructor and every method, over all ranks."""
+
+    def __init__(self, config: Config, groups: Groups, device: torch.device, pulse: Pulse | None = None):
+        self.pulse = pulse or Pulse()
+        self.pulse.beat("load")
+        self.config, self.groups, self.device = config, groups, device
+        self.plan: StagePlan = plan_stages(config)[groups.coordinate.pp_rank]
+        parts = MegatronParts(
+            groups,
+            sequence_parallel=config.parallel.sequence_parallel,
+            dtype=TORCH_DTYPES[config.run.dtype],
+            device=device,
+        )
+        self.stage = LimeStage(
+            config.model,
+            self.plan.transfer,
+            self.plan.layers,
+            parts,
+            sum_dtype=TORCH_DTYPES[config.partial_sum_dtype],
+            recompute=config.parallel.recompute == "layer",
+        )
+        initialize(self.stage, config.run.seed)
+        self.optimizer = ZeroOptimizer(self.stage, config, groups)
+        self._transport = Transport.connect(groups.pp_forward, groups.pp_backward, device)
+        self._executor = Executor(
+            self.stage,
+            self.plan,
+            self._transport,
+            ResidualShare(groups.tp, config.parallel.sequence_parallel),
+            call=self.pulse.around("forward", self.optimizer.call),
+            backward=self.pulse.around("backward", self.optimizer.backward),
+            await_input=self._await_input,
+        )
+
+    def _await_input(self, kind: Kind, incoming: Incoming) -> list[Tensor]:
+        return self.pulse.awaiting(kind.name.lower(), incoming.wait)
+
+    @property
+    def is_logger(self) -> bool:
+        """The rank that writes what a run writes once."""
+        return dist.get_rank() == 0
+
+    def microbatches(self, batch: Batch) -> list[Tensor]:
+        """This replica's microbatches of a global batch: every dp-th block of rows."""
+        config, size = self.config, self.config.microbatch_size
+        blocks = range(
+            self.groups.coordinate.dp_rank, config.layout.dp * config.pipeline.num_microbatches, config.layout.dp
+        )
+        found = [batch[block * size : (block + 1) * size].to(self.device) for block in blocks]
+        self.pulse.finish()
+        return found
+
+    def accumulate(self, batch: Batch) -> tuple[float, list[int]]:
+        """Add the gradients of a global batch's mean loss; returns the loss and the bytes over each boundary."""
+        losses = self._executor.run(self.plan.actions, self.microbatches(batch))
+        self.optimizer.finish_gradients()
+        forward, backward = self._transport.take_bytes_sent()
+        self._check_bytes(forward, backward)
+        return self._share(losses, forward)
+
+    def train_step(self, batch: Batch, lr_factor: float) -> StepResult:
+        """One update from a global batch.
+
+        Raises: TrainingDiverged on all ranks, before anything is updated, when the loss or the gradient norm is not finite.
+        """
+        loss, boundary_bytes = self.accumulate(batch)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss is {loss}")
+        self.pulse.beat("update")
+        return StepResult(loss, self.optimizer.step(lr_factor), boundary_bytes)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss over global batches; None when `stop`, asked on all ranks before each batch, says so."""
+        losses: list[float] = []
+        self.stage.eval()
+        for batch in batches:
+            if stop():
+                break
+            losses.append(self._evaluate_batch(batch))
+        self.stage.train()
+        return sum(losses) / len(batches) if len(losses) == len(batches) else None
+
+    def _evaluate_batch(self, batch: Batch) -> float:
+        self.pulse.beat("evaluate")
+        actions = plan_forward_only(self.config.pipeline.num_microbatches)
+        losses = self._executor.run(actions, self.microbatches(batch))
+        return self._share(losses, self._transport.take_bytes_sent()[0])[0]
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
+        """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
+        microbatches, found = self.microbatches(batch), []
+        outputs = self._executor.run(plan_forward_only(len(microbatches)), microbatches, with_loss=False)
+        self._transport.take_bytes_sent()
+        for index, residual in enumerate(outputs):
+            block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
+            rows, seq_length = microbatches[index].shape[0], microbatches[index].shape[1] - 1
+            logits = self.stage.whole_logits(residual)[: rows * seq_length]
+            found.append((block * rows, logits.float().cpu().unflatten(0, (rows, seq_length))))
+        return found
+
+    def _check_bytes(self, forward: int, backward: int) -> None:
+        count = self.config.pipeline.num_microbatches
+        planned = count * self.plan.sent_bytes, count * self.plan.received_bytes
+        if (forward, backward) != planned:
+            raise BytesDiffer(
+                f"stage {self.plan.stage_index} sent {forward, backward} bytes (forward, backward), planned {planned}"
+            )
+
+    def _share(self, losses: list[Tensor], forward_bytes: int) -> tuple[float, list[int]]:
+        """Losses are known on the last stage and bytes on the sender; one all-reduce tells both to all."""
+        layout, place = self.groups.layout, self.groups.coordinate
+        facts = torch.zeros(layout.pp, dtype=torch.float64, device=self.device)
+        if self.plan.is_last_stage:
+            if place.tp_rank == 0:
+                facts[0] = torch.stack(losses).double().mean() / layout.dp
+        else:
+            facts[1 + self.plan.stage_index] = forward_bytes / (layout.tp * layout.dp)
+        dist.all_reduce(facts)
+        loss, *boundary_bytes = facts.tolist()
+        return loss, [round(count) for count in boundary_bytes]

@@ -1,0 +1,332 @@
+"""The training run of one rank: resume, step, evaluate, save. Collective: world."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lime_dist.backends.megatron import Groups
+from lime_dist.checkpoint.edges import checkpoints_of, evaluated_config, no_checkpoint, resume_folder, resumed_config
+from lime_dist.checkpoint.reader import flush_to_disk, set_aside_after
+from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
+from lime_dist.config import Config, dump_yaml
+from lime_dist.data.dataset import TokenSamples
+from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
+from lime_dist.errors import ConfigError, TrainingDiverged
+from lime_dist.lifecycle.ending import DONE, REQUEUE
+from lime_dist.lifecycle.heartbeat import eval_heartbeat_folder
+from lime_dist.lifecycle.launcher import Place
+from lime_dist.lifecycle.ownership import Ownership
+from lime_dist.lifecycle.pulse import Pulse
+from lime_dist.lifecycle.stopping import stop_request
+from lime_dist.lifecycle.watchdog import Watchdog
+from lime_dist.training.agreement import tell_all
+from lime_dist.training.joint_stop import JointStop, Stopped
+from lime_dist.training.metrics import Metrics, Stopwatch
+from lime_dist.training.optim import lr_factor
+from lime_dist.training.rank import Rank
+from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
+from lime_dist.training.world import join_world
+
+
+class SampleBatch:
+    """Consecutive samples, read when sliced, so that each rank reads only its own rows."""
+
+    def __init__(self, samples: TokenSamples, start: int):
+        self._samples, self._start = samples, start
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """int64 [rows, seq + 1]."""
+        return self._samples.batch(self._start + rows.start, rows.stop - rows.start)
+
+
+Between = Callable[[], None]  # called after each token file, as opening one may take long
+
+
+def open_training_data(config: Config, between: Between = lambda: None) -> TokenSamples:
+    return _open(config, config.data.train, train_split(config.data.valid_fraction), "data.train", between)
+
+
+def open_held_out_data(config: Config, between: Between = lambda: None) -> TokenSamples | None:
+    """`data.valid`, or the documents kept back from `data.train`, or None."""
+    if config.data.valid:
+        return _open(config, config.data.valid, WHOLE, "data.valid", between)
+    if config.data.valid_fraction:
+        return _open(config, config.data.train, held_out_split(config.data.valid_fraction), "data.train", between)
+    return None
+
+
+def _open(config: Config, sources: list, split: Split, key: str, between: Between) -> TokenSamples:
+    return TokenSamples(
+        [(source.path, source.weight) for source in sources],
+        seq_length=config.data.seq_length,
+        seed=config.run.seed,
+        split=split,
+        vocab_size=config.model.vocab_size,
+        key=key,
+        between=between,
+    )
+
+
+def train(config: Config, place: Place) -> int:
+    """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`lifecycle/ending.py`)."""
+    request, pulse = stop_request(), Pulse()
+    full_disk = naming_full_disk(Path(config.run.dir), checkpoints_of(config))
+    with Watchdog(config, place, pulse) as watchdog, full_disk:
+        groups, device = join_world(config, place, compare=check_alike)
+        code, reason = _train_or_stop(config, groups, device, JointStop(request, device), pulse)
+        watchdog.settle(code, reason)  # by every rank, as each node's launcher may have a file of its own
+        pulse.beat("leave")
+        pulse.finish()
+        dist.barrier()
+    return code
+
+
+def _train_or_stop(
+    config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse
+) -> tuple[int, str]:
+    try:
+        return TrainingRun(config, groups, device, stop, pulse).train()
+    except Stopped as cause:
+        return REQUEUE, f"{cause} before the first step"
+
+
+def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> tuple[int, dict[str, Any] | None]:
+    """Held-out loss of a checkpoint (default: what training would resume from): the exit code, and the report on rank 0.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    request, pulse = stop_request(), Pulse()
+    with Watchdog(config, place, pulse, eval_heartbeat_folder(Path(config.run.dir))):
+        groups, device = join_world(config, place, compare=check_alike)
+        try:
+            found = DONE, _evaluate_checkpoint(config, groups, device, JointStop(request, device), pulse, checkpoint)
+        except Stopped as cause:
+            if place.rank == 0:
+                print(f"lime-dist: {cause}: the evaluation was stopped; start it again", file=sys.stderr, flush=True)
+            found = REQUEUE, None
+        pulse.beat("leave")
+        pulse.finish()
+        dist.barrier()
+    return found
+
+
+def _evaluate_checkpoint(
+    config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse, checkpoint: Path | None
+) -> dict[str, Any] | None:
+    held_out = open_held_out_data(config, _between(stop, pulse))
+    if held_out is None:
+        raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
+    start = decide_start(config, device, lambda: checkpoint or resume_folder(config), evaluated_config)
+    if start.folder is None:
+        raise no_checkpoint(config)
+    rank = Rank(start.config, groups, device, pulse)
+    meta = load_checkpoint(rank, start.folder)
+    loss = evaluate_batches(rank, held_out, stop)
+    if loss is None:
+        raise Stopped(stop.cause)
+    if not rank.is_logger:
+        return None
+    return {"checkpoint": str(start.folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
+
+
+def _between(stop: JointStop, pulse: Pulse) -> Between:
+    """Collective: world, what it returns. Raises: Stopped, then."""
+
+    def moment() -> None:
+        pulse.touch()
+        stop.check()
+
+    return moment
+
+
+class TrainingRun:
+    """One rank's part in the run; counts the steps and samples done. Raises: Stopped when made while asked to stop."""
+
+    def __init__(self, config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse):
+        self.config, self._groups, self._device, self._stop, self._pulse = config, groups, device, stop, pulse
+        between = _between(stop, pulse)
+        between()
+        self._samples = open_training_data(config, between)
+        self._held_out = open_held_out_data(config, between)
+        self.step = self.samples_seen = self._saved_step = 0
+        self._saved: Path | None = None  # where `_saved_step` is
+        self._switched_step: int | None = None
+        start = agree_on_start(config, device)
+        if start.folder is None:
+            self.rank = Rank(config, groups, device, pulse)
+        else:
+            self._load(start)
+        between()
+        self._samples.prepare(self.samples_seen, between)
+        self._metrics: Metrics | None = None
+        self._owner: Ownership | None = None
+        if self.rank.is_logger:
+            self._open_run_folder(start.folder)
+        self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
+
+    def _load(self, start: Start) -> None:
+        """A rank with the checkpoint's weights, and the pattern that the run has reached."""
+        assert start.folder is not None
+        self.rank = Rank(start.config, self._groups, self._device, self._pulse)
+        meta = load_checkpoint(self.rank, start.folder)
+        self.step = self._saved_step = meta.step
+        self._saved = start.folder
+        self.samples_seen = meta.samples_seen
+
+    def train(self) -> tuple[int, str]:
+        """The exit code, and the reason in a few words."""
+        config, watch = self.config, Stopwatch()
+        code = self._evaluate_and_agree()
+        while self.step < config.run.steps and code == DONE:
+            if self.step in config.depth.switch_at and self._switched_step != self.step:
+                self._switch_pattern()
+            watch.lap()
+            self._train_step(watch)
+            code = self._evaluate_and_agree()
+            if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
+                self._save()
+        self._record("close", Metrics.close)
+        asked = f"{self._stop.cause} at " if code == REQUEUE else ""
+        return code, f"{asked}step {self.step} of {config.run.steps}"
+
+    @property
+    def _is_last_step(self) -> bool:
+        return self.step == self.config.run.steps
+
+    def _evaluate_and_agree(self) -> int:
+        """What is due after a step, and before the first one; REQUEUE when all leave here with work left."""
+        held_out = self._held_out if self._evaluation_is_due() else None
+        is_whole = held_out is None or self._evaluate(held_out)
+        stopping = self._stop.agreed()
+        return REQUEUE if stopping and not (self._is_last_step and is_whole) else DONE
+
+    def _evaluation_is_due(self) -> bool:
+        """An evaluation that the start before was too short for is still due here."""
+        is_due = self.step == 0 or self._is_last_step or _is_due(self.step, self.config.eval.every)
+        return is_due and self._evaluated_step != self.step
+
+    def _record(self, phase: str, write: Callable[[Metrics], None]) -> None:
+        """A piece of work on all ranks, though one writes: a disk that hangs under it must name that one."""
+        self._pulse.beat(phase)
+        if self._metrics is not None:
+            write(self._metrics)
+        self._pulse.finish()
+
+    def _switch_pattern(self) -> None:
+        """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
+        folder = self._saved if self._saved is not None and self._saved_step == self.step else self._save()
+        self._switched_step = self.step
+        del self.rank
+        self._load(decide_start(self.config, self._device, lambda: folder, resumed_config))
+        if self._metrics is not None:
+            pattern = self.rank.config.pattern
+            print(
+                f"step {self.step}: pattern {self.config.depth.switch_at[self.step]}, {pattern.num_edges} edges",
+                flush=True,
+            )
+
+    def _train_step(self, watch: Stopwatch) -> None:
+        config = self.config
+        self._pulse.begin_step(self.step + 1)
+        factor = lr_factor(config.optim, self.step, config.run.steps)
+        # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
+        torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
+        try:
+            result = self.rank.train_step(SampleBatch(self._samples, self.samples_seen), factor)
+        except TrainingDiverged as error:
+            raise self._diverged(f"step {self.step + 1}: {error}, so it was not taken") from None
+        self.step += 1
+        self.samples_seen += config.data.global_batch_size
+        self._record(
+            "record",
+            lambda metrics: metrics.step(
+                step=self.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=config.optim.lr * factor,
+                tokens=config.tokens_per_step,
+                step_seconds=watch.lap(),
+                boundary_bytes=result.boundary_bytes,
+            ),
+        )
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{what}; start again from step {self._saved_step} with a lower optim.lr or a longer optim.warmup_steps"
+        )
+
+    def _evaluate(self, held_out: TokenSamples) -> bool:
+        """Whether the evaluation was not left for a stop; a part of it is not recorded."""
+        watch = Stopwatch()
+        loss = evaluate_batches(self.rank, held_out, self._stop)
+        if loss is None:
+            return False
+        self._record(
+            "record",
+            lambda metrics: metrics.evaluation(step=self.step, eval_loss=loss, eval_seconds=watch.lap()),
+        )
+        self._evaluated_step = self.step
+        return True
+
+    def _save(self) -> Path:
+        watch = Stopwatch()
+        self._pulse.beat("save")
+        if self._owner is not None:
+            self._owner.check()
+        if self._metrics is not None:
+            self._metrics.flush_to_disk()  # a checkpoint must not be whole before the records of its steps are
+        self._pulse.finish()
+        try:
+            folder = save_checkpoint(
+                self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen
+            )
+        except TrainingDiverged as error:
+            raise self._diverged(f"step {self.step}: {error}, so it was not saved") from None
+        self._saved_step, self._saved = self.step, folder
+        self._record("record", lambda metrics: metrics.saved(step=self.step, folder=folder, save_seconds=watch.lap()))
+        return folder
+
+    def _open_run_folder(self, resumed_from: Path | None) -> None:
+        run_dir = Path(self.config.run.dir)
+        self._owner = _take_run(run_dir, checkpoints_of(self.config))
+        set_aside_after(checkpoints_of(self.config), self.step)
+        (run_dir / "config.yaml").write_text(dump_yaml(self.config))
+        if resumed_from is not None:
+            print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
+        self._metrics = Metrics(
+            run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
+        )
+
+
+def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
+    """Raises: ConfigError where nothing can be written; OSError for a full disk."""
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (run_dir, run_dir.parent):  # else a power cut takes the whole run, checkpoints and all
+            flush_to_disk(folder)
+        return Ownership(run_dir)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise ConfigError(
+            f"run.dir: {error.filename or run_dir}: {error.strerror or error}; name a folder that can be written"
+        ) from None
+
+
+def evaluate_batches(rank: Rank, held_out: TokenSamples, stop: JointStop) -> float | None:
+    """Mean loss over the first `eval.batches` global batches of the held-out text; None when stopped. Collective: world."""
+    size = rank.config.data.global_batch_size
+    batches = [SampleBatch(held_out, index * size) for index in range(rank.config.eval.batches)]
+    return rank.evaluate(batches, stop.agreed)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
