@@ -204,14 +204,14 @@ def _resolve(args: argparse.Namespace, ready: _Ready) -> Config:
 
 
 def _on_ranks(config: Config, function: str, *args: Any) -> Any:
-    """Run `train.<function>(config, place, *args)` here if a launcher started this, else on local ranks; rank 0's result."""
+    """Run `training.run.<function>(config, place, *args)` here if a launcher started this, else on local ranks; rank 0's result."""
     place = find_place()
     if place is not None:
         require_rendezvous()
         require_address(place)
-        from lime_dist import train
+        from lime_dist.training import run
 
-        return _as_launched_rank(getattr(train, function), config, place, args)
+        return _as_launched_rank(getattr(run, function), config, place, args)
     from lime_dist.lifecycle.local_ranks import run_local_ranks
 
     return run_local_ranks(_as_local_rank, config, function, *args, shared_import="lime_dist.training.run")[0]
@@ -219,9 +219,9 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
 
 def _as_local_rank(config: Config, function: str, *args: Any) -> Any:
     stop_request()  # before the slow imports of a fresh interpreter
-    from lime_dist import train
+    from lime_dist.training import run
 
-    return getattr(train, function)(config, find_place(), *args)
+    return getattr(run, function)(config, find_place(), *args)
 
 
 def _as_launched_rank(function: Callable[..., Any], config: Config, place: Place, args: tuple) -> Any:
