@@ -21,7 +21,7 @@ from lime_dist.config import load_config as read_config
 from lime_dist.errors import ConfigError
 from lime_dist.generate import Sampling, checkpoint_folder, continue_text, load_tokenizer_of, single_device, whole_model
 from lime_dist.generate import load_model as load_checkpoint
-from lime_dist.lime.model import LimeStage, model_logits, model_loss
+from lime_dist.lime.model import LimeChunk, model_logits, model_loss
 from lime_dist.lime.values import initialize
 from lime_dist.plan.table import plan_report, stage_table
 
@@ -67,7 +67,7 @@ class Model:
     tokenizer: None where the config names no file that is there.
     """
 
-    network: LimeStage
+    network: LimeChunk
     config: Config
     tokenizer: SentencePieceProcessor | None
 

@@ -17,7 +17,7 @@ from lime_dist.config import Config
 from lime_dist.data.tokenizer import load_tokenizer
 from lime_dist.errors import CheckpointError, ConfigError, DataError
 from lime_dist.lime.layers import KeyValueCache
-from lime_dist.lime.model import LimeStage, plain_model
+from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.parts import PlainParts
 from lime_dist.lime.values import load
 
@@ -66,7 +66,7 @@ def load_tokenizer_of(config: Config, path: Path) -> SentencePieceProcessor:
 
 
 def continue_text(
-    model: LimeStage, processor: SentencePieceProcessor, prompt: str, sampling: Sampling, max_new_tokens: int
+    model: LimeChunk, processor: SentencePieceProcessor, prompt: str, sampling: Sampling, max_new_tokens: int
 ) -> Iterator[str]:
     """The prompt, then its continuation piece by piece, up to the end-of-sequence token."""
     ids = processor.encode(prompt) or [processor.bos_id()]
@@ -82,7 +82,7 @@ def continue_text(
             shown = text
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[LimeStage, Config]:
+def load_model(folder: Path, device: torch.device) -> tuple[LimeChunk, Config]:
     """The whole model of a checkpoint in the run's dtype, whatever layout wrote it. Raises: CheckpointError."""
     config = saved_config(CheckpointReader(folder))
     saved = SavedWeights(folder, config)
@@ -91,14 +91,14 @@ def load_model(folder: Path, device: torch.device) -> tuple[LimeStage, Config]:
     return model.eval(), config
 
 
-def whole_model(config: Config, device: torch.device) -> LimeStage:
+def whole_model(config: Config, device: torch.device) -> LimeChunk:
     """In the run's dtype, but fp32 on the CPU; its weights are not set."""
     dtype = torch.bfloat16 if config.run.dtype == "bf16" and device.type == "cuda" else torch.float32
     return plain_model(config.model, config.pattern, PlainParts(dtype, device))
 
 
 @torch.no_grad()
-def generate_ids(model: LimeStage, prompt: list[int], sampling: Sampling, max_new_tokens: int) -> Iterator[int]:
+def generate_ids(model: LimeChunk, prompt: list[int], sampling: Sampling, max_new_tokens: int) -> Iterator[int]:
     """Token ids after `prompt`; the prompt in one pass, then a token a pass."""
     generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
     cache, new_ids = KeyValueCache(), prompt

@@ -27,6 +27,7 @@ from lime_dist.errors import TrainingDiverged
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import specified_parameters
 from lime_dist.pipeline.executor import joint_backward
+from lime_dist.plan.parameters import ROUTER_ROLES, Role
 from lime_dist.training.optim import build_optimizer, set_lr
 
 # Else the first start on a CPU compiles a shared-memory all-reduce, which needs a compiler and half a minute.
@@ -76,13 +77,13 @@ class ZeroOptimizer:
     Collective: `finish_gradients`, `gradient` and `step`, over all ranks.
     """
 
-    def __init__(self, stage: LimeStage, config: Config, groups: Groups):
+    def __init__(self, stage: LimeStage, config: Config, groups: Groups, device: torch.device):
         self._stage, self._config, self._groups = stage, config, groups
-        self.zero_stage, self.dp_rank, self.device = config.zero_stage, groups.coordinate.dp_rank, stage.device
+        self.zero_stage, self.dp_rank, self.device = config.zero_stage, groups.coordinate.dp_rank, device
         self._through_engine = config.zero_stage >= 2
         self._placeholder = _router_placeholder(stage, config)
         _mark_for_norm(stage, groups.coordinate.tp_rank)
-        _tell_device(stage.device)
+        _tell_device(device)
         self.engine, *_ = deepspeed.initialize(
             model=stage,
             optimizer=build_optimizer(stage, config, placeholder=self._placeholder),
@@ -149,9 +150,12 @@ class ZeroOptimizer:
         if self._placeholder is not None:
             self._placeholder.grad = torch.zeros_like(self._placeholder)
         if self._config.model.tie_embeddings and self._config.parallel.pp > 1 and self._groups.embedding is not None:
-            first = self._stage.embed_tokens
-            weight: Any = first.weight if first is not None else self._stage.lm_head.weight
-            dist.all_reduce(self._local_gradient(weight), group=self._groups.embedding)
+            (tied,) = (
+                parameter
+                for spec, parameter in specified_parameters(self._stage)
+                if spec.role is Role.EMBEDDING
+            )
+            dist.all_reduce(self._local_gradient(tied), group=self._groups.embedding)
 
     def _local_gradient(self, parameter: nn.Parameter) -> Tensor:
         """This replica's sum over the microbatches: fp32 in bf16 runs too, unless the engine has it."""
@@ -214,9 +218,10 @@ class ZeroOptimizer:
 
 def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None:
     """DeepSpeed's norm is a collective per parameter group, so a stage without routers joins with an empty hand."""
-    if stage.transfer.reads or not any(map(config.pattern.has_router, range(config.model.num_layers))):
+    if any(spec.role in ROUTER_ROLES for spec in stage.parameter_specs()) or not any(map(config.pattern.has_router, range(config.model.num_layers))):
         return None
-    placeholder = nn.Parameter(torch.zeros(1, dtype=stage.dtype, device=stage.device))
+    some = next(stage.parameters())
+    placeholder = nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))
     stage.register_parameter("no_router", placeholder)
     return placeholder
 

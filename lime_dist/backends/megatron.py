@@ -33,7 +33,9 @@ from lime_dist.plan.parameters import padded_vocab_size
 class Groups:
     """The groups that this rank belongs to.
 
-    Forward and backward traffic between stages use a group each, so that neither waits behind the other.
+    Forward and backward traffic between stages use a group each, so that neither waits behind the other; wrap_forward and
+    wrap_backward, between the last stage and the first, are there with virtual stages only: of two stages each is the
+    other's next, and a group of two ranks must not carry messages both ways.
     embedding: the first and the last stage of this pipeline; None on the stages between.
     """
 
@@ -43,12 +45,17 @@ class Groups:
     dp: ProcessGroup
     pp_forward: ProcessGroup
     pp_backward: ProcessGroup
+    wrap_forward: ProcessGroup | None
+    wrap_backward: ProcessGroup | None
     model: ProcessGroup
     embedding: ProcessGroup | None
 
 
-def create_groups(layout: Layout, device: torch.device, timeout: timedelta) -> Groups:
-    """Collective: world; `torch.distributed` must be initialised with `layout.world_size` ranks."""
+def create_groups(layout: Layout, device: torch.device, timeout: timedelta, *, ring: bool = False) -> Groups:
+    """ring: messages go from the last stage on to the first, too.
+
+    Collective: world; `torch.distributed` must be initialised with `layout.world_size` ranks.
+    """
     if device.type == "cpu":
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]  # megatron-core allocates on its answer
     parallel_state.destroy_model_parallel()
@@ -60,6 +67,7 @@ def create_groups(layout: Layout, device: torch.device, timeout: timedelta) -> G
         distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     forward, backward = (_pipeline_group(layout, timeout) for _ in range(2))
+    wrap_forward, wrap_backward = (_pipeline_group(layout, timeout) if ring else None for _ in range(2))
     return Groups(
         layout=layout,
         coordinate=layout.coordinate(dist.get_rank()),
@@ -67,6 +75,8 @@ def create_groups(layout: Layout, device: torch.device, timeout: timedelta) -> G
         dp=parallel_state.get_data_parallel_group(),
         pp_forward=forward,
         pp_backward=backward,
+        wrap_forward=wrap_forward,
+        wrap_backward=wrap_backward,
         model=parallel_state.get_model_parallel_group(),
         embedding=parallel_state.get_embedding_group() if parallel_state.is_rank_in_embedding_group() else None,
     )

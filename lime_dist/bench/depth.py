@@ -30,7 +30,7 @@ from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import none_pattern, parse_pattern
 from lime_dist.errors import ConfigError
 from lime_dist.lime.depth_memory import DepthMemory
-from lime_dist.lime.model import LimeStage, plain_model
+from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.parts import PlainParts
 from lime_dist.lime.values import initialize
 from lime_dist.plan.transfer import plan_transfer
@@ -83,16 +83,16 @@ def read_ways(sizes: Sizes, kv_heads: int, dtype: torch.dtype, device: torch.dev
     gradient = torch.randn(kv_heads, 2, tokens, head_dim, **factory)
 
     def read_all(memory: DepthMemory | GrowingCat) -> tuple[list[Tensor], list[Tensor | None]]:
-        token, routed = memory.start(), []
+        chain, routed = memory.start(), []
         for layer in layers:
             entry = projections[layer].unflatten(-1, (2, kv_heads, head_dim)).permute(2, 1, 0, 3)
-            token = memory.write(layer, entry, token)
+            chain = memory.write(layer, entry, chain)
             if layer:
-                mixed = memory.read(layer, routers[layer], tuple(layers[: layer + 1]), token)
+                mixed = memory.read(layer, routers[layer], tuple(layers[: layer + 1]), chain)
                 routed.append(mixed.view(gradient.shape))
         return routed, [gradient] * len(routed)
 
-    alone = plan_transfer(parse_pattern("full", len(layers)), (layers,), policy="relay").stage(0)
+    alone = plan_transfer(parse_pattern("full", len(layers)), (layers,), policy="relay").chunk(0)
 
     def new_memory() -> DepthMemory:
         return DepthMemory(
@@ -119,7 +119,7 @@ def step_ways(sizes: Sizes, kv_heads: int, dtype: torch.dtype, device: torch.dev
     initialize(llama, seed=0)
     inputs, targets = torch.randint(VOCAB_SIZE, (2, 1, num_tokens), device=device)
 
-    def loss(model: LimeStage, memory: DepthMemory | GrowingCat) -> tuple[list[Tensor], list[Tensor | None]]:
+    def loss(model: LimeChunk, memory: DepthMemory | GrowingCat) -> tuple[list[Tensor], list[Tensor | None]]:
         return [model(inputs, 1, num_tokens, memory, targets)[0]], [None]
 
     return {

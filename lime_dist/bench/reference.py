@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lime_dist.lime.depth_memory import Run
+
 
 class GrowingCat:
     """Stands in for `DepthMemory` where one stage holds all layers and every layer reads all so far.
 
-    The token that passes from layer to layer is the buffer itself, [n * H_kv, 2 (K, V), tokens, head_dim].
+    The chain that passes from layer to layer is the buffer itself, [n * H_kv, 2 (K, V), tokens, head_dim].
     """
-
-    received = own = ()  # what a stage reads of other stages, and adds up for them
 
     def __init__(self, num_tokens: int, head_dim: int, *, dtype: torch.dtype, device: torch.device):
         self._empty = torch.empty(0, 2, num_tokens, head_dim, dtype=dtype, device=device)
@@ -26,17 +26,18 @@ class GrowingCat:
         """The buffer before the first layer."""
         return self._empty
 
-    def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
+    def write(self, layer: int, entry: Tensor, chain: Tensor) -> Tensor:
         """The buffer with `entry` ([H_kv, 2, tokens, head_dim], any strides) behind those of the layers before."""
-        assert token.shape[0] == layer * entry.shape[0], "every layer writes, in order"
-        return torch.cat((token, entry))
+        assert chain.shape[0] == layer * entry.shape[0], "every layer writes, in order"
+        return torch.cat((chain, entry))
 
-    def read(self, reader: int, router: Tensor, sources: tuple[int, ...], token: Tensor) -> Tensor:
+    def read(self, reader: int, router: Tensor, sources: tuple[int, ...], chain: Tensor) -> Tensor:
         """sum_{i, h'} router[h, i, h'] * entry_i[h'] over all layers so far: [H_kv, 2 * tokens * head_dim]."""
         assert sources == tuple(range(reader + 1)), "every layer reads all layers so far"
-        return torch.mm(router.flatten(1), token.flatten(1))
+        return torch.mm(router.flatten(1), chain.flatten(1))
 
-    def add_to_sums(self, weights: dict[int, Tensor], sources: object, among: object, token: Tensor) -> Tensor:
-        """Nothing: there are no other stages."""
-        assert not weights
-        return token
+    def runs_before(self) -> tuple[Run, ...]:
+        """None: there are no other stages to read from."""
+        return ()
+
+    runs_made = runs_before  # nor any to add up for

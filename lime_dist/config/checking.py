@@ -20,7 +20,7 @@ from lime_dist.config.ranges import MAX_WORLD_SIZE, RANGES, numbers_of
 from lime_dist.config.reading import nearest, shown_key
 from lime_dist.config.schema import Config, DepthConfig, ModelConfig
 from lime_dist.errors import ConfigError, LayoutError, shown
-from lime_dist.plan.schedule import SCHEDULE_NAMES
+from lime_dist.plan.schedule import SCHEDULE_NAMES, check_schedule
 
 
 def check_config(config: Config, world_size: int | None = None) -> Config:
@@ -35,7 +35,8 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     _check_depth(config.depth)
     config = _settle_dp(config, world_size)
     _check_tensor_parallel(config)
-    _ = config.stages  # raises on its own keys
+    _ = config.chunks  # raises on its own keys
+    _check_pipeline(config)
     _check_switches(config)
     _check_batch(config)
     _check_deepspeed(config)
@@ -110,7 +111,6 @@ def _check_choices(config: Config) -> None:
     for key, known in _CHOICES.items():
         value = _lookup(config, key)
         _require(value in known, f"{key}: {shown(value)} is unknown; use {' or '.join(known)}")
-    _require(config.parallel.virtual_stages == 1, "parallel.virtual_stages: only 1 is supported; set it to 1")
 
 
 def _check_depth(depth: DepthConfig) -> None:
@@ -177,6 +177,22 @@ def _check_tensor_parallel(config: Config) -> None:
         tp > 1 or not config.parallel.sequence_parallel,
         "parallel.sequence_parallel: needs parallel.tp above 1; set it to false",
         LayoutError,
+    )
+
+
+def _check_pipeline(config: Config) -> None:
+    parallel, pipeline = config.parallel, config.pipeline
+    _require(
+        parallel.virtual_stages == 1 or parallel.pp > 1,
+        f"parallel.virtual_stages: {parallel.virtual_stages} with parallel.pp=1; set it to 1, or parallel.pp to 2 or more",
+        LayoutError,
+    )
+    check_schedule(
+        pipeline.schedule,
+        num_stages=parallel.pp,
+        num_microbatches=pipeline.num_microbatches,
+        virtual_stages=parallel.virtual_stages,
+        warmup=pipeline.warmup,
     )
 
 

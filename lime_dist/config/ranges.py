@@ -63,6 +63,7 @@ RANGES: dict[str, Range] = {
     "parallel.dp": _whole(1, MAX_WORLD_SIZE),
     "parallel.virtual_stages": _whole(1, 1024),
     "pipeline.num_microbatches": _whole(1, 8192),
+    "pipeline.warmup": _whole(1, 8192),
     "pipeline.partition": _whole(1, 512),
     "pipeline.boundary_cost": _above(0, 1e9),
     "optim.lr": _from(0, 1e4),

@@ -9,7 +9,7 @@ from typing import Any
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.layout import Layout
-from lime_dist.plan.partition import plan_partition
+from lime_dist.plan.partition import layers_of_stages, plan_partition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     dp: int | None = None  # None: as many replicas as the ranks allow, one when started alone
-    virtual_stages: int = 1
+    virtual_stages: int = 1  # chunks of layers a stage: stage r of pp holds chunks r, r + pp, ...
     sequence_parallel: bool = False
     recompute: str = "none"  # none | layer
 
@@ -83,7 +83,8 @@ class ParallelConfig:
 class PipelineConfig:
     schedule: str = "1f1b"
     num_microbatches: int = 1
-    partition: str | list[int] = "auto"
+    warmup: int | None = None  # forwards of the first stage before its first backward; None: the schedule's own number
+    partition: str | list[int] = "auto"  # or the number of layers of each chunk
     boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
 
 
@@ -174,7 +175,7 @@ class Config:
             name = self.depth.pattern_name or "edges"
             pattern = pattern_of_edges(self.depth.pattern, self.model.num_layers, name)
         else:
-            pattern = parse_pattern(self.depth.pattern, self.model.num_layers, self.stages)
+            pattern = parse_pattern(self.depth.pattern, self.model.num_layers, layers_of_stages(self.chunks, self.parallel.pp))
         return dataclasses.replace(pattern, routing=self.depth.routing)
 
     def at_step(self, step: int) -> Config:
@@ -186,9 +187,11 @@ class Config:
         return dataclasses.replace(self, depth=dataclasses.replace(self.depth, pattern=pattern, pattern_name=name))
 
     @property
-    def stages(self) -> tuple[range, ...]:
-        """The layers of each stage."""
-        return plan_partition(self.model.num_layers, self.parallel.pp, self.pipeline.partition)
+    def chunks(self) -> tuple[range, ...]:
+        """The layers of each chunk, in model order: chunk c is on stage c mod pp."""
+        return plan_partition(
+            self.model.num_layers, self.parallel.pp, self.pipeline.partition, self.parallel.virtual_stages
+        )
 
     @property
     def partial_sum_dtype(self) -> str:

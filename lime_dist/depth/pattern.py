@@ -97,31 +97,31 @@ def pattern_of_edges(edges: Mapping[int, Iterable[int]], num_layers: int, name: 
 
 
 # Each term of a pattern: (reader, its number, the stages) -> earlier sources.
-_Term = Callable[[int, int, Sequence[range]], Iterable[int]]
+_Term = Callable[[int, int, Sequence[Sequence[int]]], Iterable[int]]
 
 
-def _full(reader: int, _: int, __: Sequence[range]) -> Iterable[int]:
+def _full(reader: int, _: int, __: Sequence[Sequence[int]]) -> Iterable[int]:
     return range(reader)
 
 
-def _first(reader: int, count: int, _: Sequence[range]) -> Iterable[int]:
+def _first(reader: int, count: int, _: Sequence[Sequence[int]]) -> Iterable[int]:
     return {*range(min(count, reader)), reader - 1}
 
 
-def _last(reader: int, count: int, _: Sequence[range]) -> Iterable[int]:
+def _last(reader: int, count: int, _: Sequence[Sequence[int]]) -> Iterable[int]:
     return range(max(0, reader - count), reader)
 
 
-def _stride(reader: int, step: int, _: Sequence[range]) -> Iterable[int]:
+def _stride(reader: int, step: int, _: Sequence[Sequence[int]]) -> Iterable[int]:
     return {*range(0, reader, step), reader - 1}
 
 
-def _within_stage(reader: int, _: int, stages: Sequence[range]) -> Iterable[int]:
+def _within_stage(reader: int, _: int, stages: Sequence[Sequence[int]]) -> Iterable[int]:
     (own,) = (layers for layers in stages if reader in layers)
-    return range(own.start, reader)
+    return own[: own.index(reader)]
 
 
-def _block(reader: int, size: int, _: Sequence[range]) -> Iterable[int]:
+def _block(reader: int, size: int, _: Sequence[Sequence[int]]) -> Iterable[int]:
     own_block = reader // size * size
     return {*range(size - 1, own_block, size), *range(own_block, reader)}
 
@@ -140,12 +140,12 @@ _KNOWN = (
 )
 
 
-def parse_pattern(text: str, num_layers: int, stages: Sequence[range] | None = None) -> Pattern:
+def parse_pattern(text: str, num_layers: int, stages: Sequence[Sequence[int]] | None = None) -> Pattern:
     """Terms joined by `+`, whose edges are united.
 
     `full`; `first:j` the first j and the preceding layer; `last:j`; `stride:k` every k-th and the
     preceding one; `block:n` the sum of each earlier block of n layers as one entry, and the layers of the own
-    block; `within_stage` all of the reader's own stage (needs `stages`: the layers of each).
+    block; `within_stage` all earlier layers of the reader's own stage (needs `stages`: the layers of each).
     Raises: PlanError for anything else.
     """
     stages = stages if stages is not None else (range(num_layers),)

@@ -1,29 +1,31 @@
-"""Depth memory: the entries and partial sums of one microbatch on one stage, each held once.
+"""Depth memory: the entries and partial sums of one microbatch on one chunk, each held once.
 
 The authors' code grows a buffer by `cat` at every layer and keeps each copy for the backward pass:
 L(L+1)/2 - 1 entries. Here one buffer is written once, a read is one matrix product over a view of it, and
 the backward pass adds into one gradient buffer of the same shape. The operations are tied into autograd by a
-chain of empty tensors ("tokens"), so that each one's backward runs after those of all later operations.
+chain of empty tensors, so that each one's backward runs after those of all later operations.
 
-The first slots are the entries received from the stage before, and the buffer itself is what is sent on: a
-relayed entry is never copied. `sums` holds, for each reader on this stage or later that has something to add
-up across stages, what has been added so far; it arrives and leaves in the same way.
+The first slots are the entries received from the chunk before, and the buffer itself is what is sent on: a
+relayed entry is never copied. `sums` holds, for each reader on this chunk or later that has something to add
+up across chunks, what has been added so far; it arrives and leaves in the same way.
+
+A later chunk of the same stage reads entries where an earlier one keeps them, and adds their gradients there. No graph
+leads from one to the other: chunks go back last to first, so that when a chunk goes back, its gradients are complete
+but for what the chunk behind it returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lime_dist.plan.transfer import StageTransfer
+from lime_dist.plan.transfer import ChunkTransfer
 
 _CACHE_LINE_BYTES = 64
-
-Runs = tuple[tuple[int, int], ...]  # half-open ranges of neighbouring slots
-
 
 class Buffer:
     """Rows [H_kv, row_size] by layer in one tensor [rows, H_kv, row_size], and their gradients in another."""
@@ -63,23 +65,16 @@ class Buffer:
         """After the forward pass, where the backward needs the gradients only."""
         del self.values
 
-    def runs(self, layers: Sequence[int]) -> Runs:
+    def runs(self, layers: Sequence[int]) -> tuple[Run, ...]:
         """The slots of `layers`, in their order, as runs of neighbours."""
-        runs: list[tuple[int, int]] = []
-        for layer in layers:
-            slot = self.slot_of[layer]
-            if runs and runs[-1][1] == slot:
-                runs[-1] = (runs[-1][0], slot + 1)
-            else:
-                runs.append((slot, slot + 1))
-        return tuple(runs)
+        return _join([(self, self.slot_of[layer]) for layer in layers])
 
     def select(self, layers: Sequence[int]) -> Tensor:
         """Values of `layers` as one contiguous [n, H_kv, row_size]: a view where the slots are neighbours."""
-        return _rows(self.values, self.runs(layers))
+        return _one(self.values, [run.values for run in self.runs(layers)])
 
     def select_gradients(self, layers: Sequence[int]) -> Tensor:
-        return _rows(self.gradients, self.runs(layers))
+        return _one(self.gradients, [run.gradients for run in self.runs(layers)])
 
     def new_rows(self, count: int) -> Tensor:
         """[count, H_kv, row_size], not initialised."""
@@ -91,14 +86,61 @@ class Buffer:
 
     def load(self, layers: Sequence[int], values: Tensor) -> None:
         """Put received values in their slots; nothing to do for those that were received in place."""
-        _load(self.values, self.runs(layers), values)
+        for run, part in _parts(self.runs(layers), values):
+            if part.data_ptr() != run.values.data_ptr():
+                run.values.copy_(part)
 
-    def load_gradients(self, layers: Sequence[int], gradients: Tensor) -> None:
-        """Start the backward pass from what the next stage returned for `layers`; takes the tensor over."""
-        if len(layers) == len(self.slot_of):
+    def add_gradients(self, layers: Sequence[int], gradients: Tensor) -> None:
+        """Add what the next chunk returned for `layers` to what readers here have left; takes the tensor over."""
+        if self._gradients is None and len(layers) == len(self.slot_of):
             self._gradients = gradients
+            return
+        for run, part in _parts(self.runs(layers), gradients):
+            run.gradients.add_(part)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring slots `first` to `stop` - 1 of one buffer."""
+
+    buffer: Buffer
+    first: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.first
+
+    @property
+    def values(self) -> Tensor:
+        """[size, H_kv, row_size]."""
+        return self.buffer.values[self.first : self.stop]
+
+    @property
+    def gradients(self) -> Tensor:
+        """[size, H_kv, row_size]; zero where nothing has been added."""
+        return self.buffer.gradients[self.first : self.stop]
+
+
+def _join(slots: Sequence[tuple[Buffer, int]]) -> tuple[Run, ...]:
+    """Slots in their order as runs of neighbours."""
+    runs: list[Run] = []
+    for buffer, slot in slots:
+        if runs and runs[-1].buffer is buffer and runs[-1].stop == slot:
+            runs[-1] = Run(buffer, runs[-1].first, slot + 1)
         else:
-            _load(self.gradients, self.runs(layers), gradients)
+            runs.append(Run(buffer, slot, slot + 1))
+    return tuple(runs)
+
+
+def _one(whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """`parts` of `whole` one after the other; a view of it where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts)) if parts else whole[:0]
+
+
+def _parts(runs: Sequence[Run], tensor: Tensor) -> Iterator[tuple[Run, Tensor]]:
+    """Each run with its rows of `tensor`, which holds them one after the other."""
+    return zip(runs, tensor.split([run.size for run in runs])) if runs else iter(())
 
 
 class DepthMemory:
@@ -111,7 +153,7 @@ class DepthMemory:
 
     def __init__(
         self,
-        transfer: StageTransfer,
+        transfer: ChunkTransfer,
         own_entries: Sequence[int],
         blocks: Sequence[range],
         num_kv_heads: int,
@@ -120,7 +162,9 @@ class DepthMemory:
         dtype: torch.dtype,
         sum_dtype: torch.dtype,
         device: torch.device,
+        kept: Mapping[int, DepthMemory] | None = None,
     ):
+        """kept: the memories of those earlier chunks of this stage, by chunk, whose entries this chunk reads."""
         self.received, self.own = transfer.received.raw_entries, tuple(own_entries)
         # What the last layer of a block leaves is the block's sum, in that layer's slot; its own entry lies apart.
         self._blocks = {block[-1]: block for block in blocks}
@@ -128,48 +172,64 @@ class DepthMemory:
         travelling = transfer.received.raw_entries or transfer.sent.raw_entries
         self.entries = Buffer(slots, num_kv_heads, row_size, dtype, device, spaced=not travelling)
         self.sums = Buffer(transfer.summed_readers, num_kv_heads, row_size, sum_dtype, device)
+        self._kept = {layer: (kept or {})[chunk].entries for chunk, layers in transfer.kept.items() for layer in layers}
         self._begun = set(transfer.received.partial_sums)  # rows that hold a sum already
 
     def start(self) -> Tensor:
-        """The first token of the chain."""
+        """The beginning of the chain."""
         return self.entries.values.new_empty(0)
 
-    def write(self, layer: int, entry: Tensor, token: Tensor) -> Tensor:
-        """Put `entry` (of an entry's elements, any strides) in its slot; returns the next token."""
-        token = _Write.apply(entry, token, self.entries, self.entries.slot_of[self._own_key(layer)])
+    def write(self, layer: int, entry: Tensor, chain: Tensor) -> Tensor:
+        """Put `entry` (of an entry's elements, any strides) in its slot; returns the chain behind it."""
+        chain = _Write.apply(entry, chain, self.entries, self.entries.slot_of[self._own_key(layer)])
         if layer not in self._blocks:
-            return token
+            return chain
         members = [self.entries.slot_of[self._own_key(member)] for member in self._blocks[layer]]
-        return _SumBlock.apply(token, self.entries, members, self.entries.slot_of[layer])
+        return _SumBlock.apply(chain, self.entries, members, self.entries.slot_of[layer])
 
-    def slots_read(self, reader: int, sources: tuple[int, ...]) -> Runs:
-        """Where a layer's `sources` lie among the entries; of a block that it ends it reads its own entry."""
-        return self.entries.runs([self._own_key(source) if source == reader else source for source in sources])
+    def runs_read(self, reader: int, sources: tuple[int, ...]) -> tuple[Run, ...]:
+        """Where a layer's `sources` lie; of a block that it ends it reads its own entry."""
+        return _join([self._find(self._own_key(source) if source == reader else source) for source in sources])
+
+    def runs_before(self) -> tuple[Run, ...]:
+        """Where the entries lie that this chunk reads and has not made: kept ones, then those received."""
+        return _join([self._find(layer) for layer in (*self._kept, *self.received)])
+
+    def runs_made(self) -> tuple[Run, ...]:
+        """Where the entries lie that this chunk makes for later layers."""
+        return self.entries.runs(self.own)
+
+    def layers_of(self, run: Run) -> tuple[int, ...]:
+        """The layers in the slots of `run`."""
+        return tuple(layer for layer, slot in run.buffer.slot_of.items() if run.first <= slot < run.stop)
+
+    def _find(self, key: int) -> tuple[Buffer, int]:
+        buffer = self._kept.get(key, self.entries)
+        return buffer, buffer.slot_of[key]
 
     def _own_key(self, layer: int) -> int:
         """Under which a layer's own entry lies."""
         return _apart(layer) if layer in self._blocks else layer
 
-    def add_to_sums(
-        self, weights: dict[int, Tensor], sources: dict[int, tuple[int, ...]], among: tuple[int, ...], token: Tensor
-    ) -> Tensor:
-        """Add entries into the sums of several readers in one matrix product; returns the next token.
+    def add_to_sums(self, weights: dict[int, Tensor], sources: dict[int, tuple[int, ...]], run: Run, chain: Tensor) -> Tensor:
+        """Add entries into the sums of several readers in one matrix product; returns the chain behind it.
 
-        weights[j] [H_kv, n_j, H_kv] over sources[j]; `among`: neighbouring layers that hold all sources.
+        weights[j] [H_kv, n_j, H_kv] over sources[j], all of them in `run`.
         """
         readers = tuple(weights)
         if not readers:
-            return token
+            return chain
+        among = self.layers_of(run)
         stacked = torch.cat([_over(among, sources[reader], weights[reader]) for reader in readers])
         fresh = tuple(reader not in self._begun for reader in readers)
         self._begun.update(readers)
-        return _AddToSums.apply(stacked, token, self, self._row_runs(readers, fresh), self.entries.runs(among)[0])
+        return _AddToSums.apply(stacked, chain, self.sums, self._row_runs(readers, fresh), run)
 
-    def read(self, reader: int, router: Tensor, sources: tuple[int, ...], token: Tensor) -> Tensor:
+    def read(self, reader: int, router: Tensor, sources: tuple[int, ...], chain: Tensor) -> Tensor:
         """sum_{i, h'} router[h, i, h'] * entry_i[h'] over own `sources`, plus the reader's sum if it has one
         (arXiv 2502.09245v2, eq. 3): [H_kv, row_size].
         """
-        return _Read.apply(router, token, self, self.slots_read(reader, sources), self.sums.slot_of.get(reader))
+        return _Read.apply(router, chain, self.sums, self.runs_read(reader, sources), self.sums.slot_of.get(reader))
 
     def _row_runs(self, readers: tuple[int, ...], fresh: tuple[bool, ...]) -> tuple[tuple[int, int, bool], ...]:
         """Runs of neighbouring rows that are all fresh or all begun."""
@@ -196,44 +256,30 @@ def _over(among: tuple[int, ...], sources: tuple[int, ...], weights: Tensor) -> 
     return weights.new_zeros(num_heads, len(among), num_heads).index_copy(1, columns, weights).flatten(1)
 
 
-def _rows(buffer: Tensor, runs: Runs) -> Tensor:
-    parts = [buffer[first:stop] for first, stop in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else buffer[:0]
-
-
-def _load(buffer: Tensor, runs: Runs, values: Tensor) -> None:
-    taken = 0
-    for first, stop in runs:
-        part = values[taken : taken + stop - first]
-        if part.data_ptr() != buffer[first:stop].data_ptr():
-            buffer[first:stop].copy_(part)
-        taken += stop - first
-
-
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, entry: Tensor, token: Tensor, entries: Buffer, slot: int) -> Tensor:
+    def forward(ctx, entry: Tensor, chain: Tensor, entries: Buffer, slot: int) -> Tensor:
         entries.values[slot].view(entry.shape).copy_(entry)
         ctx.entries, ctx.slot, ctx.entry_shape = entries, slot, entry.shape
-        return token.new_empty(0)
+        return chain.new_empty(0)
 
     @staticmethod
-    def backward(ctx, token_gradient: Tensor):
-        return ctx.entries.gradients[ctx.slot].view(ctx.entry_shape), token_gradient, None, None
+    def backward(ctx, chain_gradient: Tensor):
+        return ctx.entries.gradients[ctx.slot].view(ctx.entry_shape), chain_gradient, None, None
 
 
 class _SumBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token: Tensor, entries: Buffer, members: list[int], slot: int) -> Tensor:
+    def forward(ctx, chain: Tensor, entries: Buffer, members: list[int], slot: int) -> Tensor:
         torch.sum(entries.values[members], dim=0, out=entries.values[slot])
         ctx.entries, ctx.members, ctx.slot = entries, members, slot
-        return token.new_empty(0)
+        return chain.new_empty(0)
 
     @staticmethod
-    def backward(ctx, token_gradient: Tensor):
+    def backward(ctx, chain_gradient: Tensor):
         for member in ctx.members:
             ctx.entries.gradients[member].add_(ctx.entries.gradients[ctx.slot])
-        return token_gradient, None, None, None
+        return chain_gradient, None, None, None
 
 
 # In the two below the buffers are kept on ctx and not by save_for_backward: other slots are written after the
@@ -243,41 +289,41 @@ class _SumBlock(torch.autograd.Function):
 class _AddToSums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, stacked: Tensor, token: Tensor, memory: DepthMemory, rows: tuple, slots: tuple[int, int]
+        ctx, stacked: Tensor, chain: Tensor, sums_of: Buffer, rows: tuple, run: Run
     ) -> Tensor:
         ctx.save_for_backward(stacked)
-        ctx.memory, ctx.rows, ctx.slots = memory, rows, slots
-        values = memory.entries.values[slots[0] : slots[1]].flatten(0, 1)
-        for weights, sums, fresh in _by_rows(stacked, memory.sums.values, rows):
+        ctx.sums_of, ctx.rows, ctx.run = sums_of, rows, run
+        values = run.values.flatten(0, 1)
+        for weights, sums, fresh in _by_rows(stacked, sums_of.values, rows):
             _accumulate(sums, weights, values, fresh)
-        return token.new_empty(0)
+        return chain.new_empty(0)
 
     @staticmethod
-    def backward(ctx, token_gradient: Tensor):
+    def backward(ctx, chain_gradient: Tensor):
         (stacked,) = ctx.saved_tensors
-        entries, (first, stop) = ctx.memory.entries, ctx.slots
-        values, gradients = entries.values[first:stop].flatten(0, 1), entries.gradients[first:stop].flatten(0, 1)
-        stacked_gradient, sum_gradients = torch.empty_like(stacked), ctx.memory.sums.gradients
+        values, gradients = ctx.run.values.flatten(0, 1), ctx.run.gradients.flatten(0, 1)
+        stacked_gradient, sum_gradients = torch.empty_like(stacked), ctx.sums_of.gradients
         for (weights, sums, _), (target, _, _) in zip(
             _by_rows(stacked, sum_gradients, ctx.rows), _by_rows(stacked_gradient, sum_gradients, ctx.rows)
         ):
             sums = sums.to(values.dtype)
             target.copy_(torch.mm(sums, values.t()))
             gradients.addmm_(weights.t(), sums)
-        return stacked_gradient, token_gradient, None, None, None
+        return stacked_gradient, chain_gradient, None, None, None
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, router: Tensor, token: Tensor, memory: DepthMemory, runs: Runs, row: int | None) -> Tensor:
+    def forward(ctx, router: Tensor, chain: Tensor, sums_of: Buffer, runs: tuple[Run, ...], row: int | None) -> Tensor:
         ctx.save_for_backward(router)
-        ctx.memory, ctx.runs, ctx.row = memory, runs, row
-        routed: Tensor | None = memory.sums.values[row] if row is not None else None
+        ctx.sums_of, ctx.runs, ctx.row = sums_of, runs, row
+        routed: Tensor | None = sums_of.values[row] if row is not None else None
         if routed is not None and routed.dtype != router.dtype:
-            for weights, values in _per_run(router, memory.entries.values, runs):
-                routed = routed + torch.mm(weights, values)
+            for weights, run in _per_run(router, runs):
+                routed = routed + torch.mm(weights, run.values.flatten(0, 1))
             return routed.to(router.dtype)
-        for weights, values in _per_run(router, memory.entries.values, runs):
+        for weights, run in _per_run(router, runs):
+            values = run.values.flatten(0, 1)
             routed = torch.mm(weights, values) if routed is None else torch.addmm(routed, weights, values)
         assert routed is not None  # a reader has sources
         return routed
@@ -285,15 +331,13 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (router,) = ctx.saved_tensors
-        gradient, entries = gradient.contiguous(), ctx.memory.entries
+        gradient = gradient.contiguous()
         if ctx.row is not None:
-            ctx.memory.sums.gradients[ctx.row].copy_(gradient)
+            ctx.sums_of.gradients[ctx.row].copy_(gradient)
         router_gradient = torch.empty_like(router)
-        for (target, values), (weights, gradients) in zip(
-            _per_run(router_gradient, entries.values, ctx.runs), _per_run(router, entries.gradients, ctx.runs)
-        ):
-            target.copy_(torch.mm(gradient, values.t()))
-            gradients.addmm_(weights.t(), gradient)
+        for (target, run), (weights, _) in zip(_per_run(router_gradient, ctx.runs), _per_run(router, ctx.runs)):
+            target.copy_(torch.mm(gradient, run.values.flatten(0, 1).t()))
+            run.gradients.flatten(0, 1).addmm_(weights.t(), gradient)
         return router_gradient, gradient.new_zeros(0), None, None, None
 
 
@@ -318,10 +362,9 @@ def _by_rows(
         taken += height
 
 
-def _per_run(router: Tensor, buffer: Tensor, runs: Runs) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each run of slots, the router's columns [H_kv, k * H_kv] and the buffer's rows [k * H_kv, row_size]."""
+def _per_run(router: Tensor, runs: Sequence[Run]) -> Iterator[tuple[Tensor, Run]]:
+    """Each run with the router's columns for it [H_kv, size * H_kv]."""
     column = 0
-    for first, stop in runs:
-        width = stop - first
-        yield router[:, column : column + width].flatten(1), buffer[first:stop].flatten(0, 1)
-        column += width
+    for run in runs:
+        yield router[:, column : column + run.size].flatten(1), run
+        column += run.size

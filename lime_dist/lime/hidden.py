@@ -14,16 +14,18 @@ Each step that uses a parameter is the forward of the module that holds it, as Z
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.routing import Routing
-from lime_dist.lime.depth_memory import Buffer, DepthMemory, Runs
+from lime_dist.lime.depth_memory import DepthMemory, Run
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
 from lime_dist.lime.parts import Parts
-from lime_dist.plan.transfer import StageTransfer
+from lime_dist.plan.transfer import ChunkTransfer
 
 
 def _empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:
@@ -99,9 +101,9 @@ class _EntryWriter:
     def __init__(self, model: ModelConfig, layer: int, parts: Parts):
         self._eps, self._layer, self._parts = model.rms_norm_eps, layer, parts
 
-    def write(self, residual: Tensor, token: Tensor, run: Pass) -> Tensor:
+    def write(self, residual: Tensor, chain: Tensor, run: Pass) -> Tensor:
         tokens = self._parts.residual_to_tokens(residual)
-        return run.memory.write(self._layer, F.rms_norm(tokens, tokens.shape[-1:], None, self._eps), token)
+        return run.memory.write(self._layer, F.rms_norm(tokens, tokens.shape[-1:], None, self._eps), chain)
 
 
 class SourceAttention(OwnAttention):
@@ -111,9 +113,9 @@ class SourceAttention(OwnAttention):
         super().__init__(model, layer, parts)
         self._entry = _EntryWriter(model, layer, parts)
 
-    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        token = self._entry.write(residual, token, run)
-        return super().project(residual, normed, token, run)
+    def project(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        chain = self._entry.write(residual, chain, run)
+        return super().project(residual, normed, chain, run)
 
 
 class HiddenAttention(Attention):
@@ -128,19 +130,18 @@ class HiddenAttention(Attention):
         router = DynamicRouter if routing is Routing.HIDDEN_DYNAMIC else StaticRouter
         self.lime_router = router(model, len(sources), parts)
 
-    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        token = self._entry.write(residual, token, run)
+    def project(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        chain = self._entry.write(residual, chain, run)
         weights, projection = self.lime_router(normed), self.depth_norm(self.kv_proj())
-        slots = run.memory.slots_read(self.layer, self._sources)
-        kv = MixAndProject.apply(weights, projection, token, run.memory.entries, slots)
+        kv = MixAndProject.apply(weights, projection, chain, run.memory.runs_read(self.layer, self._sources))
         kv = self._parts.tokens_to_heads(kv.unflatten(-1, (2, self.head_dim)).transpose(1, 2))
-        return self.split_heads(self.q_proj(normed)), kv, token
+        return self.split_heads(self.q_proj(normed)), kv, chain
 
 
 class HiddenDepth:
-    """The readers of one stage. Entries cross stages as they are, so there are no sums to begin or to go on with."""
+    """The readers of one chunk. Entries cross stages as they are, so there are no sums to begin or to go on with."""
 
-    def __init__(self, model: ModelConfig, transfer: StageTransfer, layers: range, parts: Parts):
+    def __init__(self, model: ModelConfig, transfer: ChunkTransfer, layers: range, parts: Parts):
         self._model, self._transfer, self._parts = model, transfer, parts
         self._entries = transfer.own_entries(layers)
         self.partial_routers: dict[int, nn.Module] = {}
@@ -152,11 +153,11 @@ class HiddenDepth:
         attention = SourceAttention if layer in self._entries else OwnAttention
         return attention(self._model, layer, self._parts)
 
-    def add_received(self, memory: DepthMemory, token: Tensor) -> Tensor:
-        return token
+    def add_received(self, memory: DepthMemory, chain: Tensor) -> Tensor:
+        return chain
 
-    def add_own(self, memory: DepthMemory, token: Tensor) -> Tensor:
-        return token
+    def add_own(self, memory: DepthMemory, chain: Tensor) -> Tensor:
+        return chain
 
 
 # ---- the read
@@ -174,38 +175,40 @@ class MixAndProject(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weights: Tensor, projection: Tensor, token: Tensor, entries: Buffer, runs: Runs) -> Tensor:
+    def forward(ctx, weights: Tensor, projection: Tensor, chain: Tensor, runs: tuple[Run, ...]) -> Tensor:
         ctx.save_for_backward(weights, projection)
-        ctx.entries, ctx.runs = entries, runs
-        mixed = _mix(weights, entries.values, runs, projection.shape[-1])
+        ctx.runs = runs
+        mixed = _mix(weights, runs, projection)
         return torch.bmm(mixed, projection.transpose(1, 2))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weights, projection = ctx.saved_tensors
-        entries, hidden_size = ctx.entries, projection.shape[-1]
-        mixed = _mix(weights, entries.values, ctx.runs, hidden_size)
+        mixed = _mix(weights, ctx.runs, projection)
         projection_gradient = torch.bmm(gradient.transpose(1, 2), mixed)
         del mixed
         mixed_gradient, way = torch.bmm(gradient, projection), _way(weights)
         weights_gradient = torch.empty_like(weights)
-        for target, values in _per_run(weights_gradient, entries.values, ctx.runs, hidden_size):
-            target.copy_(way.weights_gradient(mixed_gradient, values))
-        for part, gradients in _per_run(weights, entries.gradients, ctx.runs, hidden_size):
-            way.add_gradients(part, mixed_gradient, gradients)
-        return weights_gradient, projection_gradient, gradient.new_zeros(0), None, None
+        for target, part, run in zip(_split(weights_gradient, ctx.runs), _split(weights, ctx.runs), ctx.runs):
+            target.copy_(way.weights_gradient(mixed_gradient, _rows(run.values, projection)))
+            way.add_gradients(part, mixed_gradient, _rows(run.gradients, projection))
+        return weights_gradient, projection_gradient, gradient.new_zeros(0), None
 
 
-def _mix(weights: Tensor, values: Tensor, runs: Runs, hidden_size: int) -> Tensor:
+def _mix(weights: Tensor, runs: Sequence[Run], projection: Tensor) -> Tensor:
     """[H_kv, tokens, hidden]."""
-    parts = [_way(weights).mix(part, rows) for part, rows in _per_run(weights, values, runs, hidden_size)]
+    parts = [_way(weights).mix(part, _rows(run.values, projection)) for part, run in zip(_split(weights, runs), runs)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _per_run(weights: Tensor, buffer: Tensor, runs: Runs, hidden_size: int) -> list[tuple[Tensor, Tensor]]:
-    """For each run of slots, the weights [..., k] and the buffer's rows [k, tokens, hidden]."""
-    parts = weights.split([stop - first for first, stop in runs], dim=-1)
-    return [(part, buffer[first:stop].view(stop - first, -1, hidden_size)) for part, (first, stop) in zip(parts, runs)]
+def _split(weights: Tensor, runs: Sequence[Run]) -> tuple[Tensor, ...]:
+    """The weights [..., k] of each run."""
+    return weights.split([run.size for run in runs], dim=-1)
+
+
+def _rows(entries: Tensor, projection: Tensor) -> Tensor:
+    """[k, 1, tokens * hidden] -> [k, tokens, hidden]."""
+    return entries.view(entries.shape[0], -1, projection.shape[-1])
 
 
 class _SharedWeights:

@@ -93,19 +93,19 @@ class Attention(nn.Module, ABC):
         self.o_proj = parts.row_linear(model.num_heads * model.head_dim, model.hidden_size)
 
     @abstractmethod
-    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """From the residual [rows, hidden], as it is and normed, and the depth memory's token:
+    def project(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """From the residual [rows, hidden], as it is and normed, and the depth memory's chain of operations:
 
-        queries [H / tp, tokens, head_dim], keys and values [H_kv / tp, 2, tokens, head_dim], the next token.
+        queries [H / tp, tokens, head_dim], keys and values [H_kv / tp, 2, tokens, head_dim], the chain behind its own.
         """
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """[tokens, heads * head_dim] -> [heads, tokens, head_dim]."""
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
 
-    def forward(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        """What the layer adds to the residual [rows, hidden], and the depth memory's next token."""
-        queries, kv, token = self.project(residual, normed, token, run)
+    def forward(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """What the layer adds to the residual [rows, hidden], and the depth memory's chain behind it."""
+        queries, kv, chain = self.project(residual, normed, chain, run)
         padding = queries.shape[1] - run.num_tokens  # rows that fill up the tensor group's last share
         cos, sin = run.cos, run.sin
         queries = rotate(run.to_sequences(queries), cos, sin)
@@ -114,7 +114,7 @@ class Attention(nn.Module, ABC):
             keys, values = run.cache.extend(self.layer, keys, values)
         mixed = _attend(queries, keys, values)
         mixed = mixed.permute(0, 2, 1, 3).reshape(run.num_tokens, -1)
-        return self.o_proj(F.pad(mixed, (0, 0, 0, padding)) if padding else mixed), token
+        return self.o_proj(F.pad(mixed, (0, 0, 0, padding)) if padding else mixed), chain
 
 
 class OwnAttention(Attention):
@@ -124,10 +124,10 @@ class OwnAttention(Attention):
         super().__init__(model, layer, parts)
         self.qkv_proj = parts.column_linear(model.hidden_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim)
 
-    def project(self, residual: Tensor, normed: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.split_heads(self.qkv_proj(normed))
         queries, kv = heads[: self.query_heads], heads[self.query_heads :].unflatten(0, (2, self.kv_heads))
-        return queries, kv.transpose(0, 1), token
+        return queries, kv.transpose(0, 1), chain
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
         self.mlp = MLP(model, parts)
 
-    def forward(self, residual: Tensor, token: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        mixed, token = self.self_attn(residual, self.input_layernorm(residual), token, run)
+    def forward(self, residual: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        mixed, chain = self.self_attn(residual, self.input_layernorm(residual), chain, run)
         residual = residual + mixed
-        return residual + self.mlp(self.post_attention_layernorm(residual)), token
+        return residual + self.mlp(self.post_attention_layernorm(residual)), chain

@@ -1,12 +1,14 @@
-"""One stage of the model; the whole model is the stage that holds every layer.
+"""One chunk of the model; the whole model is the chunk that holds every layer.
 
-`LimeStage` over `PlainParts` and all layers is the single-process model that everything distributed is
-compared with.
+`LimeChunk` over `PlainParts` and all layers is the single-process model that everything distributed is
+compared with. `LimeStage` holds the chunks of one rank.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +23,20 @@ from lime_dist.lime.key_value import KeyValueDepth
 from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, rope_tables
 from lime_dist.lime.parts import Parts, PlainParts
 from lime_dist.plan.parameters import ParameterSpec, plan_parameters
-from lime_dist.plan.transfer import StageTransfer, plan_transfer
+from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
 
-class LimeStage(nn.Module):
+class LimeChunk(nn.Module):
     """Layers `layers` of the model, with the embedding before the first and the head after the last.
 
-    transfer: what the stage receives, adds up and sends of entries and partial sums.
-    sum_dtype: of sums over stages; None for the parts' own.
+    transfer: what the chunk receives, adds up and sends of entries and partial sums.
+    sum_dtype: of sums over chunks; None for the parts' own.
     """
 
     def __init__(
         self,
         model: ModelConfig,
-        transfer: StageTransfer,
+        transfer: ChunkTransfer,
         layers: range,
         parts: Parts,
         *,
@@ -42,12 +44,12 @@ class LimeStage(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        self.config, self.transfer, self.stage_layers = model, transfer, layers
+        self.config, self.transfer, self.chunk_layers = model, transfer, layers
         self._parts, self.recompute = parts, recompute
         self.dtype, self.device, self._sum_dtype = parts.dtype, parts.device, sum_dtype or parts.dtype
-        self.is_first_stage, self.is_last_stage = layers.start == 0, layers.stop == model.num_layers
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
         self.entries = transfer.own_entries(layers)
-        self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first_stage else None
+        self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first else None
         depth = KeyValueDepth if transfer.pattern.routing is Routing.KEY_VALUE else HiddenDepth
         self._depth = depth(model, transfer, layers, parts)
         self.layers = nn.ModuleDict(
@@ -56,17 +58,17 @@ class LimeStage(nn.Module):
         self.partial_routers = nn.ModuleDict(
             {str(reader): router for reader, router in self._depth.partial_routers.items()}
         )
-        if self.is_last_stage:
+        if self.is_last:
             self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, parts)
             tied: Any = self.embed_tokens.weight if self.embed_tokens is not None and model.tie_embeddings else None
             self.lm_head = parts.head(model.hidden_size, model.vocab_size, tied)
 
     def parameter_specs(self) -> tuple[ParameterSpec, ...]:
-        """What each parameter of this stage is in terms of logical tensors."""
+        """What each parameter of this chunk is in terms of logical tensors."""
         return plan_parameters(
             self.config,
             self.transfer,
-            self.stage_layers,
+            self.chunk_layers,
             tp=self._parts.tp_size,
             tp_rank=self._parts.tp_rank,
             vocab_rows=self._parts.vocab_rows(self.config.vocab_size),
@@ -77,8 +79,8 @@ class LimeStage(nn.Module):
         tp = self._parts.tp_size
         return (num_tokens + tp - 1) // tp * tp
 
-    def new_memory(self, num_tokens: int) -> DepthMemory:
-        """An empty depth memory for one microbatch of `num_tokens` tokens."""
+    def new_memory(self, num_tokens: int, kept: Mapping[int, DepthMemory] | None = None) -> DepthMemory:
+        """An empty depth memory for one microbatch of `num_tokens` tokens; `kept`: see `DepthMemory`."""
         heads, row_size = self.transfer.pattern.routing.entry_shape(
             rows=self.rows(num_tokens) // self._parts.tp_size,
             hidden_size=self.config.hidden_size,
@@ -88,12 +90,13 @@ class LimeStage(nn.Module):
         return DepthMemory(
             self.transfer,
             self.entries,
-            self.transfer.own_blocks(self.stage_layers),
+            self.transfer.own_blocks(self.chunk_layers),
             heads,
             row_size,
             dtype=self.dtype,
             sum_dtype=self._sum_dtype,
             device=self.device,
+            kept=kept,
         )
 
     def forward(
@@ -105,33 +108,33 @@ class LimeStage(nn.Module):
         targets: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Carry one microbatch through the stage's layers.
+        """Carry one microbatch through the chunk's layers.
 
-        inputs: token ids [batch, seq] on the first stage, the residual stream elsewhere.
+        inputs: token ids [batch, seq] on the first chunk, the residual stream elsewhere.
         memory: from `new_memory`, what was received in its place.
-        Returns the residual stream, or on the last stage with `targets` [batch, seq] the loss, and the
-        memory's last token: both to be differentiated in one joint backward. Collective: tp group.
+        Returns the residual stream, or on the last chunk with `targets` [batch, seq] the loss, and the end of
+        the memory's chain: both to be differentiated in one joint backward. Collective: tp group.
         """
         start = cache.length if cache is not None else 0
         cos, sin = rope_tables(start, seq_length, self.config.head_dim, self.config.rope_theta, self.device)
         run = Pass(batch_size, seq_length, cos.to(self.dtype), sin.to(self.dtype), memory, cache)
         residual = self.embed_tokens(self._padded(inputs.flatten())) if self.embed_tokens is not None else inputs
-        token = self._depth.add_received(memory, memory.start())
+        chain = self._depth.add_received(memory, memory.start())
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
-                residual, token = checkpoint(layer, residual, token, run, use_reentrant=False, preserve_rng_state=False)
+                residual, chain = checkpoint(layer, residual, chain, run, use_reentrant=False, preserve_rng_state=False)
             else:
-                residual, token = layer(residual, token, run)
-        if targets is not None and self.is_last_stage:
-            return self._loss(residual, targets), token
-        return residual, self._depth.add_own(memory, token)
+                residual, chain = layer(residual, chain, run)
+        if targets is not None and self.is_last:
+            return self._loss(residual, targets), chain
+        return residual, self._depth.add_own(memory, chain)
 
     def logits(self, residual: Tensor) -> Tensor:
-        """[tokens, padded vocabulary / tp], rows past the tokens included. Last stage only."""
+        """[tokens, padded vocabulary / tp], rows past the tokens included. Last chunk only."""
         return self.lm_head(self.norm(residual))
 
     def whole_logits(self, residual: Tensor) -> Tensor:
-        """[tokens, vocab_size], rows past the tokens included. Last stage only. Collective: tp group."""
+        """[tokens, vocab_size], rows past the tokens included. Last chunk only. Collective: tp group."""
         return self._parts.gather_logits(self.logits(residual), self.config.vocab_size)
 
     def _loss(self, residual: Tensor, targets: Tensor) -> Tensor:
@@ -144,22 +147,45 @@ class LimeStage(nn.Module):
         return nn.functional.pad(ids, (0, missing)) if missing else ids
 
 
+class LimeStage(nn.Module):
+    """The chunks of one pipeline rank, by chunk."""
+
+    def __init__(self, chunks: Mapping[int, LimeChunk]):
+        super().__init__()
+        self.chunks = nn.ModuleDict({str(chunk): module for chunk, module in chunks.items()})
+
+    def chunk(self, chunk: int) -> LimeChunk:
+        return cast(LimeChunk, self.chunks[str(chunk)])
+
+    def forward(self, chunk: int, *args: Any) -> tuple[Tensor, Tensor]:
+        """`LimeChunk.forward` of one chunk: one module for whatever wraps all of a rank's parameters."""
+        return self.chunks[str(chunk)](*args)
+
+    def parameter_specs(self) -> tuple[ParameterSpec, ...]:
+        """What each parameter of this stage is in terms of logical tensors."""
+        return tuple(
+            replace(spec, name=f"chunks.{chunk}.{spec.name}")
+            for chunk, module in self.chunks.items()
+            for spec in cast(LimeChunk, module).parameter_specs()
+        )
+
+
 def plain_model(
     model: ModelConfig, pattern: Pattern, parts: PlainParts | None = None, *, recompute: bool = False
-) -> LimeStage:
+) -> LimeChunk:
     """The whole model on one device."""
     layers = range(model.num_layers)
-    transfer = plan_transfer(pattern, (layers,), policy="relay").stage(0)
-    return LimeStage(model, transfer, layers, parts or PlainParts(), recompute=recompute)
+    transfer = plan_transfer(pattern, (layers,), policy="relay").chunk(0)
+    return LimeChunk(model, transfer, layers, parts or PlainParts(), recompute=recompute)
 
 
-def model_logits(model: LimeStage, tokens: Tensor) -> Tensor:
+def model_logits(model: LimeChunk, tokens: Tensor) -> Tensor:
     """Logits [batch, seq, vocab] of token ids [batch, seq] through the whole model on one device."""
     residual, _ = model(tokens, *tokens.shape, model.new_memory(tokens.numel()))
     return model.whole_logits(residual).unflatten(0, tuple(tokens.shape))
 
 
-def model_loss(model: LimeStage, tokens: Tensor) -> Tensor:
+def model_loss(model: LimeChunk, tokens: Tensor) -> Tensor:
     """Mean next-token cross entropy of [batch, seq + 1] through the whole model on one device."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     loss, _ = model(inputs, *inputs.shape, model.new_memory(inputs.numel()), targets)

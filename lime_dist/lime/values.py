@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lime_dist.lime.model import LimeStage
+from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.plan.parameters import LogicalTensor, ParameterSpec, Piece, Role
 
 NORMAL_STD = 0.02
@@ -44,13 +44,13 @@ def _router_values(values: Tensor, generator: torch.Generator) -> Tensor:
     return values
 
 
-def initialize(stage: LimeStage, seed: int) -> None:
+def initialize(stage: LimeChunk | LimeStage, seed: int) -> None:
     """Fill every parameter of the stage with its initial values; padding with zeros."""
     load(stage, lambda tensor: initial_values(tensor, seed))
 
 
 @torch.no_grad()
-def load(stage: LimeStage, values_of: Callable[[LogicalTensor], Tensor]) -> None:
+def load(stage: LimeChunk | LimeStage, values_of: Callable[[LogicalTensor], Tensor]) -> None:
     """Fill every parameter from logical tensors; `values_of` gives the whole tensor, of any dtype, on the CPU."""
     for spec, parameter in specified_parameters(stage):
         parameter.copy_(assemble_local(spec, values_of))
@@ -65,7 +65,7 @@ def assemble_local(spec: ParameterSpec, values_of: Callable[[LogicalTensor], Ten
     return local
 
 
-def specified_parameters(stage: LimeStage) -> Iterator[tuple[ParameterSpec, torch.nn.Parameter]]:
+def specified_parameters(stage: LimeChunk | LimeStage) -> Iterator[tuple[ParameterSpec, torch.nn.Parameter]]:
     """Each parameter of the stage with what it is."""
     parameters = dict(stage.named_parameters())
     for spec in stage.parameter_specs():
@@ -78,7 +78,7 @@ def slices(spec: ParameterSpec, local: Tensor) -> Iterator[tuple[Piece, Tensor]]
         yield piece, local.narrow(piece.dim, piece.local_start, piece.length)
 
 
-def gather_logical(stage: LimeStage, local_of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
+def gather_logical(stage: LimeChunk | LimeStage, local_of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
     """Logical tensors by name from a stage that holds them whole (one device); `local_of`: the values or the gradient."""
     return {
         piece.tensor.name: part

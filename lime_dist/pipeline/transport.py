@@ -29,6 +29,19 @@ class Incoming:
         return self.tensors
 
 
+class PipelineGroups(Protocol):
+    """Over the same pipeline, ranks in stage order; the last two are None where nothing goes from the last stage to the first."""
+
+    @property
+    def pp_forward(self) -> ProcessGroup: ...
+    @property
+    def pp_backward(self) -> ProcessGroup: ...
+    @property
+    def wrap_forward(self) -> ProcessGroup | None: ...
+    @property
+    def wrap_backward(self) -> ProcessGroup | None: ...
+
+
 class Channel(Protocol):
     """One direction of one boundary: messages arrive in the order in which they are sent. Counts nothing."""
 
@@ -86,7 +99,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Transport:
-    """The links of one stage; None where there is no neighbour."""
+    """The links of one stage; None where there is no neighbour. With virtual stages the first is the last one's next."""
 
     from_previous: Link | None
     to_previous: Link | None
@@ -94,16 +107,18 @@ class Transport:
     to_next: Link | None
 
     @classmethod
-    def connect(cls, forward: ProcessGroup, backward: ProcessGroup, device: torch.device) -> Transport:
-        """`forward`, `backward`: two groups over the same pipeline, ranks in stage order. Collective: pp group."""
-        stage_index, num_stages = dist.get_rank(forward), dist.get_world_size(forward)
-        previous = dist.get_global_rank(forward, stage_index - 1) if stage_index > 0 else None
-        following = dist.get_global_rank(forward, stage_index + 1) if stage_index + 1 < num_stages else None
+    def connect(cls, groups: PipelineGroups, device: torch.device) -> Transport:
+        """Collective: pp group."""
+        stage_index, num_stages = dist.get_rank(groups.pp_forward), dist.get_world_size(groups.pp_forward)
+        before = groups.wrap_forward if stage_index == 0 else groups.pp_forward
+        before_backward = groups.wrap_backward if stage_index == 0 else groups.pp_backward
+        behind = groups.wrap_forward if stage_index == num_stages - 1 else groups.pp_forward
+        behind_backward = groups.wrap_backward if stage_index == num_stages - 1 else groups.pp_backward
         transport = cls(
-            from_previous=None if previous is None else Link(GroupChannel(forward, previous)),
-            to_previous=None if previous is None else Link(GroupChannel(backward, previous)),
-            from_next=None if following is None else Link(GroupChannel(backward, following)),
-            to_next=None if following is None else Link(GroupChannel(forward, following)),
+            from_previous=_link(before, stage_index - 1),
+            to_previous=_link(before_backward, stage_index - 1),
+            from_next=_link(behind_backward, stage_index + 1),
+            to_next=_link(behind, stage_index + 1),
         )
         transport.open_boundaries(stage_index, device)
         return transport
@@ -113,7 +128,8 @@ class Transport:
 
         NCCL connects two ranks at their first operation and holds both hosts until each has come to it. In a step, a
         receive posted ahead would so hold a stage before it sends what its neighbour waits for. Here no two ranks wait
-        for a third: the boundaries behind even stages open first, then the others, and each forward, then backward.
+        for a third, but around a ring of an odd number, where the last one waits for the first: the boundaries behind even
+        stages open first, then the others, and each forward, then backward.
         """
         behind, before = [], []
         if self.to_next is not None and self.from_next is not None:
@@ -136,6 +152,13 @@ class Transport:
             if link is not None:
                 link.bytes_sent = 0
         return counts[0], counts[1]
+
+
+def _link(group: ProcessGroup | None, stage_index: int) -> Link | None:
+    """To or from a stage of this pipeline, counted around it."""
+    if group is None:
+        return None
+    return Link(GroupChannel(group, dist.get_global_rank(group, stage_index % dist.get_world_size(group))))
 
 
 class ResidualShare:

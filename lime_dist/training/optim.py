@@ -10,14 +10,14 @@ from torch import nn
 
 from lime_dist.config import Config, OptimConfig
 from lime_dist.depth.routing import Routing
-from lime_dist.lime.model import LimeStage
+from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import specified_parameters
 from lime_dist.plan.parameters import ROUTER_ROLES, Role
 
 DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
 
 
-def build_optimizer(stage: LimeStage, config: Config, placeholder: nn.Parameter | None = None) -> torch.optim.AdamW:
+def build_optimizer(stage: LimeChunk | LimeStage, config: Config, placeholder: nn.Parameter | None = None) -> torch.optim.AdamW:
     """torch's AdamW over three groups: decayed, undecayed, routers. Each group keeps its own peak rate as `peak_lr`.
 
     Of routers only dynamic ones are decayed (arXiv 2502.09245v1), and a model has routers of one kind.
@@ -34,7 +34,7 @@ def build_optimizer(stage: LimeStage, config: Config, placeholder: nn.Parameter 
     )
 
 
-def _parameter_groups(stage: LimeStage, config: Config, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
+def _parameter_groups(stage: LimeChunk | LimeStage, config: Config, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
     optim = config.optim
     router_decay = optim.weight_decay if config.depth.routing is Routing.HIDDEN_DYNAMIC else 0.0
     decayed: list[nn.Parameter] = []

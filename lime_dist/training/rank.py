@@ -16,12 +16,12 @@ from lime_dist.backends.megatron import Groups, MegatronParts
 from lime_dist.config import Config
 from lime_dist.errors import TrainingDiverged
 from lime_dist.lifecycle.pulse import Pulse
-from lime_dist.lime.model import LimeStage
+from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
 from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
-from lime_dist.plan.schedule import Kind, plan_forward_only
-from lime_dist.plan.stages import StagePlan, plan_stages
+from lime_dist.plan.schedule import Kind
+from lime_dist.plan.run_plan import RunPlan, StagePlan, plan_run
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,8 +40,8 @@ class BytesDiffer(RuntimeError):
 class StepResult:
     """What every rank knows after a step.
 
-    boundary_bytes: for each boundary, the bytes of all microbatches' bundles that one tensor rank of one
-    replica sent forward, as counted at the transport; as many came back as gradients.
+    boundary_bytes: for each boundary, as `RunPlan.boundary_bytes` has them, the bytes of all microbatches' bundles that one
+    tensor rank of one replica sent forward, as counted at the transport; as many came back as gradients.
     """
 
     loss: float
@@ -56,24 +56,12 @@ class Rank:
         self.pulse = pulse or Pulse()
         self.pulse.beat("load")
         self.config, self.groups, self.device = config, groups, device
-        self.plan: StagePlan = plan_stages(config)[groups.coordinate.pp_rank]
-        parts = MegatronParts(
-            groups,
-            sequence_parallel=config.parallel.sequence_parallel,
-            dtype=TORCH_DTYPES[config.run.dtype],
-            device=device,
-        )
-        self.stage = LimeStage(
-            config.model,
-            self.plan.transfer,
-            self.plan.layers,
-            parts,
-            sum_dtype=TORCH_DTYPES[config.partial_sum_dtype],
-            recompute=config.parallel.recompute == "layer",
-        )
+        self.run_plan: RunPlan = plan_run(config)
+        self.plan: StagePlan = self.run_plan.stages[groups.coordinate.pp_rank]
+        self.stage = self._build_stage()
         initialize(self.stage, config.run.seed)
-        self.optimizer = ZeroOptimizer(self.stage, config, groups)
-        self._transport = Transport.connect(groups.pp_forward, groups.pp_backward, device)
+        self.optimizer = ZeroOptimizer(self.stage, config, groups, device)
+        self._transport = Transport.connect(groups, device)
         self._executor = Executor(
             self.stage,
             self.plan,
@@ -82,6 +70,28 @@ class Rank:
             call=self.pulse.around("forward", self.optimizer.call),
             backward=self.pulse.around("backward", self.optimizer.backward),
             await_input=self._await_input,
+        )
+
+    def _build_stage(self) -> LimeStage:
+        config = self.config
+        parts = MegatronParts(
+            self.groups,
+            sequence_parallel=config.parallel.sequence_parallel,
+            dtype=TORCH_DTYPES[config.run.dtype],
+            device=self.device,
+        )
+        return LimeStage(
+            {
+                chunk.chunk: LimeChunk(
+                    config.model,
+                    chunk.transfer,
+                    chunk.layers,
+                    parts,
+                    sum_dtype=TORCH_DTYPES[config.partial_sum_dtype],
+                    recompute=config.parallel.recompute == "layer",
+                )
+                for chunk in self.plan.chunks
+            }
         )
 
     def _await_input(self, kind: Kind, incoming: Incoming) -> list[Tensor]:
@@ -135,20 +145,19 @@ class Rank:
 
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
-        actions = plan_forward_only(self.config.pipeline.num_microbatches)
-        losses = self._executor.run(actions, self.microbatches(batch))
+        losses = self._executor.run(self.plan.evaluation, self.microbatches(batch))
         return self._share(losses, self._transport.take_bytes_sent()[0])[0]
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
         """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
         microbatches, found = self.microbatches(batch), []
-        outputs = self._executor.run(plan_forward_only(len(microbatches)), microbatches, with_loss=False)
+        outputs = self._executor.run(self.plan.evaluation, microbatches, with_loss=False)
         self._transport.take_bytes_sent()
         for index, residual in enumerate(outputs):
             block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
             rows, seq_length = microbatches[index].shape[0], microbatches[index].shape[1] - 1
-            logits = self.stage.whole_logits(residual)[: rows * seq_length]
+            logits = self.stage.chunk(self.plan.chunks[-1].chunk).whole_logits(residual)[: rows * seq_length]
             found.append((block * rows, logits.float().cpu().unflatten(0, (rows, seq_length))))
         return found
 
@@ -163,12 +172,10 @@ class Rank:
     def _share(self, losses: list[Tensor], forward_bytes: int) -> tuple[float, list[int]]:
         """Losses are known on the last stage and bytes on the sender; one all-reduce tells both to all."""
         layout, place = self.groups.layout, self.groups.coordinate
-        facts = torch.zeros(layout.pp, dtype=torch.float64, device=self.device)
-        if self.plan.is_last_stage:
-            if place.tp_rank == 0:
-                facts[0] = torch.stack(losses).double().mean() / layout.dp
-        else:
-            facts[1 + self.plan.stage_index] = forward_bytes / (layout.tp * layout.dp)
+        facts = torch.zeros(1 + layout.pp, dtype=torch.float64, device=self.device)
+        if self.plan.is_last_stage and place.tp_rank == 0:
+            facts[0] = torch.stack(losses).double().mean() / layout.dp
+        facts[1 + self.plan.stage_index] = forward_bytes / (layout.tp * layout.dp)
         dist.all_reduce(facts)
         loss, *boundary_bytes = facts.tolist()
-        return loss, [round(count) for count in boundary_bytes]
+        return loss, [round(count) for count in boundary_bytes[: len(self.run_plan.boundary_bytes)]]

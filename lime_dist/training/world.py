@@ -46,7 +46,8 @@ def join_world(
         timeout=timeout,
     )
     compare(config, device)
-    return create_groups(config.layout, device, timeout), device
+    ring = config.parallel.virtual_stages > 1
+    return create_groups(config.layout, device, timeout, ring=ring), device
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:

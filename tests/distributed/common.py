@@ -11,7 +11,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.lime.model import LimeStage, model_loss, plain_model
+from lime_dist.lime.model import LimeChunk, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initialize
 from lime_dist.plan.stages import plan_stages
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
@@ -90,7 +90,7 @@ class Outcome:
 # ---- one device
 
 
-def make_plain(config: Config) -> LimeStage:
+def make_plain(config: Config) -> LimeChunk:
     model = plain_model(config.model, config.pattern)
     initialize(model, config.run.seed)
     return model

@@ -26,7 +26,7 @@ from lime_dist.bench.depth import (
 from lime_dist.bench.reference import GrowingCat
 from lime_dist.depth.pattern import parse_pattern
 from lime_dist.errors import ConfigError
-from lime_dist.lime.model import LimeStage, plain_model
+from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.values import initialize
 
 TINY = Sizes(num_layers=4, hidden_size=64, num_tokens=6)
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 SUMMATION_ORDER = 1e-5  # fp32, sums of a few hundred terms in another order
 
 
-def loss_and_gradients(model: LimeStage, memory: object) -> dict[str, Tensor]:
+def loss_and_gradients(model: LimeChunk, memory: object) -> dict[str, Tensor]:
     inputs, targets = torch.arange(12).view(2, 6), torch.arange(1, 13).view(2, 6)
     loss, _ = model(inputs, 2, 6, memory, targets)
     names, parameters = zip(*model.named_parameters())

@@ -9,7 +9,7 @@ from lime_dist.config import check_config, parse_config
 from lime_dist.errors import ConfigError
 from lime_dist.generate import Sampling, generate_ids, sample
 from lime_dist.lime.layers import KeyValueCache
-from lime_dist.lime.model import LimeStage, model_logits, plain_model
+from lime_dist.lime.model import LimeChunk, model_logits, plain_model
 from lime_dist.lime.values import specified_parameters
 
 MODELS = {
@@ -26,7 +26,7 @@ LOGITS = torch.tensor([0.15, 0.5, 0.05, 0.27, 0.03]).log()
 TOLERANCE = 1e-5
 
 
-def make_model(overrides: list[str]) -> LimeStage:
+def make_model(overrides: list[str]) -> LimeChunk:
     """Large random weights, so that continuations vary and every router matters."""
     tree = {"model": dict(num_layers=4, hidden_size=32, intermediate_size=48, num_heads=4, vocab_size=96)}
     config = check_config(parse_config(tree, overrides))
@@ -39,12 +39,12 @@ def make_model(overrides: list[str]) -> LimeStage:
 
 
 @pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> LimeStage:
+def model(request: pytest.FixtureRequest) -> LimeChunk:
     return make_model(MODELS[request.param])
 
 
 @torch.no_grad()
-def test_cached_decoding_equals_the_full_forward(model: LimeStage) -> None:
+def test_cached_decoding_equals_the_full_forward(model: LimeChunk) -> None:
     ids = list(PROMPT)
     for token in generate_ids(model, PROMPT, GREEDY, max_new_tokens=24):
         assert token == int(model_logits(model, torch.tensor([ids]))[0, -1].argmax())
@@ -54,7 +54,7 @@ def test_cached_decoding_equals_the_full_forward(model: LimeStage) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("passes", [(1,) * 8, (3, 1, 4), (7, 1), (2, 6)], ids=str)
-def test_logits_through_the_cache(model: LimeStage, passes: tuple[int, ...]) -> None:
+def test_logits_through_the_cache(model: LimeChunk, passes: tuple[int, ...]) -> None:
     tokens = torch.randint(96, (2, 8), generator=torch.Generator().manual_seed(3))
     whole, cache, pieces = model_logits(model, tokens), KeyValueCache(), []
     for part in tokens.split(passes, dim=1):
@@ -64,7 +64,7 @@ def test_logits_through_the_cache(model: LimeStage, passes: tuple[int, ...]) -> 
 
 
 @torch.no_grad()
-def test_the_cache_is_llamas_size(model: LimeStage) -> None:
+def test_the_cache_is_llamas_size(model: LimeChunk) -> None:
     cache = KeyValueCache()
     for part in torch.randint(96, (2, 8)).split((5, 1, 2), dim=1):
         model(part, *part.shape, model.new_memory(part.numel()), cache=cache)

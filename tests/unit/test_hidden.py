@@ -16,7 +16,7 @@ from lime_dist.config import Config, check_config, parse_config
 from lime_dist.errors import ConfigError
 from lime_dist.generate import Sampling, generate_ids
 from lime_dist.lime.layers import KeyValueCache, rope_tables, rotate
-from lime_dist.lime.model import LimeStage, model_logits, model_loss, plain_model
+from lime_dist.lime.model import LimeChunk, model_logits, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initial_values, initialize
 from lime_dist.plan.parameters import LogicalTensor, Role, logical_tensors
 from lime_dist.plan.selection import mean_magnitudes, softmax
@@ -41,7 +41,7 @@ def make_config(text: str = "") -> Config:
     return check_config(config, config.layout.world_size)
 
 
-def make_model(config: Config, recompute: bool = False) -> LimeStage:
+def make_model(config: Config, recompute: bool = False) -> LimeChunk:
     """Gains and weights that are far from the initial ones, so that one used in another's place shows."""
     model = plain_model(config.model, config.pattern, recompute=recompute)
     initialize(model, seed=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.lime.layers import rope_tables, rotate
-from lime_dist.lime.model import LimeStage, model_logits, model_loss, plain_model
+from lime_dist.lime.model import LimeChunk, model_logits, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initialize, load
 from lime_dist.training.optim import build_optimizer, set_lr
 
@@ -48,7 +48,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
 
 
-def make_golden(folder: Path, recompute: bool) -> tuple[Config, LimeStage]:
+def make_golden(folder: Path, recompute: bool) -> tuple[Config, LimeChunk]:
     config, weights = read_config(folder), read_tensors(folder / "weights.safetensors")
     model = plain_model(config.model, config.pattern, recompute=recompute)
     load(model, lambda tensor: weights[tensor.name])
@@ -90,7 +90,7 @@ def test_losses_and_gradients_are_the_authors_over_all_steps(folder: Path, recom
     assert norms == pytest.approx(io["grad_norm_trace"].tolist(), rel=TOLERANCE)
 
 
-def assert_gradients(model: LimeStage, expected: dict[str, Tensor]) -> None:
+def assert_gradients(model: LimeChunk, expected: dict[str, Tensor]) -> None:
     actual = gather_logical(model, lambda parameter: parameter.grad)
     assert actual.keys() == expected.keys()
     differences = {
@@ -102,7 +102,7 @@ def assert_gradients(model: LimeStage, expected: dict[str, Tensor]) -> None:
 # ---- what the golden folder's pattern and sizes do not reach
 
 
-def make_model(overrides: str, recompute: bool = False) -> tuple[Config, LimeStage]:
+def make_model(overrides: str, recompute: bool = False) -> tuple[Config, LimeChunk]:
     tree = {"model": {"num_layers": 5, "hidden_size": 32, "intermediate_size": 40, "num_heads": 4, "vocab_size": 50}}
     config = check_config(parse_config(tree, overrides.split()))
     model = plain_model(config.model, config.pattern, recompute=recompute)

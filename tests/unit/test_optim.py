@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lime_dist.config import Config, OptimConfig, parse_config
-from lime_dist.lime.model import LimeStage, plain_model
+from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.training.optim import build_optimizer, lr_factor, set_lr
 
 
-def make_run(*overrides: str) -> tuple[Config, LimeStage]:
+def make_run(*overrides: str) -> tuple[Config, LimeChunk]:
     tree = {
         "model": {"num_layers": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": 40},
         "optim": {"lr": 0.5, "router_lr": 0.25, "weight_decay": 0.125, "betas": [0.7, 0.8], "eps": 1e-3},
@@ -22,7 +22,7 @@ def make_run(*overrides: str) -> tuple[Config, LimeStage]:
     return config, plain_model(config.model, config.pattern)
 
 
-def groups_by_parameter(optimizer: torch.optim.Optimizer, stage: LimeStage) -> dict[str, tuple[float, float]]:
+def groups_by_parameter(optimizer: torch.optim.Optimizer, stage: LimeChunk) -> dict[str, tuple[float, float]]:
     """Peak rate and weight decay of each parameter."""
     names = {parameter: name for name, parameter in stage.named_parameters()}
     return {
