@@ -91,7 +91,8 @@ class Executor:
         """Of a microbatch whose forward has run, or is the next to run."""
         if microbatch_index in self._in_flight:
             return self._in_flight[microbatch_index].memory
-        return self._incoming[Action(Kind.FORWARD, microbatch_index)][0]
+        forward = Action(kind=Kind.FORWARD, chunk=self._plan.stage_index, microbatch_index=microbatch_index)
+        return self._incoming[forward][0]
 
     def _post_bundle(self, memory: DepthMemory) -> Incoming:
         if self._plan.is_first_stage:

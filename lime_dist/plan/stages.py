@@ -88,7 +88,7 @@ class StagePlan:
 
     @cached_property
     def peak_in_flight(self) -> int:
-        return peak_in_flight(list(self.actions))
+        return peak_in_flight(self.actions)
 
     @property
     def held_bytes(self) -> int:

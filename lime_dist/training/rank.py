@@ -20,7 +20,7 @@ from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
 from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
-from lime_dist.plan.schedule import Kind, plan_forward_only
+from lime_dist.plan.schedule import Action, Kind, plan_forward_only
 from lime_dist.plan.stages import StagePlan, plan_stages
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -135,15 +135,14 @@ class Rank:
 
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
-        actions = plan_forward_only(self.config.pipeline.num_microbatches)
-        losses = self._executor.run(actions, self.microbatches(batch))
+        losses = self._executor.run(self._forward_only(), self.microbatches(batch))
         return self._share(losses, self._transport.take_bytes_sent()[0])[0]
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
         """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
         microbatches, found = self.microbatches(batch), []
-        outputs = self._executor.run(plan_forward_only(len(microbatches)), microbatches, with_loss=False)
+        outputs = self._executor.run(self._forward_only(), microbatches, with_loss=False)
         self._transport.take_bytes_sent()
         for index, residual in enumerate(outputs):
             block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
@@ -151,6 +150,13 @@ class Rank:
             logits = self.stage.whole_logits(residual)[: rows * seq_length]
             found.append((block * rows, logits.float().cpu().unflatten(0, (rows, seq_length))))
         return found
+
+    def _forward_only(self) -> list[Action]:
+        return plan_forward_only(
+            self.config.pipeline.num_microbatches,
+            stage_index=self.plan.stage_index,
+            num_stages=self.plan.num_stages,
+        )
 
     def _check_bytes(self, forward: int, backward: int) -> None:
         count = self.config.pipeline.num_microbatches
