@@ -92,7 +92,7 @@ def read_ways(sizes: Sizes, kv_heads: int, dtype: torch.dtype, device: torch.dev
                 routed.append(mixed.view(gradient.shape))
         return routed, [gradient] * len(routed)
 
-    alone = plan_transfer(parse_pattern("full", len(layers)), (layers,), policy="relay").stage(0)
+    alone = plan_transfer(parse_pattern("full", len(layers)), (layers,), policy="relay").chunk(0)
 
     def new_memory() -> DepthMemory:
         return DepthMemory(

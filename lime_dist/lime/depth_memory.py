@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_dist.plan.transfer import StageTransfer
+from lime_dist.plan.transfer import ChunkTransfer
 
 _CACHE_LINE_BYTES = 64
 
@@ -111,7 +111,7 @@ class DepthMemory:
 
     def __init__(
         self,
-        transfer: StageTransfer,
+        transfer: ChunkTransfer,
         own_entries: Sequence[int],
         blocks: Sequence[range],
         num_kv_heads: int,

@@ -23,7 +23,7 @@ from lime_dist.depth.routing import Routing
 from lime_dist.lime.depth_memory import Buffer, DepthMemory, Runs
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
 from lime_dist.lime.parts import Parts
-from lime_dist.plan.transfer import StageTransfer
+from lime_dist.plan.transfer import ChunkTransfer
 
 
 def _empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:
@@ -140,7 +140,7 @@ class HiddenAttention(Attention):
 class HiddenDepth:
     """The readers of one stage. Entries cross stages as they are, so there are no sums to begin or to go on with."""
 
-    def __init__(self, model: ModelConfig, transfer: StageTransfer, layers: range, parts: Parts):
+    def __init__(self, model: ModelConfig, transfer: ChunkTransfer, layers: range, parts: Parts):
         self._model, self._transfer, self._parts = model, transfer, parts
         self._entries = transfer.own_entries(layers)
         self.partial_routers: dict[int, nn.Module] = {}

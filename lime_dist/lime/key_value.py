@@ -9,7 +9,7 @@ from lime_dist.config import ModelConfig
 from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
 from lime_dist.lime.parts import Parts
-from lime_dist.plan.transfer import StageTransfer
+from lime_dist.plan.transfer import ChunkTransfer
 
 
 class Router(nn.Module):
@@ -55,7 +55,7 @@ class KeyValueAttention(OwnAttention):
 class KeyValueDepth:
     """The routers of one stage, and the sums that they begin or go on with for layers of any stage."""
 
-    def __init__(self, model: ModelConfig, transfer: StageTransfer, layers: range, parts: Parts):
+    def __init__(self, model: ModelConfig, transfer: ChunkTransfer, layers: range, parts: Parts):
         self._model, self._parts, self._entries = model, parts, transfer.own_entries(layers)
         self._routers = {
             reader: Router(model.kv_heads, sources, layers.start, parts) for reader, sources in transfer.reads.items()

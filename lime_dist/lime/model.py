@@ -21,7 +21,7 @@ from lime_dist.lime.key_value import KeyValueDepth
 from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, rope_tables
 from lime_dist.lime.parts import Parts, PlainParts
 from lime_dist.plan.parameters import ParameterSpec, plan_parameters
-from lime_dist.plan.transfer import StageTransfer, plan_transfer
+from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
 
 class LimeStage(nn.Module):
@@ -34,7 +34,7 @@ class LimeStage(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        transfer: StageTransfer,
+        transfer: ChunkTransfer,
         layers: range,
         parts: Parts,
         *,
@@ -149,7 +149,7 @@ def plain_model(
 ) -> LimeStage:
     """The whole model on one device."""
     layers = range(model.num_layers)
-    transfer = plan_transfer(pattern, (layers,), policy="relay").stage(0)
+    transfer = plan_transfer(pattern, (layers,), policy="relay").chunk(0)
     return LimeStage(model, transfer, layers, parts or PlainParts(), recompute=recompute)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from lime_dist.config import Config
 from lime_dist.depth.routing import Routing
 from lime_dist.plan.schedule import Action, peak_in_flight, plan_schedule
-from lime_dist.plan.transfer import BoundaryPlan, StageTransfer, TransferPlan, plan_transfer
+from lime_dist.plan.transfer import ChunkTransfer, HopPlan, TransferPlan, plan_transfer
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -48,7 +48,7 @@ class BundleShape:
     def sum_bytes(self) -> int:
         return self.entry_elements * self.sum_element_bytes
 
-    def bundle_bytes(self, boundary: BoundaryPlan) -> int:
+    def bundle_bytes(self, boundary: HopPlan) -> int:
         return (
             self.residual_bytes
             + len(boundary.raw_entries) * self.entry_bytes
@@ -63,7 +63,7 @@ class StagePlan:
     stage_index: int
     num_stages: int
     layers: range
-    transfer: StageTransfer
+    transfer: ChunkTransfer
     previous_layers_start: int  # first layer of the stage before; 0 on the first stage
     actions: tuple[Action, ...]
     shape: BundleShape
@@ -143,7 +143,7 @@ def plan_stages(config: Config) -> tuple[StagePlan, ...]:
             stage_index=index,
             num_stages=len(stages),
             layers=layers,
-            transfer=transfer.stage(index),
+            transfer=transfer.chunk(index),
             previous_layers_start=stages[index - 1].start if index else 0,
             actions=tuple(
                 plan_schedule(
