@@ -14,7 +14,7 @@ from html import escape
 from lime_dist.config import Config
 from lime_dist.plan.stages import StagePlan, plan_run_transfer, plan_shape, plan_stages
 from lime_dist.plan.table import format_bytes, format_layers, routing_flops_per_token
-from lime_dist.plan.transfer import BoundaryPlan, TransferPlan
+from lime_dist.plan.transfer import HopPlan, TransferPlan
 
 MAX_SINGLE_ROWS = 16  # of more layers, those of a stage that fare alike share a row
 
@@ -53,7 +53,7 @@ def plan_rows(transfer: TransferPlan) -> tuple[Row, ...]:
     """A row for each layer, or for each group of layers where there are many."""
     grouped = transfer.pattern.num_layers > MAX_SINGLE_ROWS
     groups: dict[tuple[int, ...], list[int]] = {}
-    for layer, stage_index in enumerate(transfer.stage_of):
+    for layer, stage_index in enumerate(transfer.chunk_of):
         fate = stage_index, transfer.raw_until[layer], transfer.sum_from[layer]
         groups.setdefault(fate if grouped else (*fate, layer), []).append(layer)
     return tuple(Row(tuple(layers), *fate[:3]) for fate, layers in groups.items())
@@ -73,7 +73,7 @@ class _Drawing:
         self.row_of = {layer: index for index, row in enumerate(self.rows) for layer in row.layers}
         self.panel_bottom = ROWS_TOP + len(self.rows) * ROW_HEIGHT + 12
         self.chart_bottom = self.panel_bottom + 24 + CHART_HEIGHT
-        largest = max(map(self.shape.bundle_bytes, (*self.transfer.boundaries, *self.relay.boundaries)), default=1)
+        largest = max(map(self.shape.bundle_bytes, (*self.transfer.hops, *self.relay.hops)), default=1)
         self.pixels_per_byte = CHART_HEIGHT / largest
 
     def document(self) -> str:
@@ -85,7 +85,7 @@ class _Drawing:
             *(part for stage in self.stages for part in self._stage(stage)),
             *(part for stage in self.stages for part in self._reads(stage)),
             *(part for row in self.rows for part in self._row(row)),
-            *(part for pair in zip(self.transfer.boundaries, self.relay.boundaries) for part in self._bundle(*pair)),
+            *(part for pair in zip(self.transfer.hops, self.relay.hops) for part in self._bundle(*pair)),
             *(part for line, (sample, text) in enumerate(legend) for part in self._legend_line(line, sample, text)),
             _text(MARGIN, height - 24, self._note(), size=11, fill=MUTED),
         ]
@@ -99,7 +99,7 @@ class _Drawing:
     def _headings(self) -> Iterator[str]:
         transfer = self.transfer
         on = f"{len(self.stages)} stages" if len(self.stages) > 1 else "1 stage"
-        title = f"{len(transfer.stage_of)} layers on {on}, pattern {transfer.pattern.name}"
+        title = f"{len(transfer.chunk_of)} layers on {on}, pattern {transfer.pattern.name}"
         counts = f"policy {self.config.depth.policy}: {transfer.num_crossings} entries and partial sums cross"
         if transfer.num_crossings < self.relay.num_crossings:
             counts += f", where relaying every entry takes {self.relay.num_crossings}"
@@ -166,9 +166,9 @@ class _Drawing:
         later = [sources for reader, sources in stage.transfer.reads.items() if reader not in stage.layers]
         return any(set(row.layers) & set(sources) for sources in later)
 
-    def _bundle(self, boundary: BoundaryPlan, relayed: BoundaryPlan) -> Iterator[str]:
+    def _bundle(self, boundary: HopPlan, relayed: HopPlan) -> Iterator[str]:
         """The bundle's bytes as a stack, within the outline of what relaying would send."""
-        shape, centre, bottom = self.shape, _boundary_centre(boundary.boundary), self.chart_bottom
+        shape, centre, bottom = self.shape, _boundary_centre(boundary.hop), self.chart_bottom
         bundle_bytes, relayed_bytes = shape.bundle_bytes(boundary), shape.bundle_bytes(relayed)
         yield from self._stack(boundary, centre - CHART_WIDTH / 2)
         if relayed_bytes > bundle_bytes:
@@ -177,12 +177,12 @@ class _Drawing:
         contents = f"raw entries of layers: {format_layers(boundary.raw_entries)}; "
         contents += f"partial sums for layers: {format_layers(boundary.partial_sums)}"
         size, ratio = format_bytes(bundle_bytes), f"{bundle_bytes / shape.residual_bytes:.1f} × residual"
-        name = f"boundary {boundary.boundary} > {boundary.boundary + 1}"
+        name = f"boundary {boundary.hop} > {boundary.hop + 1}"
         yield _text(centre, bottom + 18, size, size=13, weight=600, anchor="middle", hover=contents)
         yield _text(centre, bottom + 34, ratio, size=11, fill=MUTED, anchor="middle")
         yield _text(centre, bottom + 50, name, size=11, fill=MUTED, anchor="middle")
 
-    def _stack(self, boundary: BoundaryPlan, left: float) -> Iterator[str]:
+    def _stack(self, boundary: HopPlan, left: float) -> Iterator[str]:
         top = float(self.chart_bottom)
         for colour, size_bytes in (
             (RESIDUAL, self.shape.residual_bytes),
@@ -196,7 +196,7 @@ class _Drawing:
 
     def _legend(self) -> list[tuple[str | None, str]]:
         """Colour, None for the outline, and meaning of what is in the picture."""
-        boundaries, shape = self.transfer.boundaries, self.shape
+        boundaries, shape = self.transfer.hops, self.shape
         entry, partial_sum = format_bytes(shape.entry_bytes), format_bytes(shape.sum_bytes)
         lines: list[tuple[str | None, str]] = []
         if boundaries:

@@ -16,7 +16,7 @@ from math import prod
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
 from lime_dist.depth.routing import Routing
-from lime_dist.plan.transfer import StageTransfer, plan_transfer
+from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
 VOCABULARY_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by, per tensor rank
 
@@ -82,13 +82,13 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 def logical_tensors(model: ModelConfig, pattern: Pattern) -> dict[str, LogicalTensor]:
     """Every tensor of the unsharded model, by name."""
     layers = range(model.num_layers)
-    transfer = plan_transfer(pattern, (layers,), policy="relay").stage(0)
+    transfer = plan_transfer(pattern, (layers,), policy="relay").chunk(0)
     specs = plan_parameters(model, transfer, layers, tp=1, tp_rank=0, vocab_rows=model.vocab_size)
     return {piece.tensor.name: piece.tensor for spec in specs for piece in spec.pieces}
 
 
 def plan_parameters(
-    model: ModelConfig, transfer: StageTransfer, layers: range, *, tp: int, tp_rank: int, vocab_rows: int
+    model: ModelConfig, transfer: ChunkTransfer, layers: range, *, tp: int, tp_rank: int, vocab_rows: int
 ) -> tuple[ParameterSpec, ...]:
     """The parameters that tensor rank `tp_rank` of the stage with `layers` holds.
 
@@ -133,7 +133,7 @@ class _Cutter:
         )
 
 
-def _parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layers: range) -> Iterator[ParameterSpec]:
+def _parameters(cut: _Cutter, model: ModelConfig, transfer: ChunkTransfer, layers: range) -> Iterator[ParameterSpec]:
     is_first, is_last = layers.start == 0, layers.stop == model.num_layers
     embedding = LogicalTensor("embed_tokens.weight", (model.vocab_size, model.hidden_size), Role.EMBEDDING)
     if is_first:
@@ -153,7 +153,7 @@ def _parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer
         yield cut.vocabulary("lm_head.weight", embedding, tied_copy=True)
 
 
-def _layer_parameters(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer: int) -> Iterator[ParameterSpec]:
+def _layer_parameters(cut: _Cutter, model: ModelConfig, transfer: ChunkTransfer, layer: int) -> Iterator[ParameterSpec]:
     prefix, hidden, inner = f"layers.{layer}.", model.hidden_size, model.intermediate_size
     matrix = _matrices_of(prefix)
     yield cut.whole(f"{prefix}input_layernorm.weight", (hidden,), Role.NORM)
@@ -174,7 +174,7 @@ def _matrices_of(prefix: str) -> Callable[..., LogicalTensor]:
     return matrix
 
 
-def _attention_inputs(cut: _Cutter, model: ModelConfig, transfer: StageTransfer, layer: int) -> Iterator[ParameterSpec]:
+def _attention_inputs(cut: _Cutter, model: ModelConfig, transfer: ChunkTransfer, layer: int) -> Iterator[ParameterSpec]:
     """Q, K and V, and what mixes the entries that they are made of. A reader of hidden states makes Q of something else than K and V."""
     prefix, hidden, kv_size = f"layers.{layer}.self_attn.", model.hidden_size, model.kv_heads * model.head_dim
     matrix = _matrices_of(prefix)
@@ -192,14 +192,14 @@ def _attention_inputs(cut: _Cutter, model: ModelConfig, transfer: StageTransfer,
     yield _hidden_router(cut, f"{prefix}lime_router.weight", model, transfer, layer)
 
 
-def _hidden_router(cut: _Cutter, name: str, model: ModelConfig, transfer: StageTransfer, reader: int) -> ParameterSpec:
+def _hidden_router(cut: _Cutter, name: str, model: ModelConfig, transfer: ChunkTransfer, reader: int) -> ParameterSpec:
     num_heads, num_sources = model.kv_heads, len(transfer.reads[reader])
     if transfer.pattern.routing is Routing.HIDDEN_DYNAMIC:
         return cut.whole(name, (num_heads * num_sources, model.hidden_size), Role.DYNAMIC_ROUTER)
     return cut.whole(name, (num_heads, num_sources), Role.HIDDEN_ROUTER)
 
 
-def _key_value_router(name: str, model: ModelConfig, transfer: StageTransfer, reader: int) -> ParameterSpec:
+def _key_value_router(name: str, model: ModelConfig, transfer: ChunkTransfer, reader: int) -> ParameterSpec:
     """The slice of a reader's router over the sources that this stage adds: one owner for each slice."""
     all_sources, here = transfer.pattern.sources[reader], transfer.reads[reader]
     shape = (model.kv_heads, len(all_sources), model.kv_heads)

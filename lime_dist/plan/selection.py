@@ -12,7 +12,7 @@ import numpy
 
 from lime_dist.depth.pattern import Pattern, parse_pattern, pattern_of_edges
 from lime_dist.errors import PlanError
-from lime_dist.plan.transfer import BoundaryPlan, plan_transfer
+from lime_dist.plan.transfer import HopPlan, plan_transfer
 
 # (reader, source) -> mean |R|, earlier sources only. An edge that is not in it is not chosen.
 EdgeWeights = Mapping[tuple[int, int], float]
@@ -51,7 +51,7 @@ def select_budget(
     stages: tuple[range, ...],
     *,
     policy: str,
-    bundle_bytes: Callable[[BoundaryPlan], int],
+    bundle_bytes: Callable[[HopPlan], int],
     budget_bytes: int,
 ) -> Pattern:
     """All edges within stages, and across them as many of the largest weights as keep every bundle within the budget.
@@ -76,10 +76,10 @@ def select_budget(
 
     def fits(count: int) -> bool:
         plan = plan_transfer(pattern(count), stages, policy=policy)
-        return all(bundle_bytes(boundary) <= budget_bytes for boundary in plan.boundaries)
+        return all(bundle_bytes(boundary) <= budget_bytes for boundary in plan.hops)
 
     if not fits(0):
-        residual = bundle_bytes(BoundaryPlan(boundary=0))
+        residual = bundle_bytes(HopPlan(hop=0))
         raise PlanError(f"depth.pattern: budget of {budget_bytes} bytes is below the residual's {residual}; raise it")
     return pattern(_last_true(fits, len(crossing)))
 

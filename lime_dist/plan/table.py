@@ -23,7 +23,7 @@ from lime_dist.plan.parameters import (
     plan_parameters,
 )
 from lime_dist.plan.stages import StagePlan, plan_run_transfer, plan_shape, plan_stages
-from lime_dist.plan.transfer import StageTransfer
+from lime_dist.plan.transfer import ChunkTransfer
 
 POLICIES = ("least", "relay")
 COMPARED_PATTERNS = (
@@ -84,7 +84,7 @@ def _parameters_per_tp_rank(config: Config, stage: StagePlan) -> int:
     return count_parameters(specs)
 
 
-def routing_flops_per_token(model: ModelConfig, transfer: StageTransfer) -> int:
+def routing_flops_per_token(model: ModelConfig, transfer: ChunkTransfer) -> int:
     """Forward, over the whole tensor group: what a stage adds to its own readers' sums and to partial sums.
 
     n sources of one reader are a product [H_kv, n * source heads] x [n * source heads, elements of each] a token
@@ -159,7 +159,7 @@ def _with_depth(config: Config, pattern: Any, policy: str) -> Config:
 
 def _cost_report(config: Config) -> dict[str, Any]:
     transfer, shape = plan_run_transfer(config), plan_shape(config)
-    bundles_bytes = [shape.bundle_bytes(boundary) for boundary in transfer.boundaries]
+    bundles_bytes = [shape.bundle_bytes(boundary) for boundary in transfer.hops]
     largest = max(bundles_bytes, default=0)
     return {
         "pattern": transfer.pattern.name,

@@ -224,11 +224,11 @@ def test_entries_cross_raw_under_every_policy(pattern: str) -> None:
     config = make_config(f"depth.pattern={pattern} parallel.pp=3 model.num_layers=6")
     least, relay = plan_run_transfer(config, "least"), plan_run_transfer(config, "relay")
     assert (least.raw_until, least.sum_from) == (relay.raw_until, relay.sum_from)
-    assert not any(boundary.partial_sums for boundary in least.boundaries)
+    assert not any(boundary.partial_sums for boundary in least.hops)
     of_keys = plan_transfer(
         make_config(f"depth.entry=kv depth.pattern={pattern} model.num_layers=6").pattern, config.stages, policy="relay"
     )
-    assert least.boundaries == of_keys.boundaries
+    assert least.hops == of_keys.hops
 
 
 @pytest.mark.parametrize(

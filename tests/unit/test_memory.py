@@ -9,7 +9,7 @@ from torch import Tensor
 from lime_dist.depth.pattern import Pattern, parse_pattern
 from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.plan.partition import plan_partition
-from lime_dist.plan.transfer import StageTransfer, plan_transfer
+from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
 HEADS, TOKENS, HEAD_DIM = 3, 4, 2
 ROW = 2 * TOKENS * HEAD_DIM
@@ -37,7 +37,7 @@ def test_reads_sums_and_all_gradients(pattern: str | Pattern, counts: list[int],
     stages = plan_partition(8, len(counts), counts)
     plan = plan_transfer(pattern, stages, policy=policy)
     for index, layers in enumerate(stages):
-        stage = Stage(plan.stage(index), layers)
+        stage = Stage(plan.chunk(index), layers)
         for actual, expected in zip(stage.through_memory(), stage.written_out(), strict=True):
             assert actual.keys() == expected.keys()
             assert [name for name in expected if not torch.allclose(actual[name], expected[name], **EXACT)] == []
@@ -46,7 +46,7 @@ def test_reads_sums_and_all_gradients(pattern: str | Pattern, counts: list[int],
 class Stage:
     """One stage's inputs, and gradients of its outputs, at random."""
 
-    def __init__(self, transfer: StageTransfer, layers: range):
+    def __init__(self, transfer: ChunkTransfer, layers: range):
         generator = torch.Generator().manual_seed(1)
 
         def rows(names: tuple[int, ...]) -> dict[int, Tensor]:
@@ -164,7 +164,7 @@ def named(kind: str, layers: tuple[int, ...], rows: Tensor) -> dict[str, Tensor]
 
 def make_memory(num_layers: int) -> DepthMemory:
     layers = range(num_layers)
-    transfer = plan_transfer(parse_pattern("full", num_layers), (layers,), policy="relay").stage(0)
+    transfer = plan_transfer(parse_pattern("full", num_layers), (layers,), policy="relay").chunk(0)
     kinds = {"dtype": torch.float32, "sum_dtype": torch.float32, "device": torch.device("cpu")}
     memory = DepthMemory(transfer, tuple(layers), (), HEADS, ROW, **kinds)
     memory.entries.values.copy_(torch.arange(memory.entries.values.numel()).view_as(memory.entries.values))

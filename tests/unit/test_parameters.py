@@ -52,7 +52,7 @@ def test_every_element_is_covered_once(
         for tp_rank in range(tp):
             specs = plan_parameters(
                 model,
-                transfer.stage(index),
+                transfer.chunk(index),
                 layers,
                 tp=tp,
                 tp_rank=tp_rank,
@@ -85,7 +85,7 @@ def test_a_tied_embedding_has_a_copy_on_the_last_stage_alone() -> None:
         stages = plan_partition(5, len(counts), counts)
         plan = plan_transfer(parse_pattern("full", 5), stages, policy="least")
         return [
-            [spec.name for spec in plan_parameters(make_model(tie_embeddings=tied), plan.stage(i), layers, tp=1, tp_rank=0, vocab_rows=384) if spec.tied_copy]
+            [spec.name for spec in plan_parameters(make_model(tie_embeddings=tied), plan.chunk(i), layers, tp=1, tp_rank=0, vocab_rows=384) if spec.tied_copy]
             for i, layers in enumerate(stages)
         ]  # fmt: skip
 

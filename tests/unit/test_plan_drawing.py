@@ -31,7 +31,7 @@ def texts(svg: str) -> Counter[str]:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_everything_is_in_the_picture(pattern: str, policy: str) -> None:
     config = make_config("parallel.pp=4", f"depth.pattern={pattern}", f"depth.policy={policy}")
-    boundaries, found = plan_run_transfer(config).boundaries, texts(draw_plan(config))
+    boundaries, found = plan_run_transfer(config).hops, texts(draw_plan(config))
     assert all(found[f"layer {layer}"] == 1 for layer in range(8))
     assert all(found[f"stage {stage}"] == 1 for stage in range(4))
     assert all(found[f"boundary {boundary} > {boundary + 1}"] == 1 for boundary in range(3))
@@ -48,7 +48,7 @@ def test_many_layers_share_rows(pattern: str) -> None:
     assert sorted(layer for row in rows for layer in row.layers) == list(range(128))
     assert len(rows) <= 8 * 8
     for row in rows:
-        assert {transfer.stage_of[layer] for layer in row.layers} == {row.stage_index}
+        assert {transfer.chunk_of[layer] for layer in row.layers} == {row.stage_index}
         assert {transfer.raw_until[layer] for layer in row.layers} == {row.raw_until}
         assert {transfer.sum_from[layer] for layer in row.layers} == {row.sum_from}
     found = texts(draw_plan(config))

@@ -74,7 +74,7 @@ def test_routing_flops_by_counting(pattern: str, policy: str) -> None:
             # Each head of the sum takes each head of the entry, element by element: a product and an addition.
             heads = product(range(model.kv_heads), range(model.kv_heads))
             counted[stage] += sum(2 for _ in product(heads, ("key", "value"), range(model.head_dim)))
-    assert [routing_flops_per_token(model, transfer.stage(index)) for index in range(3)] == counted
+    assert [routing_flops_per_token(model, transfer.chunk(index)) for index in range(3)] == counted
     assert [stage["routing_flops_per_token"] for stage in plan_report(config)["stages"]] == counted
 
 
@@ -95,7 +95,7 @@ def test_least_crossings_is_the_smallest_cover_and_is_reached() -> None:
         )
         stages = tuple(range(layer, layer + 1) for layer in range(num_layers))
         plan = plan_transfer(pattern, stages, policy="least")
-        for boundary, planned in enumerate(plan.boundaries):
+        for boundary, planned in enumerate(plan.hops):
             spanning = [(i, j) for j in range(boundary + 1, num_layers) for i in pattern.sources[j] if i < boundary + 1]
             fewest = least_crossings(pattern, boundary + 1)
             assert fewest == smallest_cover(spanning) == len(planned.raw_entries) + len(planned.partial_sums)

@@ -85,7 +85,7 @@ def test_slices_of_all_ranks_put_the_tensors_together(tp: int, counts: list[int]
     transfer = plan_transfer(PATTERN, stages, policy="least")
     for index, layers in enumerate(stages):
         for tp_rank in range(tp):
-            specs = plan_parameters(MODEL, transfer.stage(index), layers, tp=tp, tp_rank=tp_rank, vocab_rows=256 * tp)
+            specs = plan_parameters(MODEL, transfer.chunk(index), layers, tp=tp, tp_rank=tp_rank, vocab_rows=256 * tp)
             for spec in specs:
                 local = assemble_local(spec, lambda tensor: values[tensor.name])
                 for piece, part in slices(spec, local):
