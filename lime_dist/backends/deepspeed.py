@@ -151,9 +151,7 @@ class ZeroOptimizer:
             self._placeholder.grad = torch.zeros_like(self._placeholder)
         if self._config.model.tie_embeddings and self._config.parallel.pp > 1 and self._groups.embedding is not None:
             (tied,) = (
-                parameter
-                for spec, parameter in specified_parameters(self._stage)
-                if spec.role is Role.EMBEDDING
+                parameter for spec, parameter in specified_parameters(self._stage) if spec.role is Role.EMBEDDING
             )
             dist.all_reduce(self._local_gradient(tied), group=self._groups.embedding)
 
@@ -218,7 +216,9 @@ class ZeroOptimizer:
 
 def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None:
     """DeepSpeed's norm is a collective per parameter group, so a stage without routers joins with an empty hand."""
-    if any(spec.role in ROUTER_ROLES for spec in stage.parameter_specs()) or not any(map(config.pattern.has_router, range(config.model.num_layers))):
+    if any(spec.role in ROUTER_ROLES for spec in stage.parameter_specs()) or not any(
+        map(config.pattern.has_router, range(config.model.num_layers))
+    ):
         return None
     some = next(stage.parameters())
     placeholder = nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))

@@ -18,7 +18,7 @@ from lime_dist.config import Config, load_config
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.lifecycle.local_ranks import run_local_ranks
 from lime_dist.lifecycle.stopping import stop_request
-from lime_dist.plan.stages import plan_stages
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.preflight.input_files import check_files
 
 _WARM_UP_STEPS = 5  # not timed
@@ -45,8 +45,7 @@ def pattern_table(path: Path, overrides: Sequence[str], patterns: Sequence[str],
     rows = []
     for pattern, runs in outcomes.items():
         config = _config(path, (*overrides, *variants[pattern]))
-        stages = plan_stages(config)
-        largest = max(stages, key=lambda stage: stage.sent_bytes)
+        largest = max(plan_run(config).chunks, key=lambda chunk: chunk.sent_bytes)
         sent = largest.transfer.sent
         first = outcomes[patterns[0]]
         rows.append(

@@ -21,7 +21,7 @@ from lime_dist.depth.routing import Routing
 from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
-from lime_dist.plan.stages import plan_run_transfer, plan_shape
+from lime_dist.plan.stages import plan_shape, plan_transfer_of
 
 _Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
 
@@ -36,7 +36,7 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
     folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
     check_switches(config, started.pattern if folder is None else None)
-    plan_run_transfer(started)  # raises what is left: patterns and costs that do not fit the stages
+    plan_transfer_of(started)  # raises what is left: patterns and costs that do not fit the stages
     return started
 
 
@@ -51,7 +51,7 @@ def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoi
     if folder is None:
         raise no_checkpoint(config)
     evaluated = evaluated_config(config, folder)
-    plan_run_transfer(evaluated)
+    plan_transfer_of(evaluated)
     return evaluated
 
 
@@ -155,7 +155,7 @@ def check_switches(config: Config, before: Pattern | None) -> None:
                 continue  # which edges is not known yet; they are among those that are there
             resolved = resolve_pattern(after)
             known = resolved.pattern
-            plan_run_transfer(resolved)
+            plan_transfer_of(resolved)
         except PlanError as error:
             raise PlanError(str(error).replace("depth.pattern", f"depth.switch_at.{step}", 1)) from None
         added = lost_edges(known, before) if before else 0
@@ -247,7 +247,8 @@ def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
     budget_bytes = _budget_bytes(argument)
     return select_budget(
         weights() or prior_weights(config.model.num_layers),
-        config.stages,
+        config.chunks,
+        num_stages=config.parallel.pp,
         policy=config.depth.policy if config.depth.routing.presummable else "relay",
         bundle_bytes=plan_shape(config).bundle_bytes,
         budget_bytes=budget_bytes,

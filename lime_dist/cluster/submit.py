@@ -105,9 +105,9 @@ def check_memory(config: Config, cluster: ClusterConfig) -> None:
     """Raises: LayoutError when a stage is estimated to need more than `cluster.gpu_memory`."""
     if cluster.gpu_memory_bytes is None or not cluster.gpus_per_node:
         return
-    from lime_dist.plan.memory import estimate_memory
+    from lime_dist.plan.run_plan import plan_run
 
-    needs = [stage.total_bytes for stage in estimate_memory(config)]
+    needs = [stage.total_bytes for stage in plan_run(config).memory]
     worst = max(range(len(needs)), key=needs.__getitem__)
     if needs[worst] > cluster.gpu_memory_bytes:
         raise LayoutError(

@@ -175,7 +175,9 @@ class Config:
             name = self.depth.pattern_name or "edges"
             pattern = pattern_of_edges(self.depth.pattern, self.model.num_layers, name)
         else:
-            pattern = parse_pattern(self.depth.pattern, self.model.num_layers, layers_of_stages(self.chunks, self.parallel.pp))
+            pattern = parse_pattern(
+                self.depth.pattern, self.model.num_layers, layers_of_stages(self.chunks, self.parallel.pp)
+            )
         return dataclasses.replace(pattern, routing=self.depth.routing)
 
     def at_step(self, step: int) -> Config:

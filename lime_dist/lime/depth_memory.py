@@ -27,6 +27,7 @@ from lime_dist.plan.transfer import ChunkTransfer
 
 _CACHE_LINE_BYTES = 64
 
+
 class Buffer:
     """Rows [H_kv, row_size] by layer in one tensor [rows, H_kv, row_size], and their gradients in another."""
 
@@ -211,7 +212,9 @@ class DepthMemory:
         """Under which a layer's own entry lies."""
         return _apart(layer) if layer in self._blocks else layer
 
-    def add_to_sums(self, weights: dict[int, Tensor], sources: dict[int, tuple[int, ...]], run: Run, chain: Tensor) -> Tensor:
+    def add_to_sums(
+        self, weights: dict[int, Tensor], sources: dict[int, tuple[int, ...]], run: Run, chain: Tensor
+    ) -> Tensor:
         """Add entries into the sums of several readers in one matrix product; returns the chain behind it.
 
         weights[j] [H_kv, n_j, H_kv] over sources[j], all of them in `run`.
@@ -288,9 +291,7 @@ class _SumBlock(torch.autograd.Function):
 
 class _AddToSums(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, stacked: Tensor, chain: Tensor, sums_of: Buffer, rows: tuple, run: Run
-    ) -> Tensor:
+    def forward(ctx, stacked: Tensor, chain: Tensor, sums_of: Buffer, rows: tuple, run: Run) -> Tensor:
         ctx.save_for_backward(stacked)
         ctx.sums_of, ctx.rows, ctx.run = sums_of, rows, run
         values = run.values.flatten(0, 1)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.model import LimeStage
 from lime_dist.pipeline.transport import Incoming, Link, ResidualShare, Transport
-from lime_dist.plan.run_plan import ChunkPlan, StagePlan
 from lime_dist.plan.schedule import Action, Kind
+from lime_dist.plan.stages import ChunkPlan, StagePlan
 
 # Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]

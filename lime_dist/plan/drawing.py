@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from html import escape
 
 from lime_dist.config import Config
-from lime_dist.plan.stages import StagePlan, plan_run_transfer, plan_shape, plan_stages
-from lime_dist.plan.table import format_bytes, format_layers, routing_flops_per_token
+from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.stages import ChunkPlan, plan_transfer_of
+from lime_dist.plan.table import format_bytes, format_layers
 from lime_dist.plan.transfer import HopPlan, TransferPlan
 
 MAX_SINGLE_ROWS = 16  # of more layers, those of a stage that fare alike share a row
@@ -31,10 +32,10 @@ CHART_WIDTH, CHART_HEIGHT = 40, 90
 
 @dataclass(frozen=True)
 class Row:
-    """Layers of one stage that fare alike: raw entries carried on to stage `raw_until`, sums begun at stage `sum_from`."""
+    """Layers of one chunk that fare alike: raw entries carried on to chunk `raw_until`, sums begun at chunk `sum_from`."""
 
     layers: tuple[int, ...]
-    stage_index: int
+    chunk: int
     raw_until: int
     sum_from: int
 
@@ -53,8 +54,8 @@ def plan_rows(transfer: TransferPlan) -> tuple[Row, ...]:
     """A row for each layer, or for each group of layers where there are many."""
     grouped = transfer.pattern.num_layers > MAX_SINGLE_ROWS
     groups: dict[tuple[int, ...], list[int]] = {}
-    for layer, stage_index in enumerate(transfer.chunk_of):
-        fate = stage_index, transfer.raw_until[layer], transfer.sum_from[layer]
+    for layer, chunk in enumerate(transfer.chunk_of):
+        fate = chunk, transfer.raw_until[layer], transfer.sum_from[layer]
         groups.setdefault(fate if grouped else (*fate, layer), []).append(layer)
     return tuple(Row(tuple(layers), *fate[:3]) for fate, layers in groups.items())
 
@@ -67,8 +68,9 @@ def draw_plan(config: Config) -> str:
 class _Drawing:
     def __init__(self, config: Config):
         self.config = config
-        self.stages, self.shape = plan_stages(config), plan_shape(config)
-        self.transfer, self.relay = plan_run_transfer(config), plan_run_transfer(config, "relay")
+        self.plan = plan_run(config)
+        self.chunks, self.shape = self.plan.chunks, self.plan.shape
+        self.transfer, self.relay = self.plan.transfer, plan_transfer_of(config, "relay")
         self.rows = plan_rows(self.transfer)
         self.row_of = {layer: index for index, row in enumerate(self.rows) for layer in row.layers}
         self.panel_bottom = ROWS_TOP + len(self.rows) * ROW_HEIGHT + 12
@@ -77,13 +79,13 @@ class _Drawing:
         self.pixels_per_byte = CHART_HEIGHT / largest
 
     def document(self) -> str:
-        width = max(MIN_WIDTH, 2 * MARGIN + len(self.stages) * (STAGE_WIDTH + GAP) - GAP)
+        width = max(MIN_WIDTH, 2 * MARGIN + len(self.chunks) * (STAGE_WIDTH + GAP) - GAP)
         legend = self._legend()
         height = self.chart_bottom + 118 + 20 * len(legend)
         parts = [
             *self._headings(),
-            *(part for stage in self.stages for part in self._stage(stage)),
-            *(part for stage in self.stages for part in self._reads(stage)),
+            *(part for chunk in self.chunks for part in self._chunk(chunk)),
+            *(part for chunk in self.chunks for part in self._reads(chunk)),
             *(part for row in self.rows for part in self._row(row)),
             *(part for pair in zip(self.transfer.hops, self.relay.hops) for part in self._bundle(*pair)),
             *(part for line, (sample, text) in enumerate(legend) for part in self._legend_line(line, sample, text)),
@@ -98,7 +100,8 @@ class _Drawing:
 
     def _headings(self) -> Iterator[str]:
         transfer = self.transfer
-        on = f"{len(self.stages)} stages" if len(self.stages) > 1 else "1 stage"
+        on = f"{len(self.plan.stages)} stages" if len(self.plan.stages) > 1 else "1 stage"
+        on += f" of {self.plan.virtual_stages} chunks" if self.plan.virtual_stages > 1 else ""
         title = f"{len(transfer.chunk_of)} layers on {on}, pattern {transfer.pattern.name}"
         counts = f"policy {self.config.depth.policy}: {transfer.num_crossings} entries and partial sums cross"
         if transfer.num_crossings < self.relay.num_crossings:
@@ -106,30 +109,38 @@ class _Drawing:
         yield _text(MARGIN, 38, title, size=18, weight=600)
         yield _text(MARGIN, 60, counts, size=13, fill=MUTED)
 
-    def _stage(self, stage: StagePlan) -> Iterator[str]:
-        left, centre = _left(stage.stage_index), _left(stage.stage_index) + STAGE_WIDTH / 2
+    def _chunk(self, chunk: ChunkPlan) -> Iterator[str]:
+        left, centre = _left(chunk.chunk), _left(chunk.chunk) + STAGE_WIDTH / 2
         yield _rect(left, PANEL_TOP, STAGE_WIDTH, self.panel_bottom - PANEL_TOP, PANEL, stroke=FRAME, radius=8)
-        yield _text(centre, PANEL_TOP + 22, f"stage {stage.stage_index}", size=14, weight=600, anchor="middle")
-        layers = f"layers {format_layers(stage.layers)}" if len(stage.layers) > 1 else f"layer {stage.layers.start}"
+        yield _text(centre, PANEL_TOP + 22, self._name(chunk), size=14, weight=600, anchor="middle")
+        layers = f"layers {format_layers(chunk.layers)}" if len(chunk.layers) > 1 else f"layer {chunk.layers.start}"
         yield _text(centre, PANEL_TOP + 40, layers.replace("-", "–"), size=12, fill=MUTED, anchor="middle")
-        flops = routing_flops_per_token(self.config.model, stage.transfer)
-        held = format_bytes(stage.peak_in_flight * stage.held_bytes)
+        held, flops = format_bytes(self._held_bytes(chunk)), chunk.routing_flops_per_token
         for line, text in enumerate((f"holds {held} of entries", f"{flops:,} routing", "FLOPs a token")):
             yield _text(centre, self.panel_bottom + 30 + 17 * line, text, size=11, fill=MUTED, anchor="middle")
-        if not stage.is_last_stage:
+        if not chunk.is_last:
             yield _arrow(left + STAGE_WIDTH, left + STAGE_WIDTH + GAP, PANEL_TOP + 30, RESIDUAL, width=5)
-            yield _text(_boundary_centre(stage.stage_index), PANEL_TOP + 18, "residual", size=11, anchor="middle")
+            yield _text(_boundary_centre(chunk.chunk), PANEL_TOP + 18, "residual", size=11, anchor="middle")
 
-    def _reads(self, stage: StagePlan) -> Iterator[str]:
+    def _name(self, chunk: ChunkPlan) -> str:
+        stage_index = chunk.chunk % len(self.plan.stages)
+        return f"stage {stage_index}" + (f", chunk {chunk.chunk}" if self.plan.virtual_stages > 1 else "")
+
+    def _held_bytes(self, chunk: ChunkPlan) -> int:
+        """Entries of all microbatches in flight, when they are most."""
+        stage = self.plan.stages[chunk.chunk % len(self.plan.stages)]
+        return max(counts.get(chunk.chunk, 0) for counts in stage.moments) * chunk.held_bytes
+
+    def _reads(self, chunk: ChunkPlan) -> Iterator[str]:
         """Of received entries into own layers at the left edge, of any entries into later layers' sums at the right."""
-        left, right = _left(stage.stage_index) + BUS, _left(stage.stage_index) + STAGE_WIDTH - BUS
-        own = {reader: set(sources) - set(stage.layers) for reader, sources in stage.transfer.reads.items()}
-        own = {reader: sources for reader, sources in own.items() if reader in stage.layers and sources}
+        left, right = _left(chunk.chunk) + BUS, _left(chunk.chunk) + STAGE_WIDTH - BUS
+        own = {reader: set(sources) - set(chunk.layers) for reader, sources in chunk.transfer.reads.items()}
+        own = {reader: sources for reader, sources in own.items() if reader in chunk.layers and sources}
         if own:
             yield from self._bus(left, RAW, own)
             for y in self._heights(own):
-                yield _arrow(left, _layer_left(stage.stage_index), y, RAW)
-        later = {reader: sources for reader, sources in stage.transfer.reads.items() if reader not in stage.layers}
+                yield _arrow(left, _layer_left(chunk.chunk), y, RAW)
+        later = {reader: sources for reader, sources in chunk.transfer.reads.items() if reader not in chunk.layers}
         if later:
             yield from self._bus(right, SUM, later)
             yield from (_circle(right, y, 3.5, SUM) for y in self._heights(later))
@@ -142,14 +153,14 @@ class _Drawing:
         yield from (_circle(x, y, 3, RAW) for y in sources)
 
     def _row(self, row: Row) -> Iterator[str]:
-        left, y = _layer_left(row.stage_index), self._height(row.layers[0])
-        if row.raw_until > row.stage_index or self._is_summed(row, row.stage_index):
+        left, y = _layer_left(row.chunk), self._height(row.layers[0])
+        if row.raw_until > row.chunk or self._is_summed(row, row.chunk):
             yield _line(left + LAYER_WIDTH, y, self._raw_end(row), y, RAW)
-        if row.sum_from < row.stage_index:
+        if row.sum_from < row.chunk:
             yield _arrow(_left(row.sum_from) + STAGE_WIDTH - BUS, left, y, SUM)
-        for boundary in range(row.stage_index, row.raw_until):
+        for boundary in range(row.chunk, row.raw_until):
             yield from _pill(boundary, y, row.pill("raw", "raw"), RAW)
-        for boundary in range(row.sum_from, row.stage_index):
+        for boundary in range(row.sum_from, row.chunk):
             yield from _pill(boundary, y, row.pill("sum", "sums"), SUM)
         yield _rect(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, PAPER, stroke=INK, radius=4)
         hover = f"layers {format_layers(row.layers)}" if len(row.layers) > 1 else None
@@ -160,10 +171,10 @@ class _Drawing:
         left = _left(row.raw_until)
         return left + STAGE_WIDTH - BUS if self._is_summed(row, row.raw_until) else left + BUS
 
-    def _is_summed(self, row: Row, stage_index: int) -> bool:
-        """Whether the stage adds an entry of this row into the sum of a later stage's layer."""
-        stage = self.stages[stage_index]
-        later = [sources for reader, sources in stage.transfer.reads.items() if reader not in stage.layers]
+    def _is_summed(self, row: Row, chunk_index: int) -> bool:
+        """Whether the chunk adds an entry of this row into the sum of a later chunk's layer."""
+        chunk = self.chunks[chunk_index]
+        later = [sources for reader, sources in chunk.transfer.reads.items() if reader not in chunk.layers]
         return any(set(row.layers) & set(sources) for sources in later)
 
     def _bundle(self, boundary: HopPlan, relayed: HopPlan) -> Iterator[str]:
@@ -233,12 +244,12 @@ class _Drawing:
 # ---- places and shapes
 
 
-def _left(stage_index: int) -> float:
-    return MARGIN + stage_index * (STAGE_WIDTH + GAP)
+def _left(column: int) -> float:
+    return MARGIN + column * (STAGE_WIDTH + GAP)
 
 
-def _layer_left(stage_index: int) -> float:
-    return _left(stage_index) + (STAGE_WIDTH - LAYER_WIDTH) / 2
+def _layer_left(column: int) -> float:
+    return _left(column) + (STAGE_WIDTH - LAYER_WIDTH) / 2
 
 
 def _boundary_centre(boundary: int) -> float:

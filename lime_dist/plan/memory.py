@@ -12,14 +12,14 @@ fused kernel, and that matrix is not counted here.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 
 from lime_dist.config import Config
 from lime_dist.depth.routing import Routing
 from lime_dist.plan.parameters import padded_vocab_size, plan_parameters
-from lime_dist.plan.stages import StagePlan, plan_stages
+from lime_dist.plan.stages import ChunkPlan, StagePlan
 
 FP32 = 4
 MOMENTS = 2  # AdamW's
@@ -62,45 +62,61 @@ class StageMemory:
         return {part.name: getattr(self, part.name) for part in fields(self)} | {"total": self.total_bytes}
 
 
-def estimate_memory(config: Config) -> tuple[StageMemory, ...]:
+def estimate_memory(config: Config, stages: Sequence[StagePlan]) -> tuple[StageMemory, ...]:
     """One for each stage of a checked config. `run.device: auto` is taken for a GPU."""
-    return tuple(_StageEstimate(config, stage).memory() for stage in plan_stages(config))
+    return tuple(_StageEstimate(config, stage).memory() for stage in stages)
 
 
 class _StageEstimate:
     def __init__(self, config: Config, stage: StagePlan):
-        self._config, self._model, self._stage, self._shape = config, config.model, stage, stage.shape
-        self._element, self._tp, self._dp = stage.shape.element_bytes, config.parallel.tp, config.layout.dp
-        self._rows = stage.shape.rows * self._tp  # tokens of a microbatch, padded
-        self._residual_rows = stage.shape.rows if config.parallel.sequence_parallel else self._rows
+        self._config, self._model, self._stage = config, config.model, stage
+        self._chunks, self._shape = {chunk.chunk: chunk for chunk in stage.chunks}, stage.chunks[0].shape
+        self._element, self._tp, self._dp = self._shape.element_bytes, config.parallel.tp, config.layout.dp
+        self._rows = self._shape.rows * self._tp  # tokens of a microbatch, padded
+        self._residual_rows = self._shape.rows if config.parallel.sequence_parallel else self._rows
         self._residual = self._residual_rows * self._model.hidden_size * self._element
         self._recomputes = config.parallel.recompute == "layer"
         self._on_gpu = config.run.device != "cpu"
         self._parameters = self._parameter_sizes()
 
     def memory(self) -> StageMemory:
+        """At the moment when it is most."""
         count, zero = sum(self._parameters), self._config.zero_stage
         gradients = FP32 * count // (self._dp if zero >= 2 else 1)
-        return StageMemory(
-            weights=self._weights(count),
-            gradients=gradients,
-            optimizer=self._optimizer(count),
-            activations=self._activations(),
-            entries=self._stage.peak_in_flight * self._stage.held_bytes,
-            sums=self._sums() * (self._stage.peak_in_flight if self._recomputes else 1),
-            logits=self._logits(),
-            buffers=sum(self._buffers()),
-            update=max(0, self._update(count) - gradients),
+        return max(
+            (
+                StageMemory(
+                    weights=self._weights(count),
+                    gradients=gradients,
+                    optimizer=self._optimizer(count),
+                    activations=self._activations(in_flight),
+                    entries=sum(number * self._chunks[chunk].held_bytes for chunk, number in in_flight.items()),
+                    sums=self._sums_in_flight(in_flight),
+                    logits=FP32 * in_flight.get(self._last.chunk, 0) * self._logit_elements(),
+                    buffers=sum(self._buffers(sum(in_flight.values()))),
+                    update=max(0, self._update(count) - gradients),
+                )
+                for in_flight in self._stage.moments
+            ),
+            key=lambda memory: memory.total_bytes,
         )
+
+    @property
+    def _last(self) -> ChunkPlan:
+        return self._stage.chunks[-1]
 
     # ---- weights to moments: `backends/deepspeed.py`
 
     def _parameter_sizes(self) -> list[int]:
         """Elements of each parameter of a tensor rank, padding and tied copies included."""
         vocab_rows = padded_vocab_size(self._model.vocab_size, self._tp)
-        layers, transfer = self._stage.layers, self._stage.transfer
-        specs = plan_parameters(self._model, transfer, layers, tp=self._tp, tp_rank=0, vocab_rows=vocab_rows)
-        return [prod(spec.shape) for spec in specs]
+        return [
+            prod(spec.shape)
+            for chunk in self._stage.chunks
+            for spec in plan_parameters(
+                self._model, chunk.transfer, chunk.layers, tp=self._tp, tp_rank=0, vocab_rows=vocab_rows
+            )
+        ]
 
     def _weights(self, count: int) -> int:
         """ZeRO 3 keeps a share of each parameter, and so many parameters whole at a time."""
@@ -134,17 +150,22 @@ class _StageEstimate:
 
     # ---- what autograd keeps of one microbatch: `lime/`
 
-    def _activations(self) -> int:
-        layers = [sum(self._layer(layer)) for layer in self._stage.layers]
-        ends = self._norm() if self._stage.is_last_stage else self._residual  # the final norm, or the output
-        in_flight = self._stage.peak_in_flight
-        if self._recomputes:
-            return in_flight * (len(layers) * self._residual + ends) + max(layers)
-        return in_flight * (sum(layers) + ends)
+    def _activations(self, in_flight: Mapping[int, int]) -> int:
+        kept = sum(number * self._kept_of(self._chunks[chunk]) for chunk, number in in_flight.items())
+        if not self._recomputes:
+            return kept
+        return kept + max(sum(self._layer(chunk, layer)) for chunk in self._stage.chunks for layer in chunk.layers)
 
-    def _layer(self, layer: int) -> Iterator[int]:
+    def _kept_of(self, chunk: ChunkPlan) -> int:
+        """Of one microbatch; with `recompute` the input of each layer."""
+        ends = self._norm() if chunk.is_last else self._residual  # the final norm, or the output
+        if self._recomputes:
+            return len(chunk.layers) * self._residual + ends
+        return sum(sum(self._layer(chunk, layer)) for layer in chunk.layers) + ends
+
+    def _layer(self, chunk: ChunkPlan, layer: int) -> Iterator[int]:
         yield 2 * self._norm()
-        yield sum(self._attention(layer))
+        yield sum(self._attention(chunk, layer))
         # SwiGLU: the gate and the other half, silu of the gate, the product.
         yield 4 * self._rows * self._model.intermediate_size // self._tp * self._element
 
@@ -155,66 +176,81 @@ class _StageEstimate:
         inside = self._element if self._on_gpu else 2 * FP32
         return elements * (inside + self._element) + self._residual_rows * FP32
 
-    def _attention(self, layer: int) -> Iterator[int]:
+    def _attention(self, chunk: ChunkPlan, layer: int) -> Iterator[int]:
         """Rotated queries and keys, values, the output, the log of each row's sum.
 
         Values are a view, which keeps all of what they are part of: the layer's own projection or the routed entry.
         """
         heads, kv_heads, head_dim = self._model.num_heads, self._model.kv_heads, self._model.head_dim
-        is_reader = layer in self._stage.transfer.reads
+        is_reader = layer in chunk.transfer.reads
         values_of = 2 * kv_heads if is_reader else heads + 2 * kv_heads
         yield (2 * heads + kv_heads + values_of) * head_dim // self._tp * self._rows * self._element
         yield heads // self._tp * self._rows * FP32
         if is_reader and self._shape.routing is not Routing.KEY_VALUE:
-            yield from self._hidden_read(layer)
+            yield from self._hidden_read(len(chunk.transfer.reads[layer]))
 
-    def _hidden_read(self, layer: int) -> Iterator[int]:
+    def _hidden_read(self, num_sources: int) -> Iterator[int]:
         """LIMe v1: the projection of all heads before and after the reader's gain; a dynamic router's weights."""
         model = self._model
         yield 2 * 2 * model.kv_heads * model.head_dim * model.hidden_size * self._element
         if self._shape.routing is Routing.HIDDEN_DYNAMIC:
-            weights = self._shape.rows * model.kv_heads * len(self._stage.transfer.reads[layer])
+            weights = self._shape.rows * model.kv_heads * num_sources
             yield weights * (FP32 if self._element == FP32 else FP32 + self._element)
 
-    def _logits(self) -> int:
-        """The fp32 softmax of each microbatch in flight; Megatron's cross entropy writes it over the logits."""
-        return FP32 * self._stage.peak_in_flight * self._logit_elements()
-
     def _logit_elements(self) -> int:
+        """Of one microbatch; Megatron's cross entropy writes the fp32 softmax over the logits."""
         vocab_rows = padded_vocab_size(self._model.vocab_size, self._tp) // self._tp
-        return self._rows * vocab_rows if self._stage.is_last_stage else 0
+        return self._rows * vocab_rows if self._last.is_last else 0
 
     # ---- what waits and travels: `pipeline/executor.py`
 
-    def _buffers(self) -> Iterator[int]:
+    def _buffers(self, num_in_flight: int) -> Iterator[int]:
         yield self._element * max(self._parameters)  # a parameter's gradient, before it is added to the sum
         yield self._element * self._logit_elements()  # the logits, then their gradient, beside the softmax
-        yield self._stage.held_bytes + self._sums()  # their gradients, of the microbatch that goes back
-        yield self._received()
+        yield self._gradients_of_entries()
+        yield self._received(num_in_flight)
         yield self._sent()
         if self._config.parallel.sequence_parallel and self._tp > 1:
             yield self._rows * self._model.hidden_size * self._element  # Megatron's buffer of gathered rows
         if self._config.zero_stage >= 2:
             yield self._buckets()
 
-    def _sums(self) -> int:
-        return len(self._stage.transfer.summed_readers) * self._shape.sum_bytes
+    def _gradients_of_entries(self) -> int:
+        """Of the microbatch that goes back, and of those entries to which its later chunks have added already."""
+        sums = max(self._sums(chunk) for chunk in self._stage.chunks)
+        return sum(chunk.held_bytes for chunk in self._stage.chunks) + sums
 
-    def _received(self) -> int:
+    def _sums(self, chunk: ChunkPlan) -> int:
+        return len(chunk.transfer.summed_readers) * self._shape.sum_bytes
+
+    def _sums_in_flight(self, in_flight: Mapping[int, int]) -> int:
+        if self._recomputes:
+            return sum(number * self._sums(self._chunks[chunk]) for chunk, number in in_flight.items())
+        return max(self._sums(chunk) for chunk in self._stage.chunks)
+
+    def _received(self, num_in_flight: int) -> int:
         """One action ahead: the next microbatch's depth memory and residual, the gradients of what was sent."""
-        stage, waits = self._stage, self._config.pipeline.num_microbatches > self._stage.peak_in_flight
-        ahead = stage.held_bytes + self._sums() + (0 if stage.is_first_stage else self._shape.residual_bytes)
-        return (ahead if waits else 0) + stage.sent_bytes
+        passes = self._config.pipeline.num_microbatches * len(self._stage.chunks)
+        ahead = max(
+            chunk.held_bytes + self._sums(chunk) + (0 if chunk.is_first else self._shape.residual_bytes)
+            for chunk in self._stage.chunks
+        )
+        return (ahead if passes > num_in_flight else 0) + max(chunk.sent_bytes for chunk in self._stage.chunks)
 
     def _sent(self) -> int:
         """Views keep whole buffers until the next send finds that they have left; gloo tells only at the step's end."""
-        stage, held, sums = self._stage, self._stage.held_bytes, self._sums()
-        forward = self._residual + (held if stage.transfer.sent.raw_entries else 0)
-        forward += sums if stage.transfer.sent.partial_sums else 0
-        backward = self._residual + (held if stage.transfer.received.raw_entries else 0)
-        backward += sums if stage.transfer.received.partial_sums else 0
-        one = (0 if stage.is_last_stage else forward) + (0 if stage.is_first_stage else backward)
-        return one if self._on_gpu else one * (self._config.pipeline.num_microbatches - 1)
+        sent = [self._sent_of(chunk) for chunk in self._stage.chunks]
+        if self._on_gpu:
+            return max(sent)
+        return sum(sent) * self._config.pipeline.num_microbatches - max(sent)
+
+    def _sent_of(self, chunk: ChunkPlan) -> int:
+        held, sums = chunk.held_bytes, self._sums(chunk)
+        forward = self._residual + (held if chunk.transfer.sent.raw_entries else 0)
+        forward += sums if chunk.transfer.sent.partial_sums else 0
+        backward = self._residual + (held if chunk.transfer.received.raw_entries else 0)
+        backward += sums if chunk.transfer.received.partial_sums else 0
+        return (0 if chunk.is_last else forward) + (0 if chunk.is_first else backward)
 
     def _buckets(self) -> int:
         """DeepSpeed makes them of full size however few gradients there are; two under ZeRO 2 with `overlap_comm`."""

@@ -57,4 +57,6 @@ def _even_counts(num_layers: int, num_chunks: int) -> list[int]:
 
 def layers_of_stages(chunks: Sequence[range], num_stages: int) -> tuple[tuple[int, ...], ...]:
     """The layers of all chunks of each stage, ascending."""
-    return tuple(tuple(layer for layers in chunks[stage::num_stages] for layer in layers) for stage in range(num_stages))
+    return tuple(
+        tuple(layer for layers in chunks[stage::num_stages] for layer in layers) for stage in range(num_stages)
+    )

@@ -12,6 +12,7 @@ import numpy
 
 from lime_dist.depth.pattern import Pattern, parse_pattern, pattern_of_edges
 from lime_dist.errors import PlanError
+from lime_dist.plan.partition import layers_of_stages
 from lime_dist.plan.transfer import HopPlan, plan_transfer
 
 # (reader, source) -> mean |R|, earlier sources only. An edge that is not in it is not chosen.
@@ -48,8 +49,9 @@ def select_top_p(weights: EdgeWeights, num_layers: int, top_p: float) -> Pattern
 
 def select_budget(
     weights: EdgeWeights,
-    stages: tuple[range, ...],
+    chunks: tuple[range, ...],
     *,
+    num_stages: int,
     policy: str,
     bundle_bytes: Callable[[HopPlan], int],
     budget_bytes: int,
@@ -58,10 +60,12 @@ def select_budget(
 
     Raises: PlanError when the residual alone does not fit.
     """
-    num_layers = stages[-1].stop
+    num_layers = chunks[-1].stop
     within = {
         reader: [source for source in sources if (reader, source) in weights]
-        for reader, sources in parse_pattern("within_stage", num_layers, stages).edges.items()
+        for reader, sources in parse_pattern(
+            "within_stage", num_layers, layers_of_stages(chunks, num_stages)
+        ).edges.items()
     }
     crossing = sorted(
         ((reader, source) for reader, source in weights if source not in within.get(reader, ())),
@@ -75,7 +79,7 @@ def select_budget(
         return pattern_of_edges(edges, num_layers, f"budget:{budget_bytes}")
 
     def fits(count: int) -> bool:
-        plan = plan_transfer(pattern(count), stages, policy=policy)
+        plan = plan_transfer(pattern(count), chunks, num_stages=num_stages, policy=policy)
         return all(bundle_bytes(boundary) <= budget_bytes for boundary in plan.hops)
 
     if not fits(0):

@@ -13,8 +13,7 @@ from typing import Any
 
 from lime_dist.config import Config, ModelConfig
 from lime_dist.depth.pattern import Pattern
-from lime_dist.depth.routing import Routing
-from lime_dist.plan.memory import StageMemory, estimate_memory
+from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.parameters import (
     ROUTER_ROLES,
     count_parameters,
@@ -22,8 +21,8 @@ from lime_dist.plan.parameters import (
     padded_vocab_size,
     plan_parameters,
 )
-from lime_dist.plan.stages import StagePlan, plan_run_transfer, plan_shape, plan_stages
-from lime_dist.plan.transfer import ChunkTransfer
+from lime_dist.plan.run_plan import RunPlan, plan_run
+from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_shape, plan_transfer_of
 
 POLICIES = ("least", "relay")
 COMPARED_PATTERNS = (
@@ -41,64 +40,56 @@ COMPARED_PATTERNS = (
 
 
 def plan_report(config: Config) -> dict[str, Any]:
-    """Stages, boundaries and totals of a checked config.
+    """Stages, hops and totals of a checked config.
 
-    totals: entries and partial sums over all boundaries, under each policy. proven_minimum: what no plan can go below.
+    totals: entries and partial sums over all hops, under each policy. proven_minimum: what no plan can go below; without
+    virtual stages by the matchings of all boundaries, with them by the minimum cut.
     """
-    stages, pattern = plan_stages(config), config.pattern
-    fewest = [least_crossings(pattern, following.layers.start) for following in stages[1:]]
+    plan = plan_run(config)
+    transfers = {policy: plan_transfer_of(config, policy) for policy in POLICIES}
+    fewest = _fewest(plan)
     return {
         "layout": {"tp": config.layout.tp, "pp": config.layout.pp, "dp": config.layout.dp},
-        "pattern": pattern.name,
+        "virtual_stages": plan.virtual_stages,
+        "pattern": plan.transfer.pattern.name,
         "policy": config.depth.policy,
-        "stages": [_stage_report(config, stage, memory) for stage, memory in zip(stages, estimate_memory(config))],
-        "boundaries": [_boundary_report(stage, least) for stage, least in zip(stages, fewest)],
-        "totals": {policy: plan_run_transfer(config, policy).num_crossings for policy in POLICIES},
-        "proven_minimum": sum(fewest),
+        "stages": [_stage_report(config, stage, memory) for stage, memory in zip(plan.stages, plan.memory)],
+        "hops": [_hop_report(plan, chunk, least) for chunk, least in zip(plan.chunks, fewest)],
+        "totals": {policy: transfer.num_crossings for policy, transfer in transfers.items()},
+        "proven_minimum": transfers["least"].num_crossings if plan.virtual_stages > 1 else sum(filter(None, fewest)),
     }
+
+
+def _fewest(plan: RunPlan) -> list[int | None]:
+    """Of each hop. With virtual stages what a hop must carry depends on the others, and only the sum has a minimum."""
+    if plan.virtual_stages > 1:
+        return [None] * (len(plan.chunks) - 1)
+    return [least_crossings(plan.transfer.pattern, following.layers.start) for following in plan.chunks[1:]]
 
 
 def _stage_report(config: Config, stage: StagePlan, memory: StageMemory) -> dict[str, Any]:
     return {
         "stage_index": stage.stage_index,
         "layers": list(stage.layers),
+        "chunks": [chunk.chunk for chunk in stage.chunks],
         "parameters_per_tp_rank": _parameters_per_tp_rank(config, stage),
-        "routing_flops_per_token": routing_flops_per_token(config.model, stage.transfer),
+        "routing_flops_per_token": stage.routing_flops_per_token,
         "received_bytes": stage.received_bytes,
         "microbatches_in_flight": stage.peak_in_flight,
-        "entries_in_flight_bytes": stage.peak_in_flight * stage.held_bytes,
+        "entries_in_flight_bytes": stage.peak_held_bytes,
         "memory_bytes": memory.report(),
     }
 
 
 def _parameters_per_tp_rank(config: Config, stage: StagePlan) -> int:
     tp = config.parallel.tp
-    specs = plan_parameters(
-        config.model,
-        stage.transfer,
-        stage.layers,
-        tp=tp,
-        tp_rank=0,
-        vocab_rows=padded_vocab_size(config.model.vocab_size, tp),
+    vocab_rows = padded_vocab_size(config.model.vocab_size, tp)
+    return sum(
+        count_parameters(
+            plan_parameters(config.model, chunk.transfer, chunk.layers, tp=tp, tp_rank=0, vocab_rows=vocab_rows)
+        )
+        for chunk in stage.chunks
     )
-    return count_parameters(specs)
-
-
-def routing_flops_per_token(model: ModelConfig, transfer: ChunkTransfer) -> int:
-    """Forward, over the whole tensor group: what a stage adds to its own readers' sums and to partial sums.
-
-    n sources of one reader are a product [H_kv, n * source heads] x [n * source heads, elements of each] a token
-    (arXiv 2502.09245v2, eq. 3), two operations for each of its multiply-adds. A dynamic router's weights are a
-    product of their own.
-    """
-    routing = transfer.pattern.routing
-    source_heads, elements = routing.entry_shape(
-        rows=1, hidden_size=model.hidden_size, num_kv_heads=model.kv_heads, head_dim=model.head_dim
-    )
-    if routing is Routing.HIDDEN_DYNAMIC:
-        elements += model.hidden_size
-    num_reads = sum(len(sources) for sources in transfer.reads.values())
-    return 2 * num_reads * model.kv_heads * source_heads * elements
 
 
 def least_crossings(pattern: Pattern, first_layer: int) -> int:
@@ -124,20 +115,21 @@ def least_crossings(pattern: Pattern, first_layer: int) -> int:
     return networkx.maximum_flow_value(graph, "start", "end") if entries else 0
 
 
-def _boundary_report(stage: StagePlan, fewest: int) -> dict[str, Any]:
+def _hop_report(plan: RunPlan, chunk: ChunkPlan, fewest: int | None) -> dict[str, Any]:
     """tensors, fewest_tensors: with the residual."""
-    shape, sent = stage.shape, stage.transfer.sent
+    shape, sent, num_stages = chunk.shape, chunk.transfer.sent, len(plan.stages)
     return {
-        "boundary": stage.stage_index,
+        "hop": chunk.chunk,
+        "boundary": chunk.chunk % num_stages,
         "raw_entries": list(sent.raw_entries),
         "partial_sums": list(sent.partial_sums),
         "tensors": 1 + len(sent.raw_entries) + len(sent.partial_sums),
-        "fewest_tensors": 1 + fewest,
+        "fewest_tensors": None if fewest is None else 1 + fewest,
         "entry_bytes": shape.entry_bytes,
         "residual_bytes": shape.residual_bytes,
-        "bundle_bytes": stage.sent_bytes,
-        "bytes_per_step": stage.sent_bytes * len(stage.actions) // 2,
-        "ratio_to_residual": stage.sent_bytes / shape.residual_bytes,
+        "bundle_bytes": chunk.sent_bytes,
+        "bytes_per_step": chunk.sent_bytes * plan.num_microbatches,
+        "ratio_to_residual": chunk.sent_bytes / shape.residual_bytes,
     }
 
 
@@ -158,8 +150,8 @@ def _with_depth(config: Config, pattern: Any, policy: str) -> Config:
 
 
 def _cost_report(config: Config) -> dict[str, Any]:
-    transfer, shape = plan_run_transfer(config), plan_shape(config)
-    bundles_bytes = [shape.bundle_bytes(boundary) for boundary in transfer.hops]
+    transfer, shape = plan_transfer_of(config), plan_shape(config)
+    bundles_bytes = [shape.bundle_bytes(hop) for hop in transfer.hops]
     largest = max(bundles_bytes, default=0)
     return {
         "pattern": transfer.pattern.name,
@@ -184,15 +176,20 @@ def stage_table(config: Config) -> str:
     """For people: a line a stage, a line a boundary."""
     report = plan_report(config)
     lines = [
-        f"layout {config.layout}, pattern {report['pattern']}, policy {config.depth.policy}, schedule {config.pipeline.schedule}, "
+        f"{_layout(config)}, pattern {report['pattern']}, policy {config.depth.policy}, schedule {config.pipeline.schedule}, "
         f"{config.pipeline.num_microbatches} microbatches of {config.microbatch_size} x {config.data.seq_length} tokens; "
         "bytes are of one microbatch on one tensor rank, forward",
         "",
         *_stage_lines(report["stages"]),
     ]
-    if report["boundaries"]:
-        lines += ["", *_boundary_lines(report["boundaries"])]
+    if report["hops"]:
+        lines += ["", *_hop_lines(report)]
     return "\n".join([*lines, "", _totals_line(report)])
+
+
+def _layout(config: Config) -> str:
+    virtual = config.parallel.virtual_stages
+    return f"layout {config.layout}" + (f", {virtual} virtual stages" if virtual > 1 else "")
 
 
 def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
@@ -222,9 +219,9 @@ def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
     return align_columns(head, rows)
 
 
-def _boundary_lines(boundaries: Sequence[dict[str, Any]]) -> list[str]:
+def _hop_lines(report: dict[str, Any]) -> list[str]:
     head = (
-        "boundary",
+        "boundary" if report["virtual_stages"] == 1 else "chunks",
         "raw entries of layers",
         "partial sums for layers",
         "tensors",
@@ -237,18 +234,18 @@ def _boundary_lines(boundaries: Sequence[dict[str, Any]]) -> list[str]:
     )
     rows = [
         (
-            f"{boundary['boundary']} > {boundary['boundary'] + 1}",
-            format_layers(boundary["raw_entries"]),
-            format_layers(boundary["partial_sums"]),
-            str(boundary["tensors"]),
-            str(boundary["fewest_tensors"]),
-            format_bytes(boundary["residual_bytes"]),
-            format_bytes(boundary["entry_bytes"]),
-            format_bytes(boundary["bundle_bytes"]),
-            f"{boundary['ratio_to_residual']:.2f}",
-            format_bytes(boundary["bytes_per_step"]),
+            f"{hop['hop']} > {hop['hop'] + 1}",
+            format_layers(hop["raw_entries"]),
+            format_layers(hop["partial_sums"]),
+            str(hop["tensors"]),
+            "-" if hop["fewest_tensors"] is None else str(hop["fewest_tensors"]),
+            format_bytes(hop["residual_bytes"]),
+            format_bytes(hop["entry_bytes"]),
+            format_bytes(hop["bundle_bytes"]),
+            f"{hop['ratio_to_residual']:.2f}",
+            format_bytes(hop["bytes_per_step"]),
         )
-        for boundary in boundaries
+        for hop in report["hops"]
     ]
     return align_columns(head, rows)
 
@@ -257,7 +254,8 @@ def _totals_line(report: dict[str, Any]) -> str:
     totals, minimum = report["totals"], report["proven_minimum"]
     counts = ", ".join(f"{policy} {totals[policy]}" for policy in POLICIES)
     reached = ", which least reaches" if totals["least"] == minimum else ""
-    return f"entries and partial sums over all boundaries: {counts}; proven minimum {minimum}{reached}"
+    where = "boundaries" if report["virtual_stages"] == 1 else "hops"
+    return f"entries and partial sums over all {where}: {counts}; proven minimum {minimum}{reached}"
 
 
 def compare_table(config: Config) -> str:

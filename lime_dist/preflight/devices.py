@@ -10,7 +10,7 @@ import torch
 
 from lime_dist.config import Config
 from lime_dist.errors import LayoutError
-from lime_dist.plan.memory import estimate_memory
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.table import format_bytes
 
 _SMALLER = (
@@ -55,14 +55,14 @@ def check_memory(config: Config) -> str | None:
             [all_ranks_bytes(config)], memory.total, memory.available, "all ranks need", "this machine has"
         )
     sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-    needs = [stage.total_bytes for stage in estimate_memory(config)]
+    needs = [stage.total_bytes for stage in plan_run(config).memory]
     return compare_memory(needs, min(sizes), min(sizes), "a rank needs", "its GPU has")
 
 
 def all_ranks_bytes(config: Config) -> int:
     """What the tensors of all ranks take on CPUs, by the estimate."""
     on_cpu = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cpu"))
-    return config.parallel.tp * config.layout.dp * sum(stage.total_bytes for stage in estimate_memory(on_cpu))
+    return config.parallel.tp * config.layout.dp * sum(stage.total_bytes for stage in plan_run(on_cpu).memory)
 
 
 def compare_memory(needs: Sequence[int], total: int, available: int, who: str, where: str) -> str | None:

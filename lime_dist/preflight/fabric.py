@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
 from lime_dist.pipeline.transport import Link, Transport
-from lime_dist.plan.stages import StagePlan
+from lime_dist.plan.run_plan import RunPlan
 
 MIN_MESSAGE_BYTES, MAX_MESSAGE_BYTES = 2**20, 64 * 2**20
 _SUMS = 3
@@ -75,15 +75,15 @@ def _check_sum(values: Tensor) -> None:
         )
 
 
-def time_crossings(groups: Groups, stages: tuple[StagePlan, ...], device: torch.device) -> list[Crossing]:
+def time_crossings(groups: Groups, plan: RunPlan, device: torch.device) -> list[Crossing]:
     """This rank's crossings as the sender. Collective: world."""
-    transport = Transport.connect(groups.pp_forward, groups.pp_backward, device)
-    ends = _Ends(transport, groups.coordinate.pp_rank, device)
+    transport = Transport.connect(groups, device)
+    ends = _Ends(transport, groups.coordinate.pp_rank, len(plan.stages), device)
     found = []
-    for stage in stages[:-1]:
+    for boundary, boundary_bytes in enumerate(plan.boundary_bytes):
         for direction in ("forward", "backward"):
             dist.barrier()
-            crossing = ends.cross(stage.stage_index, direction, message_bytes(stage.sent_bytes))
+            crossing = ends.cross(boundary, direction, message_bytes(boundary_bytes // plan.virtual_stages))
             found += [crossing] if crossing is not None else []
     return found
 
@@ -97,11 +97,13 @@ class _Ends:
 
     transport: Transport
     stage_index: int
+    num_stages: int
     device: torch.device
 
     def cross(self, boundary: int, direction: str, size: int) -> Crossing | None:
         transport, is_forward = self.transport, direction == "forward"
-        before, after = (boundary, boundary + 1) if is_forward else (boundary + 1, boundary)
+        following = (boundary + 1) % self.num_stages
+        before, after = (boundary, following) if is_forward else (following, boundary)
         if self.stage_index == before:
             out, back = (
                 (transport.to_next, transport.from_next)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lime_dist.formats import RECENT_STEPS
 from lime_dist.layout import Layout
-from lime_dist.plan.stages import StagePlan
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.table import align_columns, format_bytes, format_layers
 from lime_dist.preflight.fabric import Crossing
 from lime_dist.training.records import RECENT_BYTES, read_records
@@ -26,24 +26,22 @@ def rank_report(layout: Layout, hosts: Mapping[int, str]) -> list[dict[str, Any]
     ]
 
 
-def boundary_reports(
-    stages: Sequence[StagePlan], num_microbatches: int, crossings: Sequence[Crossing], step_seconds: float | None
-) -> list[dict[str, Any]]:
+def boundary_reports(plan: RunPlan, crossings: Sequence[Crossing], step_seconds: float | None) -> list[dict[str, Any]]:
     """For each boundary its bandwidths, what the plan needs of it in a step, and the slowest pair's ranks.
 
     Bandwidths are bytes a second of one pair. bytes_per_step: of one tensor rank, forward; as many come back.
     share_of_step: None without a measured step.
     """
     reports = []
-    for stage in stages[:-1]:
-        own = [crossing for crossing in crossings if crossing.boundary == stage.stage_index]
+    for boundary, boundary_bytes in enumerate(plan.boundary_bytes):
+        own = [crossing for crossing in crossings if crossing.boundary == boundary]
         speeds = {name: [c.bytes_per_second for c in own if c.direction == name] for name in ("forward", "backward")}
         slowest = min(own, key=lambda crossing: crossing.bytes_per_second)
-        bytes_per_step = stage.sent_bytes * num_microbatches
+        bytes_per_step = boundary_bytes * plan.num_microbatches
         seconds = sum(bytes_per_step / min(speed) for speed in speeds.values())
         reports.append(
             {
-                "boundary": stage.stage_index,
+                "boundary": boundary,
                 "message_bytes": slowest.message_bytes,
                 "bytes_sent": sum(crossing.bytes_sent for crossing in own),
                 **{name: {"min": min(speed), "median": median(speed)} for name, speed in speeds.items()},

@@ -20,7 +20,7 @@ from lime_dist.config import Config
 from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
 from lime_dist.lifecycle.launcher import Place, host_name
 from lime_dist.lifecycle.local import leave
-from lime_dist.plan.stages import plan_stages
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.preflight.fabric import Crossing, time_all_reduce, time_crossings
 from lime_dist.preflight.folder import find_missing, leave_file, make_folder, remove_folder
 from lime_dist.preflight.host import Arrival, Host, blame_missing, judge, read_arrival
@@ -219,15 +219,15 @@ def _measure_links(
     meeting: Meeting, config: Config, place: Place, arrivals: Mapping[int, Arrival], seconds: float
 ) -> dict[str, Any]:
     """What the report says of links; empty on all ranks but rank 0. Collective: world."""
-    stages = plan_stages(config)
+    plan = plan_run(config)
     groups, device = join_world(_with_timeout(config, seconds), place, meeting.store)
     all_reduce_seconds = time_all_reduce(device)
-    meeting.put(_CROSSINGS, time_crossings(groups, stages, device))
+    meeting.put(_CROSSINGS, time_crossings(groups, plan, device))
     if place.rank > 0:
         return {}
     crossings = [crossing for own in meeting.take(_CROSSINGS, range(place.world_size)).values() for crossing in own]
     step_seconds = measured_step_seconds(Path(config.run.dir))
-    boundaries = boundary_reports(stages, config.pipeline.num_microbatches, crossings, step_seconds)
+    boundaries = boundary_reports(plan, crossings, step_seconds)
     return {
         "all_reduce_seconds": all_reduce_seconds,
         "step_seconds": step_seconds,

@@ -17,7 +17,9 @@ from lime_dist.plan.parameters import ROUTER_ROLES, Role
 DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
 
 
-def build_optimizer(stage: LimeChunk | LimeStage, config: Config, placeholder: nn.Parameter | None = None) -> torch.optim.AdamW:
+def build_optimizer(
+    stage: LimeChunk | LimeStage, config: Config, placeholder: nn.Parameter | None = None
+) -> torch.optim.AdamW:
     """torch's AdamW over three groups: decayed, undecayed, routers. Each group keeps its own peak rate as `peak_lr`.
 
     Of routers only dynamic ones are decayed (arXiv 2502.09245v1), and a model has routers of one kind.
@@ -34,7 +36,9 @@ def build_optimizer(stage: LimeChunk | LimeStage, config: Config, placeholder: n
     )
 
 
-def _parameter_groups(stage: LimeChunk | LimeStage, config: Config, placeholder: nn.Parameter | None) -> list[dict[str, Any]]:
+def _parameter_groups(
+    stage: LimeChunk | LimeStage, config: Config, placeholder: nn.Parameter | None
+) -> list[dict[str, Any]]:
     optim = config.optim
     router_decay = optim.weight_decay if config.depth.routing is Routing.HIDDEN_DYNAMIC else 0.0
     decayed: list[nn.Parameter] = []

@@ -20,8 +20,9 @@ from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
 from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
+from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import Kind
-from lime_dist.plan.run_plan import RunPlan, StagePlan, plan_run
+from lime_dist.plan.stages import StagePlan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

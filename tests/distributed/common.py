@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.lime.model import LimeChunk, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initialize
-from lime_dist.plan.stages import plan_stages
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
 from lime_dist.training.optim import build_optimizer, set_lr
 from lime_dist.training.rank import Rank
@@ -59,6 +59,8 @@ SHORT = {
     "hidden": "depth.entry=hidden",
     "dynamic": "depth.router=dynamic",
     "policy": "depth.policy",
+    "v": "parallel.virtual_stages",
+    "warmup": "pipeline.warmup",
 }
 
 
@@ -189,7 +191,7 @@ def assert_equals_the_single_process(config: Config) -> None:
     assert_close(actual.gradients, expected.gradients, TOLERANCE)
     assert_close(actual.weights, expected.weights, TOLERANCE)
 
-    planned = [config.pipeline.num_microbatches * stage.sent_bytes for stage in plan_stages(config)[:-1]]
+    planned = [config.pipeline.num_microbatches * count for count in plan_run(config).boundary_bytes]
     for rank in ranks:
         assert (rank.losses, rank.grad_norms) == (actual.losses, actual.grad_norms), "ranks disagree"
         assert rank.boundary_bytes == [planned] * len(rank.losses)

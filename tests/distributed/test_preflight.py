@@ -166,7 +166,7 @@ def test_good_hosts_pass_and_each_boundary_is_measured(folder: Path) -> None:
     assert report["passed"] and report["bad"] == {}
     assert [(place["host"], place["pp"]) for place in report["ranks"]] == [("n1", 0), ("n2", 1), ("n3", 2)]
     plan = json.loads(plan_output("data.seq_length=3000"))
-    for boundary, planned in zip(report["boundaries"], plan["boundaries"], strict=True):
+    for boundary, planned in zip(report["boundaries"], plan["hops"], strict=True):
         size = max(MIN_MESSAGE_BYTES, planned["bundle_bytes"])
         assert size > MIN_MESSAGE_BYTES  # the plan's own size is what is sent
         assert boundary["message_bytes"] == size and boundary["bytes_sent"] == 2 * repetitions(size) * size

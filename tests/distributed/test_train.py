@@ -198,7 +198,7 @@ def test_all_layouts_see_the_same_batches(whole: Callable[[str], Path]) -> None:
 def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
     run_dir = whole(layout)
     report = plan_report(load_config(run_dir / "config.yaml"))
-    planned = [3 * boundary["bundle_bytes"] for boundary in report["boundaries"]]
+    planned = [3 * boundary["bundle_bytes"] for boundary in report["hops"]]
     assert len(planned) == (2 if "pp=3" in layout else 0)
     assert [line["step"] for line in steps(run_dir)] == [1, 2, 3, 4, 5]
     for line in steps(run_dir):

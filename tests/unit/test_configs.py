@@ -46,7 +46,7 @@ def test_config_can_be_planned(path: Path) -> None:
     config = load(path.stem)
     report = plan_report(config)
     assert [layer for stage in report["stages"] for layer in stage["layers"]] == list(range(config.model.num_layers))
-    assert len(report["boundaries"]) == config.parallel.pp - 1
+    assert len(report["hops"]) == config.parallel.pp - 1
     assert stage_table(config).startswith("layout ")
 
 
@@ -65,8 +65,8 @@ def test_twins_differ_in_the_router_only(size: str) -> None:
     assert (lime.depth.router, lime.depth.pattern, llama.depth.router) == ("static", "full", "none")
     assert lime.run.dir == f"runs/lime_{size}" and llama.run.dir == f"runs/llama_{size}"
     # The twin sends the residual stream alone.
-    assert not any(map(crosses, plan_report(llama)["boundaries"]))
-    assert all(map(crosses, plan_report(lime)["boundaries"]))
+    assert not any(map(crosses, plan_report(llama)["hops"]))
+    assert all(map(crosses, plan_report(lime)["hops"]))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -35,7 +35,7 @@ def test_128_layers_on_16_stages_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["totals"] == {"least": 512, "relay": 960}
-    assert {"layout", "pattern", "stages", "boundaries", "totals", "compare"} <= report.keys()
+    assert {"layout", "pattern", "stages", "hops", "totals", "compare"} <= report.keys()
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
 
 

@@ -51,15 +51,15 @@ def test_keys_and_numbers_of_the_report() -> None:
         (0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])
     ]  # fmt: skip
     tokens, hidden, kv = 4 * 128, 256, 2 * 128
-    for boundary in report["boundaries"]:
+    for boundary in report["hops"]:
         tensors = 1 + len(boundary["raw_entries"]) + len(boundary["partial_sums"])
         assert boundary["tensors"] == boundary["fewest_tensors"] == tensors
         assert boundary["residual_bytes"] == 4 * tokens * hidden
         assert boundary["entry_bytes"] == 4 * tokens * kv
         assert boundary["bundle_bytes"] == 4 * tokens * (hidden + (tensors - 1) * kv)
     # Stage 1 holds what it received and made, for each of the three microbatches that 1F1B has in flight there.
-    assert report["stages"][1]["entries_in_flight_bytes"] == 3 * 4 * report["boundaries"][0]["entry_bytes"]
-    assert report["stages"][1]["received_bytes"] == report["boundaries"][0]["bundle_bytes"]
+    assert report["stages"][1]["entries_in_flight_bytes"] == 3 * 4 * report["hops"][0]["entry_bytes"]
+    assert report["stages"][1]["received_bytes"] == report["hops"][0]["bundle_bytes"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -129,10 +129,10 @@ def test_compare_agrees_with_the_report(policy: str) -> None:
     config = make_config("parallel.pp=4", "depth.pattern=stride:2", f"depth.policy={policy}")
     (cost,) = (cost for cost in compare_report(config) if (cost["pattern"], cost["policy"]) == ("stride:2", policy))
     report = plan_report(config)
-    bundles = [boundary["bundle_bytes"] for boundary in report["boundaries"]]
+    bundles = [boundary["bundle_bytes"] for boundary in report["hops"]]
     assert cost["crossings"] == report["totals"][policy]
     assert (cost["largest_bundle_bytes"], cost["bytes_per_microbatch"]) == (max(bundles), sum(bundles))
-    assert cost["ratio_to_residual"] == max(boundary["ratio_to_residual"] for boundary in report["boundaries"])
+    assert cost["ratio_to_residual"] == max(boundary["ratio_to_residual"] for boundary in report["hops"])
     tensors = logical_tensors(config.model, config.pattern).values()
     assert cost["router_parameters"] == sum(prod(each.shape) for each in tensors if each.role is Role.ROUTER)
 
