@@ -21,7 +21,8 @@ from lime_dist.depth.routing import Routing
 from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
-from lime_dist.plan.stages import plan_shape, plan_transfer_of
+from lime_dist.plan.shape import plan_shape
+from lime_dist.plan.stages import plan_transfer_of
 
 _Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
 

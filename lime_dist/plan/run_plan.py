@@ -12,7 +12,8 @@ from functools import cached_property
 from lime_dist.config import Config
 from lime_dist.layout import Layout
 from lime_dist.plan.memory import StageMemory, estimate_memory
-from lime_dist.plan.stages import BundleShape, ChunkPlan, StagePlan, plan_stages, plan_transfer_of
+from lime_dist.plan.shape import BundleShape
+from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_stages, plan_transfer_of
 from lime_dist.plan.transfer import TransferPlan
 
 

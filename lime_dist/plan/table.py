@@ -22,7 +22,8 @@ from lime_dist.plan.parameters import (
     plan_parameters,
 )
 from lime_dist.plan.run_plan import RunPlan, plan_run
-from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_shape, plan_transfer_of
+from lime_dist.plan.shape import plan_shape
+from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
 
 POLICIES = ("least", "relay")
 COMPARED_PATTERNS = (
