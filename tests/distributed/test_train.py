@@ -53,8 +53,9 @@ BASE = {
 }  # fmt: skip
 STEP_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "boundary_bytes"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# fp32: layouts differ in the order of sums, which a few updates enlarge. A batch, moment or rate that is lost shows at 1e-3.
-TOLERANCE = 1e-5
+# fp32: layouts differ in the order of sums, which a few updates enlarge: on some CPUs to 1.04e-5 of a moment. A batch, moment or
+# rate that is lost shows at 1e-3.
+TOLERANCE = 3e-5
 
 LAYOUTS = (
     "pp=3 zero=0 dp=2",
