@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lime_dist.config import Config, ModelConfig
+from lime_dist.config import Config
 from lime_dist.plan.flops import routing_flops_per_token
 from lime_dist.plan.messages import Message, backward_messages, forward_messages
 from lime_dist.plan.operations import Operation, plan_operations
 from lime_dist.plan.schedule import Action, Kind, in_flight_counts, plan_forward_only, plan_schedule
 from lime_dist.plan.shape import DTYPE_BYTES, BundleShape, plan_shape
 from lime_dist.plan.transfer import ChunkTransfer, TransferPlan, plan_transfer
+
+RECEIVES_AHEAD = (
+    2  # where the warm-up leaves time between a message's leaving and its use; plain schedules have none to use
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,36 +159,30 @@ def plan_transfer_of(config: Config, policy: str | None = None) -> TransferPlan:
     )
 
 
-def plan_stages(config: Config, transfer: TransferPlan) -> tuple[StagePlan, ...]:
-    """By pipeline rank, of a checked config."""
+def plan_stages(config: Config, transfer: TransferPlan, warmup: int | None) -> tuple[StagePlan, ...]:
+    """By pipeline rank, of a checked config. warmup: see `plan_schedule`."""
     shape = plan_shape(config)
-    return tuple(_plan_stage(config, transfer, shape, index) for index in range(config.parallel.pp))
+    chunks = tuple(_plan_chunk(config, transfer, shape, chunk) for chunk in range(len(transfer.chunks)))
+    return tuple(_plan_stage(config, chunks, warmup, index) for index in range(config.parallel.pp))
 
 
-def _plan_stage(config: Config, transfer: TransferPlan, shape: BundleShape, stage_index: int) -> StagePlan:
-    place = {
-        "stage_index": stage_index,
-        "num_stages": config.parallel.pp,
-        "virtual_stages": config.parallel.virtual_stages,
-    }
-    pipeline = config.pipeline
-    actions = plan_schedule(
-        pipeline.schedule, num_microbatches=pipeline.num_microbatches, warmup=pipeline.warmup, **place
-    )
-    chunks = range(stage_index, len(transfer.chunks), config.parallel.pp)
+def _plan_stage(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | None, stage_index: int) -> StagePlan:
+    pipeline, num_stages, virtual_stages = config.pipeline, config.parallel.pp, config.parallel.virtual_stages
+    place = {"stage_index": stage_index, "num_stages": num_stages, "virtual_stages": virtual_stages}
     return StagePlan(
         stage_index=stage_index,
-        num_stages=config.parallel.pp,
-        chunks=tuple(_plan_chunk(config.model, transfer, shape, chunk, chunks) for chunk in chunks),
-        actions=tuple(actions),
+        num_stages=num_stages,
+        chunks=chunks[stage_index::num_stages],
+        actions=tuple(
+            plan_schedule(pipeline.schedule, num_microbatches=pipeline.num_microbatches, warmup=warmup, **place)
+        ),
         evaluation=tuple(plan_forward_only(pipeline.num_microbatches, **place)),
-        receives_ahead=1,
+        receives_ahead=1 if warmup is None else RECEIVES_AHEAD,
     )
 
 
-def _plan_chunk(
-    model: ModelConfig, transfer: TransferPlan, shape: BundleShape, chunk: int, of_stage: range
-) -> ChunkPlan:
+def _plan_chunk(config: Config, transfer: TransferPlan, shape: BundleShape, chunk: int) -> ChunkPlan:
+    of_stage = range(chunk % config.parallel.pp, len(transfer.chunks), config.parallel.pp)
     own, layers = transfer.chunk(chunk), transfer.chunks[chunk]
     before, behind = chunk > 0, chunk < len(transfer.hops)
     return ChunkPlan(
@@ -202,5 +200,5 @@ def _plan_chunk(
             Kind.BACKWARD: backward_messages(own.received, shape) if before else (),
         },
         last_use=max(later for later in of_stage if later == chunk or chunk in transfer.chunk(later).kept),
-        routing_flops_per_token=routing_flops_per_token(model, own),
+        routing_flops_per_token=routing_flops_per_token(config.model, own),
     )

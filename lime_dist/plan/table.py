@@ -13,6 +13,7 @@ from typing import Any
 
 from lime_dist.config import Config, ModelConfig
 from lime_dist.depth.pattern import Pattern
+from lime_dist.formats import format_bytes
 from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.parameters import (
     ROUTER_ROLES,
@@ -80,23 +81,32 @@ def _proven_minimum(plan: RunPlan, fewest: Sequence[int | None]) -> int:
 
 
 def _warmup_reports(config: Config, plan: RunPlan) -> list[dict[str, Any]]:
-    """The plain warm-up, the eager one and the run's own, ascending; none where there is no choice to make.
-
-    microbatches_in_flight, memory_bytes: on the rank that has most.
-    """
+    """The plain warm-up, the eager one and the run's own, ascending; none where there is no choice to make."""
     if config.pipeline.schedule != "1f1b" or len(plan.stages) == 1 or plan.virtual_stages > 1:
         return []
-    size = {"num_stages": len(plan.stages), "num_microbatches": plan.num_microbatches}
-    names = {plain_warmup(**size): "plain", eager_warmup(**size): "eager"}
-    own = config.pipeline.warmup or plain_warmup(**size)
-    return [_warmup_report(config, warmup, names.get(warmup)) for warmup in sorted({*names, own})]
+    sizes = {"num_stages": len(plan.stages), "num_microbatches": plan.num_microbatches}
+    plain, eager = plain_warmup(**sizes), eager_warmup(**sizes)
+    own = plan.warmup or plain
+    plans = {
+        warmup: plan if warmup == own else _with_warmup(config, None if warmup == plain else warmup)
+        for warmup in sorted({plain, eager, own})
+    }
+    names = {plain: "plain", eager: "eager"}
+    return [_warmup_report(one, warmup, names.get(warmup), warmup == own) for warmup, one in plans.items()]
 
 
-def _warmup_report(config: Config, warmup: int, name: str | None) -> dict[str, Any]:
-    plan = plan_run(replace(config, pipeline=replace(config.pipeline, warmup=warmup)))
+def _with_warmup(config: Config, warmup: int | None) -> RunPlan:
+    """Whether or not it fits `run.memory`."""
+    pipeline, run = replace(config.pipeline, warmup=warmup), replace(config.run, memory=None)
+    return plan_run(replace(config, pipeline=pipeline, run=run))
+
+
+def _warmup_report(plan: RunPlan, warmup: int, name: str | None, is_own: bool) -> dict[str, Any]:
+    """microbatches_in_flight, memory_bytes: on the rank that has most."""
     return {
         "warmup": warmup,
         "name": name,
+        "is_own": is_own,
         "microbatches_in_flight": max(stage.peak_in_flight for stage in plan.stages),
         "memory_bytes": max(memory.total_bytes for memory in plan.memory),
     }
@@ -303,16 +313,14 @@ def _totals_line(report: dict[str, Any]) -> str:
 
 
 def _warmups_line(warmups: Sequence[dict[str, Any]]) -> str:
-    meaning = {"plain": "plain", "eager": "eager, hides transfers both ways", None: "this run"}
-    in_flight, a_rank = " in flight", " a rank"  # said once
-    parts = []
-    for one in warmups:
-        memory = format_bytes(one["memory_bytes"])
-        parts.append(
-            f"{one['warmup']} ({meaning[one['name']]}): {one['microbatches_in_flight']}{in_flight}, {memory}{a_rank}"
-        )
-        in_flight = a_rank = ""
-    return "warmup " + "; ".join(parts)
+    texts = [_warmup_text(one, " in flight", " a rank") if one is warmups[0] else _warmup_text(one) for one in warmups]
+    return "warmup " + "; ".join(texts)
+
+
+def _warmup_text(one: dict[str, Any], in_flight: str = "", a_rank: str = "") -> str:
+    names = {"plain": "plain", "eager": "eager, hides transfers both ways"}
+    said = ", ".join([*([names[one["name"]]] if one["name"] else []), *(["this run"] if one["is_own"] else [])])
+    return f"{one['warmup']} ({said}): {one['microbatches_in_flight']}{in_flight}, {format_bytes(one['memory_bytes'])}{a_rank}"
 
 
 def compare_table(config: Config) -> str:
@@ -358,12 +366,3 @@ def _shortened(layers: Sequence[int]) -> str:
     while len(first) > 1 and len(", ".join((*first, "...", last))) > MAX_LAYERS_WIDTH:
         first.pop()
     return ", ".join((*first, "...", last))
-
-
-def format_bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"

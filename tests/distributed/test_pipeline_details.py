@@ -22,7 +22,7 @@ from lime_dist.lifecycle.local import RankFailed
 from lime_dist.lime.model import model_logits, model_loss
 from lime_dist.lime.values import gather_logical
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
-from lime_dist.training.rank import TrafficDiffers, Rank
+from lime_dist.training.rank import Rank, TrafficDiffers
 
 TOLERANCE = 1e-5  # as in test_layouts: the order of fp32 sums
 
