@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from textwrap import fill
 from typing import Any
 
 from lime_dist.config import Config, ModelConfig
@@ -28,7 +29,7 @@ from lime_dist.plan.shape import plan_shape
 from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
 from lime_dist.plan.transfer import plan_transfer
 
-MAX_LAYERS_WIDTH = 22  # of a column, so that the lines of the table stay within 120
+MAX_WIDTH, MAX_LAYERS_WIDTH = 120, 22  # of a line; of a column, so that lines stay within it
 POLICIES = ("least", "relay")
 COMPARED_PATTERNS = (
     "full",
@@ -314,11 +315,11 @@ def _totals_line(report: dict[str, Any]) -> str:
 
 def _warmups_line(warmups: Sequence[dict[str, Any]]) -> str:
     texts = [_warmup_text(one, " in flight", " a rank") if one is warmups[0] else _warmup_text(one) for one in warmups]
-    return "warmup " + "; ".join(texts)
+    return fill("warmup " + "; ".join(texts), width=MAX_WIDTH, subsequent_indent="  ")
 
 
 def _warmup_text(one: dict[str, Any], in_flight: str = "", a_rank: str = "") -> str:
-    names = {"plain": "plain", "eager": "eager, hides transfers both ways"}
+    names = {"plain": "plain", "eager": "eager, hides transfers"}
     said = ", ".join([*([names[one["name"]]] if one["name"] else []), *(["this run"] if one["is_own"] else [])])
     return f"{one['warmup']} ({said}): {one['microbatches_in_flight']}{in_flight}, {format_bytes(one['memory_bytes'])}{a_rank}"
 
