@@ -165,3 +165,8 @@ def test_nothing_crosses(overrides: list[str]) -> None:
 def test_the_shipped_picture_is_a_picture() -> None:
     found = texts((ROOT / "docs" / "plan.svg").read_text(encoding="utf-8"))
     assert all(found[f"layer {layer}"] == 1 for layer in range(8)) and found["sum 7"] and found["raw 0"]
+
+
+def test_the_shipped_picture_of_virtual_stages_is_a_picture() -> None:
+    found = texts((ROOT / "docs" / "virtual_stages.svg").read_text(encoding="utf-8"))
+    assert found["hop 1: stage 1 > 0"] and found["kept 0"] == 2 and found["stage 0"] == found["stage 1"] == 2
