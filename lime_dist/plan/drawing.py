@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
-from html import escape
 
 from lime_dist.config import Config
 from lime_dist.formats import format_bytes
+from lime_dist.plan import svg
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.stages import ChunkPlan, plan_transfer_of
 from lime_dist.plan.table import format_layers
@@ -22,15 +22,15 @@ from lime_dist.plan.transfer import HopPlan, TransferPlan
 
 MAX_SINGLE_ROWS = 16  # of more layers, those of a stage that fare alike share a row
 
-INK, MUTED, PAPER, PANEL, FRAME = "#1f2937", "#5b6472", "#ffffff", "#f4f6f9", "#cfd6e0"
+MUTED, PAPER, PANEL, FRAME = "#5b6472", "#ffffff", "#f4f6f9", "#cfd6e0"
 RESIDUAL, RAW, SUM = "#6b7280", "#1d63d8", "#c2570c"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
-MARGIN, STAGE_WIDTH, GAP, MIN_WIDTH = 28, 142, 88, 760  # GAP: between two stages, where the boundary is
+MARGIN, COLUMN_WIDTH, GAP, MIN_WIDTH = 28, 142, 88, 760  # GAP: between two columns, where the hop is
 PANEL_TOP, ROWS_TOP, ROW_HEIGHT = 84, 144, 27
 LAYER_WIDTH, LAYER_HEIGHT, PILL_WIDTH, PILL_HEIGHT = 94, 20, 62, 18
 TINT_LIGHTNESS = 0.94
-BUS = 10  # from a stage's edge to its line of reads
+BUS = 10  # from a column's edge to its line of reads
 CHART_WIDTH, CHART_HEIGHT = 40, 90
 
 
@@ -88,7 +88,7 @@ class _Drawing:
         self.pixels_per_byte = CHART_HEIGHT / largest
 
     def document(self) -> str:
-        width = max(MIN_WIDTH, 2 * MARGIN + len(self.chunks) * (STAGE_WIDTH + GAP) - GAP)
+        width = max(MIN_WIDTH, 2 * MARGIN + len(self.chunks) * (COLUMN_WIDTH + GAP) - GAP)
         legend = self._legend()
         height = self.chart_bottom + 118 + 20 * len(legend)
         parts = [
@@ -99,11 +99,11 @@ class _Drawing:
             *(part for row in self.rows for part in self._row(row)),
             *(part for pair in zip(self.transfer.hops, self.relay.hops) for part in self._bundle(*pair)),
             *(part for line, (sample, text) in enumerate(legend) for part in self._legend_line(line, sample, text)),
-            _text(MARGIN, height - 24, self._note(), size=11, fill=MUTED),
+            svg.text(MARGIN, height - 24, self._note(), size=11, fill=MUTED),
         ]
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'font-family="{FONT}" role="img">\n{_rect(0, 0, width, height, PAPER, radius=10)}\n'
+            f'font-family="{FONT}" role="img">\n{svg.rect(0, 0, width, height, PAPER, radius=10)}\n'
             + "\n".join(parts)
             + "\n</svg>\n"
         )
@@ -116,25 +116,27 @@ class _Drawing:
         counts = f"policy {self.config.depth.policy}: {transfer.num_crossings} entries and partial sums cross"
         if transfer.num_crossings < self.relay.num_crossings:
             counts += f", where relaying every entry takes {self.relay.num_crossings}"
-        yield _text(MARGIN, 38, title, size=18, weight=600)
-        yield _text(MARGIN, 60, counts, size=13, fill=MUTED)
+        yield svg.text(MARGIN, 38, title, size=18, weight=600)
+        yield svg.text(MARGIN, 60, counts, size=13, fill=MUTED)
 
     def _chunk(self, chunk: ChunkPlan) -> Iterator[str]:
-        left, centre = _left(chunk.chunk), _left(chunk.chunk) + STAGE_WIDTH / 2
+        left, centre = _left(chunk.chunk), _left(chunk.chunk) + COLUMN_WIDTH / 2
         panel = self._tint(chunk) if self.is_virtual else PANEL
-        yield _rect(left, PANEL_TOP, STAGE_WIDTH, self.panel_bottom - PANEL_TOP, panel, stroke=FRAME, radius=8)
-        yield _text(
+        yield svg.rect(left, PANEL_TOP, COLUMN_WIDTH, self.panel_bottom - PANEL_TOP, panel, stroke=FRAME, radius=8)
+        yield svg.text(
             centre, PANEL_TOP + 22, f"stage {self._stage_of(chunk.chunk)}", size=14, weight=600, anchor="middle"
         )
         layers = f"layers {format_layers(chunk.layers)}" if len(chunk.layers) > 1 else f"layer {chunk.layers.start}"
         contents = (f"chunk {chunk.chunk}: " if self.is_virtual else "") + layers.replace("-", "–")
-        yield _text(centre, PANEL_TOP + 40, contents, size=11 if self.is_virtual else 12, fill=MUTED, anchor="middle")
+        yield svg.text(
+            centre, PANEL_TOP + 40, contents, size=11 if self.is_virtual else 12, fill=MUTED, anchor="middle"
+        )
         held, flops = format_bytes(self._held_bytes(chunk)), chunk.routing_flops_per_token
         for line, text in enumerate((f"holds {held} of entries", f"{flops:,} routing", "FLOPs a token")):
-            yield _text(centre, self.panel_bottom + 30 + 17 * line, text, size=11, fill=MUTED, anchor="middle")
+            yield svg.text(centre, self.panel_bottom + 30 + 17 * line, text, size=11, fill=MUTED, anchor="middle")
         if not chunk.is_last:
-            yield _arrow(left + STAGE_WIDTH, left + STAGE_WIDTH + GAP, PANEL_TOP + 30, RESIDUAL, width=5)
-            yield _text(_boundary_centre(chunk.chunk), PANEL_TOP + 18, "residual", size=11, anchor="middle")
+            yield svg.arrow(left + COLUMN_WIDTH, left + COLUMN_WIDTH + GAP, PANEL_TOP + 30, RESIDUAL, width=5)
+            yield svg.text(_hop_centre(chunk.chunk), PANEL_TOP + 18, "residual", size=11, anchor="middle")
 
     def _stage_of(self, chunk_index: int) -> int:
         return chunk_index % len(self.plan.stages)
@@ -151,15 +153,15 @@ class _Drawing:
 
     def _reads(self, chunk: ChunkPlan) -> Iterator[str]:
         """Of received and kept entries into own layers at the left edge, of any entries into later sums at the right."""
-        left, right = _left(chunk.chunk) + BUS, _left(chunk.chunk) + STAGE_WIDTH - BUS
+        left, right = _left(chunk.chunk) + BUS, _left(chunk.chunk) + COLUMN_WIDTH - BUS
         own, later = self._own_reads(chunk), self._later_reads(chunk)
         if own:
             yield from self._bus(left, RAW, own)
             for y in self._heights(own):
-                yield _arrow(left, _layer_left(chunk.chunk), y, RAW)
+                yield svg.arrow(left, _layer_left(chunk.chunk), y, RAW)
         if later:
             yield from self._bus(right, SUM, later)
-            yield from (_circle(right, y, 3.5, SUM) for y in self._heights(later))
+            yield from (svg.circle(right, y, 3.5, SUM) for y in self._heights(later))
 
     def _own_reads(self, chunk: ChunkPlan) -> dict[int, set[int]]:
         own = {reader: set(sources) - set(chunk.layers) for reader, sources in chunk.transfer.reads.items()}
@@ -176,17 +178,17 @@ class _Drawing:
             for layers in self._by_row(entries):
                 y = self._height(layers[0])
                 if own & set(layers):
-                    yield _dashes(_left(chunk.chunk) + BUS, left, y)
+                    yield svg.dashes(_left(chunk.chunk) + BUS, left, y, RAW)
                 if later & set(layers):
-                    yield _dashes(right, _left(chunk.chunk) + STAGE_WIDTH - BUS, y)
+                    yield svg.dashes(right, _left(chunk.chunk) + COLUMN_WIDTH - BUS, y, RAW)
                 yield from self._kept_box(chunk.chunk, layers, f"here since chunk {since}")
 
     def _kept_box(self, chunk_index: int, layers: Sequence[int], hover: str) -> Iterator[str]:
         left, y = _layer_left(chunk_index), self._height(layers[0])
-        yield _outline(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, RAW, radius=4)
+        yield svg.outline(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, RAW, radius=4)
         hover = f"entries of layers {format_layers(layers)}, {hover}"
         text = _counted(layers, "kept", "kept")
-        yield _text(left + LAYER_WIDTH / 2, y + 4, text, size=11, fill=RAW, anchor="middle", hover=hover)
+        yield svg.text(left + LAYER_WIDTH / 2, y + 4, text, size=11, fill=RAW, anchor="middle", hover=hover)
 
     def _by_row(self, layers: Collection[int]) -> list[list[int]]:
         rows: dict[int, list[int]] = {}
@@ -198,31 +200,31 @@ class _Drawing:
         """A vertical line past the rows of some readers and of their sources, with a dot at each source."""
         sources = self._heights(_all_sources(sources_of))
         heights = [*sources, *self._heights(sources_of)]
-        yield _line(x, min(heights), x, max(heights), colour, width=1.5)
-        yield from (_circle(x, y, 3, RAW) for y in sources)
+        yield svg.line(x, min(heights), x, max(heights), colour, width=1.5)
+        yield from (svg.circle(x, y, 3, RAW) for y in sources)
 
     def _row(self, row: Row) -> Iterator[str]:
         left, y = _layer_left(row.chunk), self._height(row.layers[0])
         if row.raw_until > row.chunk or self._is_summed(row, row.chunk):
-            yield _line(left + LAYER_WIDTH, y, self._raw_end(row), y, RAW)
+            yield svg.line(left + LAYER_WIDTH, y, self._raw_end(row), y, RAW)
         if row.sum_from < row.chunk:
-            yield _arrow(_left(row.sum_from) + STAGE_WIDTH - BUS, left, y, SUM)
+            yield svg.arrow(_left(row.sum_from) + COLUMN_WIDTH - BUS, left, y, SUM)
         if row.raw_until > row.chunk and not self._is_read(row, row.raw_until):
             yield from self._kept_box(row.raw_until, row.layers, "for a later chunk")
-        for boundary in range(row.chunk, row.raw_until):
-            yield from _pill(boundary, y, row.pill("raw", "raw"), RAW)
-        for boundary in range(row.sum_from, row.chunk):
-            yield from _pill(boundary, y, row.pill("sum", "sums"), SUM)
-        yield _rect(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, PAPER, stroke=INK, radius=4)
+        for hop in range(row.chunk, row.raw_until):
+            yield from _pill(hop, y, row.pill("raw", "raw"), RAW)
+        for hop in range(row.sum_from, row.chunk):
+            yield from _pill(hop, y, row.pill("sum", "sums"), SUM)
+        yield svg.rect(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, PAPER, stroke=svg.INK, radius=4)
         hover = f"layers {format_layers(row.layers)}" if len(row.layers) > 1 else None
-        yield _text(left + LAYER_WIDTH / 2, y + 4, row.label, size=11, anchor="middle", hover=hover)
+        yield svg.text(left + LAYER_WIDTH / 2, y + 4, row.label, size=11, anchor="middle", hover=hover)
 
     def _raw_end(self, row: Row) -> float:
         """A raw entry goes as far as the last line of reads that it is on; to be kept, where it is on none."""
         left = _left(row.raw_until)
         if not self._is_read(row, row.raw_until):
             return _layer_left(row.raw_until)
-        return left + STAGE_WIDTH - BUS if self._is_summed(row, row.raw_until) else left + BUS
+        return left + COLUMN_WIDTH - BUS if self._is_summed(row, row.raw_until) else left + BUS
 
     def _is_read(self, row: Row, chunk_index: int) -> bool:
         return bool(set(row.layers) & _all_sources(self.chunks[chunk_index].transfer.reads))
@@ -231,35 +233,35 @@ class _Drawing:
         """Whether the chunk adds an entry of this row into the sum of a later chunk's layer."""
         return bool(set(row.layers) & _all_sources(self._later_reads(self.chunks[chunk_index])))
 
-    def _bundle(self, boundary: HopPlan, relayed: HopPlan) -> Iterator[str]:
+    def _bundle(self, hop: HopPlan, relayed: HopPlan) -> Iterator[str]:
         """The bundle's bytes as a stack, within the outline of what relaying would send."""
-        shape, centre, bottom = self.shape, _boundary_centre(boundary.hop), self.chart_bottom
-        bundle_bytes, relayed_bytes = shape.bundle_bytes(boundary), shape.bundle_bytes(relayed)
-        yield from self._stack(boundary, centre - CHART_WIDTH / 2)
+        shape, centre, bottom = self.shape, _hop_centre(hop.hop), self.chart_bottom
+        bundle_bytes, relayed_bytes = shape.bundle_bytes(hop), shape.bundle_bytes(relayed)
+        yield from self._stack(hop, centre - CHART_WIDTH / 2)
         if relayed_bytes > bundle_bytes:
             height = relayed_bytes * self.pixels_per_byte
-            yield _outline(centre - CHART_WIDTH / 2, bottom - height, CHART_WIDTH, height, MUTED)
-        contents = f"raw entries of layers: {format_layers(boundary.raw_entries)}; "
-        contents += f"partial sums for layers: {format_layers(boundary.partial_sums)}"
+            yield svg.outline(centre - CHART_WIDTH / 2, bottom - height, CHART_WIDTH, height, MUTED)
+        contents = f"raw entries of layers: {format_layers(hop.raw_entries)}; "
+        contents += f"partial sums for layers: {format_layers(hop.partial_sums)}"
         size, ratio = format_bytes(bundle_bytes), f"{bundle_bytes / shape.residual_bytes:.1f} × residual"
-        name = f"boundary {boundary.hop} > {boundary.hop + 1}"
+        name = f"boundary {hop.hop} > {hop.hop + 1}"
         if self.is_virtual:
-            name = f"hop {boundary.hop}: stage {self._stage_of(boundary.hop)} > {self._stage_of(boundary.hop + 1)}"
-        yield _text(centre, bottom + 18, size, size=13, weight=600, anchor="middle", hover=contents)
-        yield _text(centre, bottom + 34, ratio, size=11, fill=MUTED, anchor="middle")
-        yield _text(centre, bottom + 50, name, size=11, fill=MUTED, anchor="middle")
+            name = f"hop {hop.hop}: stage {self._stage_of(hop.hop)} > {self._stage_of(hop.hop + 1)}"
+        yield svg.text(centre, bottom + 18, size, size=13, weight=600, anchor="middle", hover=contents)
+        yield svg.text(centre, bottom + 34, ratio, size=11, fill=MUTED, anchor="middle")
+        yield svg.text(centre, bottom + 50, name, size=11, fill=MUTED, anchor="middle")
 
-    def _stack(self, boundary: HopPlan, left: float) -> Iterator[str]:
+    def _stack(self, hop: HopPlan, left: float) -> Iterator[str]:
         top = float(self.chart_bottom)
         for colour, size_bytes in (
             (RESIDUAL, self.shape.residual_bytes),
-            (RAW, len(boundary.raw_entries) * self.shape.entry_bytes),
-            (SUM, len(boundary.partial_sums) * self.shape.sum_bytes),
+            (RAW, len(hop.raw_entries) * self.shape.entry_bytes),
+            (SUM, len(hop.partial_sums) * self.shape.sum_bytes),
         ):
             height = size_bytes * self.pixels_per_byte
             top -= height
             if height:
-                yield _rect(left, top, CHART_WIDTH, height, colour)
+                yield svg.rect(left, top, CHART_WIDTH, height, colour)
 
     def _legend(self) -> list[tuple[_Sample, str]]:
         """Sample and meaning of what is in the picture."""
@@ -282,7 +284,7 @@ class _Drawing:
     def _legend_line(self, line: int, sample: _Sample, text: str) -> Iterator[str]:
         y = self.chart_bottom + 84 + 20 * line
         yield sample(MARGIN, y - 10)
-        yield _text(MARGIN + 20, y, text, size=12)
+        yield svg.text(MARGIN + 20, y, text, size=12)
 
     def _note(self) -> str:
         tokens = f"{self.config.microbatch_size} × {self.config.data.seq_length} tokens"
@@ -303,77 +305,34 @@ def _all_sources(sources_of: Mapping[int, Collection[int]]) -> set[int]:
     return {source for sources in sources_of.values() for source in sources}
 
 
-# ---- places and shapes
+# ---- places and samples
 
 _Sample = Callable[[float, float], str]  # of the legend: a small square with its upper left corner there
 
 
 def _filled(colour: str) -> _Sample:
-    return lambda x, y: _rect(x, y, 12, 12, colour, radius=2)
+    return lambda x, y: svg.rect(x, y, 12, 12, colour, radius=2)
 
 
 def _dashed(colour: str) -> _Sample:
-    return lambda x, y: _outline(x, y, 12, 12, colour)
+    return lambda x, y: svg.outline(x, y, 12, 12, colour)
 
 
 def _left(column: int) -> float:
-    return MARGIN + column * (STAGE_WIDTH + GAP)
+    return MARGIN + column * (COLUMN_WIDTH + GAP)
 
 
 def _layer_left(column: int) -> float:
-    return _left(column) + (STAGE_WIDTH - LAYER_WIDTH) / 2
+    return _left(column) + (COLUMN_WIDTH - LAYER_WIDTH) / 2
 
 
-def _boundary_centre(boundary: int) -> float:
-    return _left(boundary + 1) - GAP / 2
+def _hop_centre(hop: int) -> float:
+    return _left(hop + 1) - GAP / 2
 
 
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: int,
-    fill: str = INK,
-    weight: int = 400,
-    anchor: str = "start",
-    hover: str | None = None,
-) -> str:
-    title = f"<title>{escape(hover)}</title>" if hover else ""
-    return (
-        f'<text x="{x:g}" y="{y:g}" font-size="{size}" font-weight="{weight}" fill="{fill}" text-anchor="{anchor}">'
-        f"{title}{escape(text)}</text>"
+def _pill(hop: int, y: float, text: str, colour: str) -> Iterator[str]:
+    centre = _hop_centre(hop)
+    yield svg.rect(
+        centre - PILL_WIDTH / 2, y - PILL_HEIGHT / 2, PILL_WIDTH, PILL_HEIGHT, colour, radius=PILL_HEIGHT // 2
     )
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str, *, stroke: str = "none", radius: int = 0) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" fill="{fill}" stroke="{stroke}"/>'
-
-
-def _outline(x: float, y: float, width: float, height: float, colour: str, *, radius: int = 0) -> str:
-    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"' + (f' rx="{radius}"' if radius else "")
-    return f'<rect {place} fill="none" stroke="{colour}" stroke-dasharray="3 3"/>'
-
-
-def _dashes(x1: float, x2: float, y: float) -> str:
-    return f'<line x1="{x1:g}" y1="{y:g}" x2="{x2:g}" y2="{y:g}" stroke="{RAW}" stroke-dasharray="3 3"/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 2) -> str:
-    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}" stroke-width="{width:g}"/>'
-
-
-def _arrow(x1: float, x2: float, y: float, colour: str, width: float = 2) -> str:
-    head = 2 + 2 * width
-    tip = f"{x2:g},{y:g} {x2 - head:g},{y - head / 2:g} {x2 - head:g},{y + head / 2:g}"
-    return f'{_line(x1, y, x2 - head, y, colour, width)}<polygon points="{tip}" fill="{colour}"/>'
-
-
-def _circle(x: float, y: float, radius: float, colour: str) -> str:
-    return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{colour}"/>'
-
-
-def _pill(boundary: int, y: float, text: str, colour: str) -> Iterator[str]:
-    centre = _boundary_centre(boundary)
-    yield _rect(centre - PILL_WIDTH / 2, y - PILL_HEIGHT / 2, PILL_WIDTH, PILL_HEIGHT, colour, radius=PILL_HEIGHT // 2)
-    yield _text(centre, y + 4, text, size=11, fill=PAPER, anchor="middle")
+    yield svg.text(centre, y + 4, text, size=11, fill=PAPER, anchor="middle")

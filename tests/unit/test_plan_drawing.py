@@ -11,6 +11,7 @@ import pytest
 from lime_dist.config import Config, check_config, load_config
 from lime_dist.plan.drawing import (
     BUS,
+    COLUMN_WIDTH,
     GAP,
     LAYER_WIDTH,
     MARGIN,
@@ -18,7 +19,6 @@ from lime_dist.plan.drawing import (
     RAW,
     ROW_HEIGHT,
     ROWS_TOP,
-    STAGE_WIDTH,
     draw_plan,
     plan_rows,
 )
@@ -87,9 +87,9 @@ def make_virtual(pp: int, virtual_stages: int, *overrides: str) -> Config:
 
 
 def test_the_chunks_of_a_stage_share_a_tint_of_their_own() -> None:
-    panels = [panel.attrib["fill"] for panel in rectangles(draw_plan(make_virtual(4, 2)), width=STAGE_WIDTH)]
+    panels = [panel.attrib["fill"] for panel in rectangles(draw_plan(make_virtual(4, 2)), width=COLUMN_WIDTH)]
     assert panels[:4] == panels[4:] and len(set(panels)) == 4
-    panels = [panel.attrib["fill"] for panel in rectangles(draw_plan(make_config("parallel.pp=4")), width=STAGE_WIDTH)]
+    panels = [panel.attrib["fill"] for panel in rectangles(draw_plan(make_config("parallel.pp=4")), width=COLUMN_WIDTH)]
     assert len(panels) == 4 and len(set(panels)) == 1
 
 
@@ -116,8 +116,8 @@ def test_what_is_read_only_where_it_is_kept_is_not_drawn_as_sent() -> None:
     svg = draw_plan(make_config("parallel.pp=2", "parallel.virtual_stages=2", "depth.pattern={6: [0], 5: [1]}"))
     found, heights = texts(svg), [ROWS_TOP + (layer + 0.5) * ROW_HEIGHT for layer in range(3)]
     assert (found["raw 0"], found["raw 1"], found["kept 0"], found["kept 1"]) == (1, 0, 2, 1)
-    box_right, column = (STAGE_WIDTH + LAYER_WIDTH) / 2, STAGE_WIDTH + GAP
-    box_left = (STAGE_WIDTH - LAYER_WIDTH) / 2
+    box_right, column = (COLUMN_WIDTH + LAYER_WIDTH) / 2, COLUMN_WIDTH + GAP
+    box_left = (COLUMN_WIDTH - LAYER_WIDTH) / 2
     assert raw_lines(svg, heights[0]) == [
         (MARGIN + box_right, MARGIN + column + box_left, False),  # from its layer to where it is kept
         (MARGIN + 3 * column + BUS, MARGIN + 3 * column + box_left, True),
