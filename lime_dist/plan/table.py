@@ -23,6 +23,7 @@ from lime_dist.plan.parameters import (
     padded_vocab_size,
     plan_parameters,
 )
+from lime_dist.plan.record import plan_record
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
 from lime_dist.plan.shape import plan_shape
@@ -55,6 +56,7 @@ def plan_report(config: Config) -> dict[str, Any]:
     transfers = {policy: plan_transfer_of(config, policy) for policy in POLICIES}
     fewest = _fewest(plan)
     return {
+        "plan": plan_record(plan),
         "layout": {"tp": config.layout.tp, "pp": config.layout.pp, "dp": config.layout.dp},
         "virtual_stages": plan.virtual_stages,
         "pattern": plan.transfer.pattern.name,

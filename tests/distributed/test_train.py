@@ -239,6 +239,18 @@ def evaluate(capfd: pytest.CaptureFixture[str], run_dir: Path, layout: str, *mor
     return json.loads(capfd.readouterr().out)
 
 
+def test_the_plan_is_in_the_run_folder_and_in_each_checkpoint(whole: Callable[[str], Path]) -> None:
+    run_dir = whole("pp=2 v=2 zero=1")
+    config = load_config(run_dir / "config.yaml", [])
+    expected = plan_report(ready_config(config))["plan"]
+    for folder in (run_dir, run_dir / "checkpoints" / "step_000005"):
+        assert json.loads((folder / "plan.json").read_text()) == json.loads(json.dumps(expected))
+    assert [stage["chunks"] for stage in expected["stages"]] == [[0, 2], [1, 3]]
+    assert expected["stages"][1]["actions"].split()[:3] == ["1F0", "1F1", "1F2"]
+    first = {message["cargo"]: message["bytes"] for message in expected["chunks"][0]["forward"]}
+    assert first == {"residual": 4 * 12 * 32 * 4, "entries": 4 * 12 * 2 * 2 * 8 * 4}
+
+
 def test_eval_reports_what_training_did(whole: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
     layout = "pp=3 zero=1"
     run_dir = whole(layout)
