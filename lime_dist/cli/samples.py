@@ -6,9 +6,10 @@ import argparse
 import shutil
 from pathlib import Path
 
+import lime_dist
 from lime_dist.errors import ConfigError
 
-SAMPLES = Path(__file__).parent / "configs"  # in a checkout a link to its configs/
+SAMPLES = Path(lime_dist.__file__).parent / "configs"  # in a checkout a link to its configs/
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

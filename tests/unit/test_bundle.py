@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lime_dist.config import Config, check_config, parse_config
+from lime_dist.plan.messages import Cargo
 from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.schedule import Kind
 
 BASE = {
     "model": {
@@ -53,9 +55,11 @@ def test_bundle_bytes(
 
 def test_entries_are_split_into_those_passed_on_and_those_made() -> None:
     plans = plan_run(make_config("depth.policy=relay")).chunks
-    assert [(plan.passed_on, plan.made) for plan in plans] == [((), (0,)), ((0,), (1, 2, 3, 4)), ((), ())]
-    for plan, following in zip(plans, plans[1:]):
-        assert (following.received_passed_on, following.received_made) == (plan.passed_on, plan.made)
+    sent = [
+        [(message.passes_by, message.layers) for message in plan.sent[Kind.FORWARD] if message.cargo is Cargo.ENTRIES]
+        for plan in plans
+    ]
+    assert sent == [[(False, (0,))], [(True, (0,)), (False, (1, 2, 3, 4))], []]
     entry_bytes = plans[0].shape.entry_bytes
     assert [plan.held_bytes for plan in plans] == [1 * entry_bytes, 5 * entry_bytes, 6 * entry_bytes]
 

@@ -155,7 +155,7 @@ def _hear_interrupts() -> None:
 
 def command(run: Path, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "lime_dist.cli.command_line", "logs", str(run), *arguments],
+        [sys.executable, "-m", "lime_dist.cli", "logs", str(run), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=_hear_interrupts,
