@@ -143,13 +143,15 @@ class RunConfig:
     seed: int = 0
     dtype: str = "fp32"  # fp32 | bf16
     device: str = "auto"  # auto | cpu | cuda
-    memory: str | None = None  # what a rank may take of its device, such as 70GiB; a plan that needs more is refused
+    memory: int | str | None = (
+        None  # what a rank may take of its device, such as 70GiB; a plan that needs more is refused
+    )
     timeout_seconds: float = 600.0  # a rank that waits longer for another ends the job
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
 
     @property
     def memory_bytes(self) -> int | None:
-        return None if self.memory is None else parse_bytes(self.memory)
+        return None if self.memory is None else parse_bytes(str(self.memory))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,21 +103,19 @@ class _Passes:
 
     # ---- receiving
 
-    def _memory(self, action: Action) -> DepthMemory:
-        """Of the action's chunk and microbatch; made when it is first asked for."""
-        place = action.chunk, action.microbatch_index
+    def _memory(self, chunk: int, microbatch_index: int) -> DepthMemory:
+        """Made when it is first asked for."""
+        place = chunk, microbatch_index
         if place not in self._memories:
-            kept = {
-                earlier: self._memories[earlier, action.microbatch_index]
-                for earlier in self._of._chunks[action.chunk].transfer.kept
-            }
-            num_tokens = _num_tokens(self._microbatches[action.microbatch_index])
-            self._memories[place] = self._of._stage.chunk(action.chunk).new_memory(num_tokens, kept)
+            earlier = self._of._chunks[chunk].transfer.kept
+            kept = {chunk: self._memory(chunk, microbatch_index) for chunk in earlier}
+            num_tokens = _num_tokens(self._microbatches[microbatch_index])
+            self._memories[place] = self._of._stage.chunk(chunk).new_memory(num_tokens, kept)
         return self._memories[place]
 
     def _room(self, action: Action, message: Message) -> Tensor:
         """Where to receive the message: its place in the depth memory where it has one."""
-        memory = self._memory(action)
+        memory = self._memory(action.chunk, action.microbatch_index)
         if message.cargo is Cargo.RESIDUAL:
             module, shape = self._of._stage.chunk(action.chunk), self._of._chunks[action.chunk].shape
             return torch.empty(shape.rows, shape.hidden_size, dtype=module.dtype, device=module.device)
@@ -128,7 +126,7 @@ class _Passes:
         if message.cargo is Cargo.RESIDUAL:
             self._residuals[action] = received
             return
-        memory = self._memory(action)
+        memory = self._memory(action.chunk, action.microbatch_index)
         buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
         if message.is_gradient:
             buffer.add_gradients(message.layers, received)
@@ -139,7 +137,7 @@ class _Passes:
 
     def _outgoing(self, action: Action, message: Message) -> Tensor:
         if message.passes_by:
-            return self._memory(action).entries.select(message.layers)
+            return self._memory(action.chunk, action.microbatch_index).entries.select(message.layers)
         assert self._left is not None
         memory = self._left.memory
         if message.cargo is Cargo.RESIDUAL:
@@ -170,7 +168,11 @@ class _Passes:
         self._left = self._forward(chunk, action) if action.kind is Kind.FORWARD else self._backward(chunk, action)
 
     def _forward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
-        tokens, memory, residual = self._microbatches[action.microbatch_index], self._memory(action), None
+        tokens, memory, residual = (
+            self._microbatches[action.microbatch_index],
+            self._memory(action.chunk, action.microbatch_index),
+            None,
+        )
         if not chunk.is_first:
             residual = self._of._share.whole(self._residuals.pop(action)).requires_grad_(torch.is_grad_enabled())
         inputs, targets = tokens[:, :-1], tokens[:, 1:] if self._with_loss else None

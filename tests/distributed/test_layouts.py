@@ -117,7 +117,7 @@ LAYOUTS = (
     # eager warm-up
     "pp=3 layers=5 micro=6 warmup=5",
     "pp=4 layers=8 micro=6 warmup=5 tp=2 recompute",
-    "pp=4 micro=12 warmup=auto dp=2 zero=0 relay",
+    "pp=4 micro=6 warmup=auto dp=2 zero=0 relay",
     "hidden pp=3 layers=6 micro=4 warmup=auto",
     "v=2 pp=2 micro=6 warmup=6",
 )
