@@ -20,10 +20,11 @@ from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
 from lime_dist.formats import parse_bytes
+from lime_dist.plan.checker import check_run
 from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
 from lime_dist.plan.shape import plan_shape
-from lime_dist.plan.stages import plan_transfer_of
 
 _Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
 
@@ -31,21 +32,21 @@ _Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be 
 def ready_config(config: Config, world_size: int | None = None) -> Config:
     """`check_config`, and the edges with which a start of this run would begin: chosen now, or those of its checkpoint.
 
-    Raises: ConfigError, PlanError, CheckpointError.
+    Raises: ConfigError, PlanError, LayoutError, CheckpointError; PlanDefect for a mistake of ours.
     """
     config = check_config(config, world_size)
     _check_folders(config)
     folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
     check_switches(config, started.pattern if folder is None else None)
-    plan_transfer_of(started)  # raises what is left: patterns and costs that do not fit the stages
+    check_run(plan_run(started))  # raises what is left: patterns, costs and memory that do not fit the stages
     return started
 
 
 def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoint: Path | None = None) -> Config:
     """The same for an evaluation of `checkpoint`, or of the one that a start would go on from: with its own edges.
 
-    Raises: ConfigError, PlanError, CheckpointError.
+    Raises: ConfigError, PlanError, LayoutError, CheckpointError; PlanDefect for a mistake of ours.
     """
     config = check_config(config, world_size)
     _check_folders(config)
@@ -53,7 +54,7 @@ def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoi
     if folder is None:
         raise no_checkpoint(config)
     evaluated = evaluated_config(config, folder)
-    plan_transfer_of(evaluated)
+    check_run(plan_run(evaluated))
     return evaluated
 
 
@@ -157,7 +158,7 @@ def check_switches(config: Config, before: Pattern | None) -> None:
                 continue  # which edges is not known yet; they are among those that are there
             resolved = resolve_pattern(after)
             known = resolved.pattern
-            plan_transfer_of(resolved)
+            check_run(plan_run(resolved))
         except PlanError as error:
             raise PlanError(str(error).replace("depth.pattern", f"depth.switch_at.{step}", 1)) from None
         added = lost_edges(known, before) if before else 0

@@ -15,11 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from common import assert_equals_the_single_process, make_batches, make_config
+from test_layouts import LAYOUTS
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lime_dist.lifecycle.local import RankFailed
 from lime_dist.pipeline import transport
+from lime_dist.plan.deadlock import PlanDefect, check_operations
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.testing import run_ranks
 from lime_dist.training.rank import Rank
 
@@ -105,21 +108,62 @@ def channels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Fewer microbatches than stages is where a stage waits for a gradient before its neighbour has all that it needs for one.
 FEW = ("pp=3 micro=1", "pp=3 micro=2", "pp=4 micro=2", "pp=2 micro=1")
-LAYOUTS = (*FEW, "pp=3 micro=4", "pp=3 tp=2 micro=2", "pp=2 dp=2 micro=3 gpipe", *(f"{text} gpipe" for text in FEW))
+# With virtual stages the last stage sends to the first: a ring, of an even and of an odd number of stages.
+RINGS = (
+    "pp=2 v=2 micro=1",
+    "pp=2 v=2 micro=4 recompute",
+    "pp=2 v=3 layers=6 micro=2 gpipe",
+    "pp=3 v=2 layers=6 micro=2 hidden",
+    "pp=3 v=2 layers=7 micro=6 warmup=11",
+    "pp=3 v=3 layers=9 micro=4 gpipe recompute",
+    "pp=4 v=2 layers=8 micro=4",
+    "pp=2 v=2 tp=2 sp micro=3 recompute",
+    "pp=3 v=2 dp=2 layers=6 micro=3 warmup=9",
+)
+WARMED_UP = ("pp=2 micro=4 warmup=3", "pp=3 micro=6 warmup=5 hidden", "pp=4 micro=6 warmup=6 recompute")
+SHORT_LAYOUTS = (
+    *FEW,
+    *(f"{text} gpipe" for text in FEW),
+    "pp=3 micro=4",
+    "pp=3 tp=2 micro=2",
+    "pp=2 dp=2 micro=3 gpipe",
+    *WARMED_UP,
+    *RINGS,
+)
 
 
-@pytest.mark.parametrize("text", LAYOUTS)
+@pytest.mark.parametrize("text", SHORT_LAYOUTS)
 def test_steps_equal_the_single_process(text: str) -> None:
     assert_equals_the_single_process(make_config(text))
 
 
-@pytest.mark.parametrize("text", ("pp=4 micro=2", "pp=3 micro=4", "pp=3 micro=2 gpipe"))
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [text for text in LAYOUTS if "pp=" in text])
+def test_the_table_of_layouts_equals_the_single_process(text: str) -> None:
+    assert_equals_the_single_process(make_config(text))
+
+
+@pytest.mark.parametrize("text", ("pp=4 micro=2", "pp=3 micro=4", "pp=3 micro=2 gpipe", "pp=3 micro=6 warmup=5"))
 def test_one_communicator_for_both_neighbours_does_as_well(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Channel, "is_of_a_pair", False)
     assert_equals_the_single_process(make_config(text))
 
 
-@pytest.mark.parametrize("text", ("pp=3 micro=1", "pp=3 micro=2", "pp=4 micro=2", "pp=2 micro=4 gpipe"))
+def test_one_communicator_for_both_neighbours_hangs_where_the_checker_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of few microbatches: a stage has posted the receive of its next chunk's input before it sends what that comes from."""
+    monkeypatch.setattr(Channel, "is_of_a_pair", False)
+    monkeypatch.setattr(Channel, "patience", IMPATIENCE)
+    config = make_config("pp=4 v=2 layers=8 micro=2")
+    operations = [[*stage.operations(stage.actions)] for stage in plan_run(config).stages]
+    with pytest.raises(PlanDefect, match="deadlock"):
+        check_operations(operations, by_pair=False)
+    with pytest.raises(RankFailed, match=r"Alone: rank \d waits for a message that is not under way"):
+        run_ranks(config, Rank.accumulate, make_batches(config)[0])
+
+
+@pytest.mark.parametrize(
+    "text", ("pp=3 micro=1", "pp=3 micro=2", "pp=4 micro=2", "pp=2 micro=4 gpipe", "pp=3 v=2 layers=6 micro=2 gpipe")
+)
 def test_without_open_boundaries_a_step_hangs(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Channel, "patience", IMPATIENCE)
     monkeypatch.setattr(transport.Transport, "open_boundaries", lambda *_: None)

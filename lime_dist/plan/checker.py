@@ -1,0 +1,176 @@
+"""Proves of a plan, before anything runs, that its messages pair up and that no stage waits for ever. Pure data.
+
+Collectives are left out: those over tensor ranks are within a pass, of which all tensor ranks run the same in the same order,
+for they have one plan; those at the end of a step come from code that is the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+from lime_dist.plan.deadlock import PlanDefect, check_operations
+from lime_dist.plan.messages import Cargo, Message
+from lime_dist.plan.operations import Operation, Verb
+from lime_dist.plan.run_plan import RunPlan
+from lime_dist.plan.schedule import Action, Kind
+from lime_dist.plan.stages import ChunkPlan, StagePlan
+
+MAX_OPERATIONS = 50_000  # that are looked at, about: less than a second's work
+
+
+def check_run(plan: RunPlan) -> None:
+    """A step and an evaluation of all stages.
+
+    Of a plan with more than MAX_OPERATIONS the first rounds of microbatches are checked, as many as stay below it but two
+    and the warm-up at least: without the microbatches of its later rounds a schedule is the schedule of fewer microbatches,
+    and its steady state repeats every round.
+    Raises: PlanDefect.
+    """
+    for chunk in plan.chunks:
+        _check_addresses(chunk)
+    for chunk, behind in zip(plan.chunks, plan.chunks[1:]):
+        _check_mirror(chunk, behind)
+    number = _num_checked(plan)
+    for kinds, actions_of in _RUNS:
+        operations = []
+        for stage in plan.stages:
+            actions = [action for action in actions_of(stage) if action.microbatch_index < number]
+            _check_passes(stage, actions, kinds, number)
+            operations.append([*stage.operations(actions)])
+            check_stage(stage, operations[-1])
+        check_operations(operations)
+
+
+_RUNS: tuple[tuple[tuple[Kind, ...], Callable[[StagePlan], Sequence[Action]]], ...] = (
+    ((Kind.FORWARD, Kind.BACKWARD), lambda stage: stage.actions),
+    ((Kind.FORWARD,), lambda stage: stage.evaluation),
+)
+
+
+def _num_checked(plan: RunPlan) -> int:
+    """Of microbatches."""
+    sent = sum(len(messages) for chunk in plan.chunks for messages in chunk.sent.values())
+    each = 3 * sent + 2 * len(plan.chunks)  # every message is posted, waited for and sent
+    first = plan.stages[0]
+    in_a_round = (
+        _run_length(first.evaluation, lambda action: action.chunk) if plan.virtual_stages > 1 else len(plan.stages)
+    )
+    warmup = _run_length(first.actions, lambda action: action.kind) if plan.schedule == "1f1b" else 0
+    fewest = -(-warmup // (plan.virtual_stages * in_a_round)) + 2
+    rounds = max(fewest, MAX_OPERATIONS // (each * in_a_round))
+    return min(plan.num_microbatches, rounds * in_a_round)
+
+
+def _run_length(actions: Sequence[Action], of: Callable[[Action], Hashable]) -> int:
+    """How many of the first ones are alike."""
+    return next((index for index, action in enumerate(actions) if of(action) != of(actions[0])), len(actions))
+
+
+# ---- the messages of a hop
+
+
+def _check_addresses(chunk: ChunkPlan) -> None:
+    here, before, behind = chunk.chunk, chunk.chunk - 1, chunk.chunk + 1
+    for messages, kind, way in (
+        (chunk.received, Kind.FORWARD, (before, here)),
+        (chunk.sent, Kind.FORWARD, (here, behind)),
+        (chunk.received, Kind.BACKWARD, (behind, here)),
+        (chunk.sent, Kind.BACKWARD, (here, before)),
+    ):
+        for message in messages[kind]:
+            if (message.from_chunk, message.to_chunk) != way or not 0 <= min(way) <= max(way) < chunk.num_chunks:
+                raise PlanDefect(f"chunk {here}: {message} is no message of its {kind.name.lower()} pass")
+
+
+def _check_mirror(chunk: ChunkPlan, behind: ChunkPlan) -> None:
+    """Of all that crosses a hop the gradient comes back, though it may be packed otherwise."""
+    there, back = _cargo(chunk.sent[Kind.FORWARD]), _cargo(behind.sent[Kind.BACKWARD])
+    for cargo, layer in {**there, **back}:
+        if there[cargo, layer] != back[cargo, layer]:
+            what = cargo.value if layer is None else f"{cargo.value} of layer {layer}"
+            raise PlanDefect(
+                f"hop {chunk.chunk}: {what} crosses with {there[cargo, layer]} bytes, its gradient with {back[cargo, layer]}"
+            )
+
+
+def _cargo(messages: Iterable[Message]) -> Mapping[tuple[Cargo, int | None], int]:
+    """Bytes."""
+    counted: Counter[tuple[Cargo, int | None]] = Counter()
+    for message in messages:
+        layers = message.layers or (None,)
+        counted.update({(message.cargo, layer): message.num_bytes // len(layers) for layer in layers})
+    return counted
+
+
+# ---- one stage
+
+
+def _check_passes(stage: StagePlan, actions: Sequence[Action], kinds: Sequence[Kind], num_microbatches: int) -> None:
+    """Each pass of each microbatch through each chunk once."""
+    planned = Counter(
+        Action(kind=kind, chunk=chunk.chunk, microbatch_index=index)
+        for kind in kinds
+        for chunk in stage.chunks
+        for index in range(num_microbatches)
+    )
+    counted = Counter(actions)
+    for action in {**planned, **counted}:
+        if counted[action] != planned[action]:
+            raise PlanDefect(
+                f"stage {stage.stage_index}: {action} is planned {counted[action]} times, not {planned[action]}"
+            )
+
+
+def check_stage(stage: StagePlan, operations: Sequence[Operation]) -> None:
+    """What the stage has when it waits, runs and sends is what these need; each message of each pass is handled once.
+
+    Raises: PlanDefect.
+    """
+    chunks = {chunk.chunk: chunk for chunk in stage.chunks}
+    seen: set[tuple[Verb, Action, Message | None]] = set()
+    ran: Action | None = None
+    for operation in operations:
+        verb, action, message = operation.verb, operation.action, operation.message
+        needed = _needed(operation, chunks[action.chunk])
+        missing = next((other for other in needed if (other.verb, other.action, other.message) not in seen), None)
+        if missing is not None:
+            raise PlanDefect(f"stage {stage.stage_index}: {operation} comes before {missing}")
+        if (verb, action, message) in seen:
+            raise PlanDefect(f"stage {stage.stage_index}: {operation} comes twice")
+        if verb is Verb.SEND and message is not None and not message.passes_by and ran != action:
+            raise PlanDefect(
+                f"stage {stage.stage_index}: {operation} comes after run {ran}, whose output it would take"
+            )
+        seen.add((verb, action, message))
+        ran = action if verb is Verb.RUN else ran
+    _check_all_sent(stage, operations)
+
+
+def _check_all_sent(stage: StagePlan, operations: Sequence[Operation]) -> None:
+    """What is received needs no such check: its pass waits for it."""
+    planned = {(chunk.chunk, kind): len(chunk.sent[kind]) for chunk in stage.chunks for kind in chunk.sent}
+    sent = Counter(operation.action for operation in operations if operation.verb is Verb.SEND)
+    for operation in operations:
+        action = operation.action
+        number = planned[action.chunk, action.kind]
+        if operation.verb is Verb.RUN and sent[action] != number:
+            raise PlanDefect(f"stage {stage.stage_index}: {operation} sends {sent[action]} of its {number} messages")
+
+
+def _needed(operation: Operation, chunk: ChunkPlan) -> Iterable[Operation]:
+    """What the same stage must have done before."""
+    action, message = operation.action, operation.message
+    received = chunk.received[action.kind]
+    if operation.verb is Verb.AWAIT:
+        yield Operation(Verb.RECEIVE, action, message)
+    elif operation.verb is Verb.RUN:
+        yield from (Operation(Verb.AWAIT, action, other) for other in received)
+        if action.kind is Kind.BACKWARD:
+            forward = Action(kind=Kind.FORWARD, chunk=action.chunk, microbatch_index=action.microbatch_index)
+            yield Operation(Verb.RUN, forward)
+    elif operation.verb is Verb.SEND and message is not None:
+        passing = {*message.layers} if message.passes_by else set()
+        yield from (Operation(Verb.AWAIT, action, other) for other in received if passing & {*other.layers})
+        if not message.passes_by:
+            yield Operation(Verb.RUN, action)

@@ -1,0 +1,361 @@
+"""Plans as they are made pass the checker; each kind of damage is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+
+from lime_dist.checkpoint import edges
+from lime_dist.checkpoint.edges import ready_config
+from lime_dist.config import Config, check_config, parse_config
+from lime_dist.plan import checker
+from lime_dist.plan.checker import check_run, check_stage
+from lime_dist.plan.deadlock import PlanDefect, check_operations
+from lime_dist.plan.messages import Message
+from lime_dist.plan.operations import Operation, Verb
+from lime_dist.plan.run_plan import RunPlan, plan_run
+from lime_dist.plan.schedule import Action, Kind, eager_warmup, plain_warmup, plan_schedule
+from lime_dist.plan.stages import ChunkPlan, StagePlan
+
+BASE = {
+    "model": {"num_layers": 6, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
+    "data": {"seq_length": 6, "global_batch_size": 12},
+    "run": {"device": "cpu"},
+}
+AHEAD = (1, 2, 3, 4, 8)
+SHAPES = [  # stages, virtual stages, microbatches
+    (stages, virtual_stages, microbatches)
+    for stages, virtual_stages in (
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (6, 1),
+        (8, 1),
+        (2, 2),
+        (3, 2),
+        (4, 2),
+        (2, 3),
+        (3, 3),
+        (3, 4),
+    )
+    for microbatches in sorted({1, 2, stages, stages + 1, 2 * stages, 3 * stages})
+    if virtual_stages == 1 or microbatches % max(1, microbatches // stages) == 0
+]
+
+
+def make_config(stages: int, virtual_stages: int, microbatches: int, *more: str) -> Config:
+    """A layer a chunk, and one more for the last."""
+    overrides = [
+        f"parallel.pp={stages}",
+        f"parallel.virtual_stages={virtual_stages}",
+        f"model.num_layers={stages * virtual_stages + 1}",
+        f"pipeline.num_microbatches={microbatches}",
+        f"data.global_batch_size={microbatches}",
+    ]
+    config = parse_config(BASE, [*overrides, *more])
+    return check_config(config, config.layout.world_size)
+
+
+def make_plan(stages: int, virtual_stages: int, microbatches: int, *more: str) -> RunPlan:
+    return plan_run(make_config(stages, virtual_stages, microbatches, *more))
+
+
+def with_receives_ahead(plan: RunPlan, ahead: int) -> RunPlan:
+    return replace(plan, stages=tuple(replace(stage, receives_ahead=ahead) for stage in plan.stages))
+
+
+def operations_of(plan: RunPlan) -> list[list[Operation]]:
+    return [[*stage.operations(stage.actions)] for stage in plan.stages]
+
+
+# ---- plans as they are made
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_schedule_passes_with_receives_at_any_depth(shape: tuple[int, int, int]) -> None:
+    stages, virtual_stages, microbatches = shape
+    sizes = {"num_stages": stages, "num_microbatches": microbatches, "virtual_stages": virtual_stages}
+    warmups = {plain_warmup(**sizes), eager_warmup(**sizes), plain_warmup(**sizes) + 1}
+    for more in ("pipeline.schedule=gpipe", "pipeline.schedule=1f1b", *(f"pipeline.warmup={n}" for n in warmups)):
+        plan = make_plan(*shape, more)
+        check_run(plan)
+        for ahead in AHEAD:
+            check_run(with_receives_ahead(plan, ahead))
+
+
+@pytest.mark.parametrize("shape", ((1, 1, 3), (4, 1, 6), (3, 2, 3), (2, 4, 4)))
+@pytest.mark.parametrize(
+    "text",
+    (
+        "depth.pattern=last:2",
+        "depth.pattern=first:2 depth.policy=relay",
+        "depth.pattern=within_stage",
+        "depth.pattern=stride:3",
+        "depth.router=none",
+        "depth.entry=hidden",
+        "run.dtype=bf16 depth.partial_sum_dtype=fp32",
+    ),
+)
+def test_every_pattern_passes(shape: tuple[int, int, int], text: str) -> None:
+    check_run(make_plan(*shape, *text.split()))
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] == 1], ids=str)
+def test_without_virtual_stages_one_communicator_a_group_does_with_the_next_receives_posted(
+    shape: tuple[int, int, int],
+) -> None:
+    stages, _, microbatches = shape
+    eager = eager_warmup(num_stages=stages, num_microbatches=microbatches)
+    for more in ("pipeline.schedule=gpipe", "pipeline.schedule=1f1b", f"pipeline.warmup={eager}"):
+        check_operations(operations_of(with_receives_ahead(make_plan(*shape, more), 1)), by_pair=False)
+
+
+STRICT = [  # where one communicator a group does not do: shape, receives posted ahead
+    ((4, 2, 2), 1),  # the receive of the next chunk's input stands before what it comes from
+    ((4, 1, 8), 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "ahead"), STRICT)
+def test_one_communicator_a_group_can_hang_where_pairs_do_not(shape: tuple[int, int, int], ahead: int) -> None:
+    operations = operations_of(with_receives_ahead(make_plan(*shape), ahead))
+    check_operations(operations)
+    with pytest.raises(PlanDefect, match=r"deadlock: .* behind receive .* of stage \d, which waits for send "):
+        check_operations(operations, by_pair=False)
+
+
+def test_a_config_is_checked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(2, 1, 2)
+    broken = with_chunk(
+        plan, 0, lambda chunk: with_messages(chunk, "sent", Kind.FORWARD, lambda messages: messages[1:])
+    )
+    monkeypatch.setattr(edges, "plan_run", lambda config: broken)
+    with pytest.raises(PlanDefect, match="residual"):
+        ready_config(parse_config(BASE, ["parallel.pp=2"]))
+
+
+# ---- of large plans the first rounds
+
+
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    (((4, 1, 40), ""), ((4, 1, 40), "pipeline.warmup=7"), ((4, 2, 40), ""), ((3, 2, 40), "pipeline.schedule=gpipe")),
+)
+def test_a_schedule_without_its_later_rounds_is_that_of_fewer_microbatches(
+    shape: tuple[int, int, int], more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checker, "MAX_OPERATIONS", 1000)
+    plan = make_plan(*shape, *more.split())
+    number = checker._num_checked(plan)
+    assert 2 * shape[0] <= number < shape[2]
+    for index, stage in enumerate(plan.stages):
+        place = {"stage_index": index, "num_stages": shape[0], "virtual_stages": shape[1]}
+        fewer = plan_schedule(plan.schedule, num_microbatches=number, warmup=plan.warmup, **place)
+        assert fewer == [action for action in stage.actions if action.microbatch_index < number]
+    check_run(plan)
+
+
+def test_damage_shows_in_the_first_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checker, "MAX_OPERATIONS", 1000)
+    plan = make_plan(4, 2, 40)
+    with pytest.raises(PlanDefect, match="meets"):
+        check_run(with_chunk(plan, 3, lambda chunk: with_messages(chunk, "sent", Kind.FORWARD, swapped)))
+
+
+# ---- damage to a plan
+
+
+def with_messages(
+    chunk: ChunkPlan, way: str, kind: Kind, change: Callable[[tuple[Message, ...]], tuple[Message, ...]]
+) -> ChunkPlan:
+    messages: Mapping[Kind, tuple[Message, ...]] = getattr(chunk, way)
+    return replace(chunk, **{way: {**messages, kind: change(messages[kind])}})
+
+
+def with_chunk(plan: RunPlan, chunk: int, change: Callable[[ChunkPlan], ChunkPlan]) -> RunPlan:
+    stages = [
+        replace(stage, chunks=tuple(change(one) if one.chunk == chunk else one for one in stage.chunks))
+        for stage in plan.stages
+    ]
+    return replace(plan, stages=tuple(stages))
+
+
+def with_stage(plan: RunPlan, stage_index: int, change: Callable[[StagePlan], StagePlan]) -> RunPlan:
+    stages = tuple(change(stage) if stage.stage_index == stage_index else stage for stage in plan.stages)
+    return replace(plan, stages=stages)
+
+
+def swapped(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return (messages[1], messages[0], *messages[2:])
+
+
+def larger(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return (replace(messages[0], num_bytes=messages[0].num_bytes + 4), *messages[1:])
+
+
+def make_relay() -> RunPlan:
+    """Three stages: the second passes on what the first has sent."""
+    return make_plan(3, 1, 4, "depth.policy=relay")
+
+
+# Chunk, "sent" or "received", kind, change, words.
+DAMAGED_MESSAGES = [
+    (
+        0,
+        "sent",
+        Kind.FORWARD,
+        swapped,
+        "pp_forward from stage 0 to 1: send entries of layers 0 from chunk 0 to 1, microbatch 0 (1536 bytes) "
+        "meets receive residual from chunk 0 to 1, microbatch 0 (768 bytes)",
+    ),
+    (
+        1,
+        "received",
+        Kind.BACKWARD,
+        swapped,
+        "pp_backward from stage 2 to 1: send gradient of residual from chunk 2 to 1, microbatch 0 (768 bytes) "
+        "meets receive gradient of entries",
+    ),
+    (
+        1,
+        "sent",
+        Kind.FORWARD,
+        lambda messages: messages[:-1],
+        "hop 1: entries of layer 1 crosses with 0 bytes, its gradient with 1536",
+    ),
+    (
+        1,
+        "received",
+        Kind.FORWARD,
+        lambda messages: messages[:-1],
+        "pp_forward from stage 0 to 1: send entries of layers 0 from chunk 0 to 1, microbatch 0 (1536 bytes) meets receive residual",
+    ),
+    (2, "received", Kind.FORWARD, larger, "bytes) meets receive "),
+    (0, "sent", Kind.FORWARD, larger, "hop 0: residual crosses with 772 bytes, its gradient with 768"),
+    (2, "sent", Kind.BACKWARD, larger, "hop 1: residual crosses with 768 bytes, its gradient with 772"),
+    (
+        2,
+        "received",
+        Kind.FORWARD,
+        lambda messages: tuple(replace(message, to_chunk=1, from_chunk=0) for message in messages),
+        "chunk 2: entries of layers 0 from chunk 0 to 1 is no message of its forward pass",
+    ),
+]
+
+
+@pytest.mark.parametrize(("chunk", "way", "kind", "change", "words"), DAMAGED_MESSAGES)
+def test_damaged_messages_are_refused(
+    chunk: int, way: str, kind: Kind, change: Callable[[tuple[Message, ...]], tuple[Message, ...]], words: str
+) -> None:
+    damaged = with_chunk(make_relay(), chunk, lambda whole: with_messages(whole, way, kind, change))
+    with pytest.raises(PlanDefect, match=re.escape(words)):
+        check_run(damaged)
+
+
+def backward_first(stage: StagePlan) -> StagePlan:
+    return replace(stage, actions=(stage.actions[1], stage.actions[0], *stage.actions[2:]))
+
+
+def other_microbatch_first(stage: StagePlan) -> StagePlan:
+    return replace(stage, actions=tuple(_exchanged(action) for action in stage.actions))
+
+
+def _exchanged(action: Action) -> Action:
+    is_forward, index = action.kind is Kind.FORWARD, action.microbatch_index
+    return replace(action, microbatch_index=1 - index) if is_forward and index < 2 else action
+
+
+DAMAGED_ACTIONS = [  # stage, change, words
+    (2, backward_first, "stage 2: run 2B0 comes before run 2F0"),
+    (
+        1,
+        other_microbatch_first,
+        "microbatch 0 (768 bytes) meets receive residual from chunk 0 to 1, microbatch 1 (768 bytes)",
+    ),
+    (0, lambda stage: replace(stage, actions=stage.actions[1:]), "stage 0: 0F0 is planned 0 times, not 1"),
+    (0, lambda stage: replace(stage, evaluation=stage.evaluation * 2), "stage 0: 0F0 is planned 2 times, not 1"),
+]
+
+
+@pytest.mark.parametrize(("stage_index", "change", "words"), DAMAGED_ACTIONS)
+def test_damaged_actions_are_refused(stage_index: int, change: Callable[[StagePlan], StagePlan], words: str) -> None:
+    with pytest.raises(PlanDefect, match=re.escape(words)):
+        check_run(with_stage(make_relay(), stage_index, change))
+
+
+def test_orders_of_which_each_stage_waits_for_the_other_are_a_deadlock() -> None:
+    """Both stages' orders are possible alone: all forwards first on the one, a backward before the second forward on the other."""
+    plan = make_plan(2, 1, 2)
+    first = plan_schedule("gpipe", stage_index=0, num_stages=2, num_microbatches=2)
+    waiting = [first[0], first[2], first[1], first[3]]  # 0F0 0B0 0F1 0B1
+    every = plan_schedule("gpipe", stage_index=1, num_stages=2, num_microbatches=2)
+    plan = with_stage(plan, 0, lambda stage: replace(stage, actions=tuple(waiting)))
+    plan = with_stage(plan, 1, lambda stage: replace(stage, actions=tuple(every)))
+    words = (
+        "deadlock: stage 0 hangs in await gradient of residual from chunk 1 to 0, microbatch 0, which waits for send "
+        "gradient of residual from chunk 1 to 0, microbatch 0 of stage 1; stage 1 hangs in await residual from chunk 0 to 1, "
+        "microbatch 1, which waits for send residual from chunk 0 to 1, microbatch 1 of stage 0"
+    )
+    with pytest.raises(PlanDefect, match=re.escape(words)):
+        check_run(plan)
+
+
+# ---- damage to a list of operations
+
+
+def place_of(operations: Sequence[Operation], verb: Verb, text: str) -> int:
+    return next(
+        index for index, operation in enumerate(operations) if operation.verb is verb and text in str(operation)
+    )
+
+
+def moved(operations: Sequence[Operation], start: int, stop: int) -> list[Operation]:
+    left = [*operations]
+    left.insert(stop, left.pop(start))
+    return left
+
+
+def test_an_operation_too_early_or_lacking_is_refused() -> None:
+    stage = make_relay().stages[1]
+    whole = [*stage.operations(stage.actions)]
+    check_stage(stage, whole)
+    run, sent = place_of(whole, Verb.RUN, "1F0"), place_of(whole, Verb.SEND, "residual from chunk 1 to 2")
+    passing = place_of(whole, Verb.SEND, "entries of layers 0 from")
+    received = place_of(whole, Verb.RECEIVE, "residual from chunk 0 to 1")
+    behind = place_of(whole, Verb.RUN, "1F1")
+    for damaged, words in (
+        (moved(whole, sent, run), "send residual from chunk 1 to 2, microbatch 0 comes before run 1F0"),
+        (moved(whole, run, 0), "run 1F0 comes before await "),
+        (
+            moved(whole, passing, 0),
+            "send entries of layers 0 from chunk 1 to 2, microbatch 0 comes before await entries",
+        ),
+        (moved(whole, received, run), "await residual from chunk 0 to 1, microbatch 0 comes before receive residual"),
+        (moved(whole, sent, behind), "comes after run 1F1, whose output it would take"),
+        ([*whole[:sent], *whole[sent + 1 :]], "run 1F0 sends 2 of its 3 messages"),
+        ([*whole, whole[sent]], "comes twice"),
+    ):
+        with pytest.raises(PlanDefect, match=re.escape(words)):
+            check_stage(stage, damaged)
+
+
+@pytest.mark.parametrize(
+    ("stage_index", "verb", "words"),
+    (
+        (
+            2,
+            Verb.RECEIVE,
+            "send entries of layers 1, 2 from chunk 1 to 2, microbatch 3 has no receive on the other side",
+        ),
+        (1, Verb.SEND, "receive entries of layers 1, 2 from chunk 1 to 2, microbatch 3 has no send on the other side"),
+    ),
+)
+def test_a_message_without_its_other_side_is_refused(stage_index: int, verb: Verb, words: str) -> None:
+    operations = operations_of(make_relay())
+    last = place_of(operations[stage_index], verb, "entries of layers 1, 2 from chunk 1 to 2, microbatch 3")
+    del operations[stage_index][last]
+    with pytest.raises(PlanDefect, match=re.escape(f"pp_forward from stage 1 to 2: {words}")):
+        check_operations(operations)
