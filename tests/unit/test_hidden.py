@@ -19,8 +19,8 @@ from lime_dist.lime.layers import KeyValueCache, rope_tables, rotate
 from lime_dist.lime.model import LimeChunk, model_logits, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initial_values, initialize
 from lime_dist.plan.parameters import LogicalTensor, Role, logical_tensors
-from lime_dist.plan.selection import mean_magnitudes, softmax
 from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.selection import mean_magnitudes, softmax
 from lime_dist.plan.stages import plan_transfer_of
 from lime_dist.plan.transfer import plan_transfer
 from lime_dist.training.optim import build_optimizer
