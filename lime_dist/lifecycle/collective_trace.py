@@ -32,7 +32,7 @@ def record_collectives(folder: Path, environment: MutableMapping[str, str] = os.
         "TORCH_FR_DUMP_TEMP_FILE": str(folder.absolute() / "nccl_rank_"),
     }
     for name, value in wanted.items():
-        if _OLDER_NAMES.get(name) not in environment:
+        if _OLDER_NAMES.get(name, name) not in environment:
             environment.setdefault(name, value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def test_the_users_own_stays(name: str) -> None:
     environment = {name: "mine"}
     record_collectives(Path("/run/collectives"), environment)
     assert environment[name] == "mine" and len(environment) == len(NAMES)
+
+
+def test_it_is_wanted_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    record_collectives(Path("/run/collectives"))
+    assert all(os.environ[name] for name in NAMES)
 
 
 def test_without_groups_there_is_nothing_to_write(tmp_path: Path) -> None:
