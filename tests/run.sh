@@ -3,7 +3,7 @@
 #   bash tests/run.sh [TIER] [pytest arguments]
 # TIER: none, lint, format, types and the quick tests; then by name slow, slurm (a real cluster on this machine; needs
 # slurm-wlm, munge and root), campaign (random cases: --cases N --seed S), product (every pattern under every layout,
-# half an hour), all (all but product).
+# half an hour), gpu (on this machine's GPUs; says what it skips), all (all but product).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -11,6 +11,7 @@ source launch/environment.sh
 tier="${1:-}" select=()
 case "$tier" in
   slow | slurm | campaign | product) select=(-m "$tier") ;;
+  gpu) select=(-m gpu -rs) ;;
   all) select=(-m "not product") ;;
   *) tier="" ;;
 esac

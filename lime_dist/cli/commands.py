@@ -18,7 +18,14 @@ from lime_dist.config import Config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, write_outcome
-from lime_dist.lifecycle.launcher import Place, find_place, require_address, require_rendezvous, warn
+from lime_dist.lifecycle.launcher import (
+    Place,
+    find_place,
+    launch_kernels_in_order,
+    require_address,
+    require_rendezvous,
+    warn,
+)
 from lime_dist.lifecycle.stopping import leaving_when_asked, stop_request
 
 
@@ -209,6 +216,7 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
     if place is not None:
         require_rendezvous()
         require_address(place)
+        launch_kernels_in_order(config.layout.tp)
         from lime_dist.training import run
 
         return _as_launched_rank(getattr(run, function), config, place, args)

@@ -122,6 +122,16 @@ def job_secret(environment: Mapping[str, str] = os.environ) -> bytes | None:
     return environment.get(SECRET_VARIABLE, "").encode() or None
 
 
+def launch_kernels_in_order(tp: int, environment: MutableMapping[str, str] = os.environ) -> None:
+    """For tensor ranks one queue to the GPU, unless the user has set how many; before CUDA starts.
+
+    Megatron's linear layers launch a collective before the product that is to hide it, and rely on this order. Blackwell
+    keeps to it with more queues, which the user may then give it.
+    """
+    if tp > 1:
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def warn(warnings: Iterable[str]) -> None:
     """A line each on standard error, by one process of a run: rank 0, or whoever starts the ranks."""
     place = find_place()

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from lime_dist.config import Config
-from lime_dist.lifecycle.launcher import warn
+from lime_dist.lifecycle.launcher import launch_kernels_in_order, warn
 from lime_dist.lifecycle.local import run_local
 from lime_dist.preflight import devices
 
@@ -30,6 +30,7 @@ def run_local_ranks(
     warn(filter(None, [devices.check_memory(config)]))
     fresh = devices.needs_fresh_interpreters(config, devices.count_gpus())
     layout = config.layout
+    launch_kernels_in_order(layout.tp)
     print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
     if shared_import is not None and not fresh:
         importlib.import_module(shared_import)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from lime_dist.config import Config
+from lime_dist.lifecycle.collective_trace import record_collectives, runs_on_nccl, trace_folder, write_collectives
 from lime_dist.lifecycle.ending import FAILED, write_outcome
 from lime_dist.lifecycle.heartbeat import Heartbeat, heartbeat_folder, read_heartbeats, write_heartbeat, written_since
 from lime_dist.lifecycle.launcher import Place
@@ -44,6 +45,7 @@ class Watchdog:
     def __init__(self, config: Config, place: Place, pulse: Pulse, folder: Path | None = None):
         self._layout, self._rank, self._pulse = config.layout, place.rank, pulse
         self._folder = folder or heartbeat_folder(Path(config.run.dir))
+        self._traces = trace_folder(Path(config.run.dir))
         self._timeout = config.run.timeout_seconds
         self._interval, self._grace = min(_INTERVAL, self._timeout / 10), min(_GRACE, self._timeout / 4)
         self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -52,6 +54,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        record_collectives(self._traces)
         self._thread.start()
         return self
 
@@ -140,12 +143,15 @@ class Watchdog:
 
     def _give_up(self) -> NoReturn:
         cause = find_cause(self._layout, self._read(), time.time(), self._timeout / 2)
-        self._end(cause.rank, f"no progress for {self._timeout:.0f} s; {cause.text}")
+        note = f"; that counts what was launched, {self._traces} has what was done" if runs_on_nccl() else ""
+        self._end(cause.rank, f"no progress for {self._timeout:.0f} s; {cause.text}{note}")
 
     def _end(self, rank: int, silence: str) -> NoReturn:
         reason = f"{silence}{self._settled}"
         print(f"lime-dist: {reason}\nstacks of rank {self._rank}:\n{_stacks()}", file=sys.stderr, flush=True)
         write_outcome(FAILED, reason)
+        if (trace := write_collectives(self._traces, self._rank, self._grace)) is not None:
+            print(f"collectives of rank {self._rank}: {trace}", file=sys.stderr, flush=True)
         time.sleep(self._grace)
         leave_because_of(rank, reason)
 

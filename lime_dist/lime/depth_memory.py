@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -254,9 +255,16 @@ def _over(among: tuple[int, ...], sources: tuple[int, ...], weights: Tensor) -> 
     """Router columns [H_kv, len(among) * H_kv]: `weights` at `sources`, zero at the other layers of `among`."""
     if sources == among:
         return weights.flatten(1)
-    columns = torch.tensor([among.index(source) for source in sources], device=weights.device)
+    columns = _index(tuple(among.index(source) for source in sources), weights.device)
     num_heads = weights.shape[0]
     return weights.new_zeros(num_heads, len(among), num_heads).index_copy(1, columns, weights).flatten(1)
+
+
+@cache
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: each copy from the host holds the host until the device has done all that it was given."""
+    with torch.inference_mode(False):  # else autograd could not keep it for a later backward pass
+        return torch.tensor(places, device=device)
 
 
 class _Write(torch.autograd.Function):
@@ -274,7 +282,7 @@ class _Write(torch.autograd.Function):
 class _SumBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain: Tensor, entries: Buffer, members: list[int], slot: int) -> Tensor:
-        torch.sum(entries.values[members], dim=0, out=entries.values[slot])
+        torch.sum(torch.stack([entries.values[member] for member in members]), dim=0, out=entries.values[slot])
         ctx.entries, ctx.members, ctx.slot = entries, members, slot
         return chain.new_empty(0)
 

@@ -66,6 +66,23 @@ def rope_tables(start: int, length: int, head_dim: int, theta: float, device: to
     return angles.cos(), angles.sin()
 
 
+class RotaryTables:
+    """`rope_tables` in the layers' dtype, made again only for other positions: in training once."""
+
+    def __init__(self, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device):
+        self._head_dim, self._theta, self._dtype, self._device = head_dim, theta, dtype, device
+        self._positions, self._tables = range(0), (torch.empty(0), torch.empty(0))
+
+    def at(self, positions: range) -> tuple[Tensor, Tensor]:
+        """cos and sin [len(positions), head_dim] of consecutive positions."""
+        if positions != self._positions:
+            with torch.inference_mode(False):  # else autograd could not keep them for a later backward pass
+                cos, sin = rope_tables(positions.start, len(positions), self._head_dim, self._theta, self._device)
+                self._tables = cos.to(self._dtype), sin.to(self._dtype)
+            self._positions = positions
+        return self._tables
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply RoPE to [..., seq, head_dim]."""
     half = x.shape[-1] // 2

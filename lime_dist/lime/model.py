@@ -20,7 +20,7 @@ from lime_dist.depth.routing import Routing
 from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.hidden import HiddenDepth
 from lime_dist.lime.key_value import KeyValueDepth
-from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, rope_tables
+from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, RotaryTables
 from lime_dist.lime.parts import Parts, PlainParts
 from lime_dist.plan.parameters import ParameterSpec, plan_parameters
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
@@ -49,6 +49,7 @@ class LimeChunk(nn.Module):
         self.dtype, self.device, self._sum_dtype = parts.dtype, parts.device, sum_dtype or parts.dtype
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
         self.entries = transfer.own_entries(layers)
+        self._rotary = RotaryTables(model.head_dim, model.rope_theta, parts.dtype, parts.device)
         self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first else None
         depth = KeyValueDepth if transfer.pattern.routing is Routing.KEY_VALUE else HiddenDepth
         self._depth = depth(model, transfer, layers, parts)
@@ -116,8 +117,7 @@ class LimeChunk(nn.Module):
         the memory's chain: both to be differentiated in one joint backward. Collective: tp group.
         """
         start = cache.length if cache is not None else 0
-        cos, sin = rope_tables(start, seq_length, self.config.head_dim, self.config.rope_theta, self.device)
-        run = Pass(batch_size, seq_length, cos.to(self.dtype), sin.to(self.dtype), memory, cache)
+        run = Pass(batch_size, seq_length, *self._rotary.at(range(start, start + seq_length)), memory, cache)
         residual = self.embed_tokens(self._padded(inputs.flatten())) if self.embed_tokens is not None else inputs
         chain = self._depth.add_received(memory, memory.start())
         for layer in self.layers.values():

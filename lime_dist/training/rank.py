@@ -104,13 +104,21 @@ class Rank:
         """The rank that writes what a run writes once."""
         return dist.get_rank() == 0
 
-    def microbatches(self, batch: Batch) -> list[Tensor]:
-        """This replica's microbatches of a global batch: every dp-th block of rows."""
+    def rows(self) -> list[slice]:
+        """Of a global batch this replica's, by microbatch: every dp-th block."""
         config, size = self.config, self.config.microbatch_size
         blocks = range(
             self.groups.coordinate.dp_rank, config.layout.dp * config.pipeline.num_microbatches, config.layout.dp
         )
-        found = [batch[block * size : (block + 1) * size].to(self.device) for block in blocks]
+        return [slice(block * size, (block + 1) * size) for block in blocks]
+
+    def microbatches(self, batch: Batch) -> list[Tensor]:
+        """This replica's microbatches of a global batch. Stages between the first and the last chunk need their shape only,
+        and have them on the CPU.
+        """
+        found = [batch[rows] for rows in self.rows()]
+        if any(chunk.is_first or chunk.is_last for chunk in self.plan.chunks):
+            found = [_to_device(tokens, self.device) for tokens in found]
         self.pulse.finish()
         return found
 
@@ -184,3 +192,8 @@ class Rank:
         dist.all_reduce(facts)
         loss, *boundary_bytes = facts.tolist()
         return loss, [round(count) for count in boundary_bytes[: len(self.run_plan.boundary_bytes)]]
+
+
+def _to_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that the host goes on: a copy from other memory waits for all that the GPU was given before."""
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)

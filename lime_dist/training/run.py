@@ -30,6 +30,7 @@ from lime_dist.lifecycle.stopping import stop_request
 from lime_dist.lifecycle.watchdog import Watchdog
 from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.training.agreement import tell_all
+from lime_dist.training.batches import BatchReader
 from lime_dist.training.joint_stop import JointStop, Stopped
 from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
@@ -187,14 +188,15 @@ class TrainingRun:
         """The exit code, and the reason in a few words."""
         config, watch = self.config, Stopwatch()
         code = self._evaluate_and_agree()
-        while self.step < config.run.steps and code == DONE:
-            if self.step in config.depth.switch_at and self._switched_step != self.step:
-                self._switch_pattern()
-            watch.lap()
-            self._train_step(watch)
-            code = self._evaluate_and_agree()
-            if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
-                self._save()
+        with self._batch_reader() as batches:
+            while self.step < config.run.steps and code == DONE:
+                if self.step in config.depth.switch_at and self._switched_step != self.step:
+                    self._switch_pattern()
+                watch.lap()
+                self._train_step(batches, watch)
+                code = self._evaluate_and_agree()
+                if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
+                    self._save()
         self._record("close", Metrics.close)
         asked = f"{self._stop.cause} at " if code == REQUEUE else ""
         return code, f"{asked}step {self.step} of {config.run.steps}"
@@ -240,14 +242,19 @@ class TrainingRun:
         path = Path(self.config.run.dir) / FILE_NAME
         path.write_text(json.dumps(plan_record(self.rank.run_plan)))
 
-    def _train_step(self, watch: Stopwatch) -> None:
+    def _batch_reader(self) -> BatchReader:
+        size = self.config.data.global_batch_size
+        last = self.samples_seen + (self.config.run.steps - self.step) * size
+        return BatchReader(self._samples.batch, self.rank.rows(), size, last)
+
+    def _train_step(self, batches: BatchReader, watch: Stopwatch) -> None:
         config = self.config
         self._pulse.begin_step(self.step + 1)
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
         try:
-            result = self.rank.train_step(SampleBatch(self._samples, self.samples_seen), factor)
+            result = self.rank.train_step(batches.batch(self.samples_seen), factor)
         except TrainingDiverged as error:
             raise self._diverged(f"step {self.step + 1}: {error}, so it was not taken") from None
         self.step += 1

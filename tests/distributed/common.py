@@ -130,9 +130,9 @@ class RankOutcome:
     weights: Pieces
 
 
-def run_layout(config: Config) -> tuple[Outcome, list[RankOutcome]]:
-    """The same run on the layout's ranks: put together, and as each rank saw it."""
-    ranks = run_ranks(config, _run_rank, make_batches(config))
+def run_layout(config: Config, run: Callable[..., list] = run_ranks) -> tuple[Outcome, list[RankOutcome]]:
+    """The same run on the layout's ranks, begun by `run`: put together, and as each rank saw it."""
+    ranks = run(config, _run_rank, make_batches(config))
     whole = Outcome(
         ranks[0].losses,
         ranks[0].grad_norms,
@@ -180,16 +180,18 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 TOLERANCE = 1e-5
 
 
-def assert_equals_the_single_process(config: Config) -> None:
+def assert_equals_the_single_process(
+    config: Config, run: Callable[..., list] = run_ranks, tolerance: float = TOLERANCE
+) -> None:
     """Loss, gradient norm, every gradient, the weights after steps; ranks agree; bytes sent are those planned."""
     expected = run_plain(config)
-    actual, ranks = run_layout(config)
+    actual, ranks = run_layout(config, run)
 
     assert min(expected.grad_norms) > config.optim.max_grad_norm, "clipping would not show"
-    assert actual.losses == pytest.approx(expected.losses, rel=TOLERANCE)
-    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
-    assert_close(actual.gradients, expected.gradients, TOLERANCE)
-    assert_close(actual.weights, expected.weights, TOLERANCE)
+    assert actual.losses == pytest.approx(expected.losses, rel=tolerance)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=tolerance)
+    assert_close(actual.gradients, expected.gradients, tolerance)
+    assert_close(actual.weights, expected.weights, tolerance)
 
     planned = [config.pipeline.num_microbatches * count for count in plan_run(config).boundary_bytes]
     for rank in ranks:

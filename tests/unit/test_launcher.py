@@ -7,7 +7,14 @@ import socket
 import pytest
 
 from lime_dist.errors import LayoutError
-from lime_dist.lifecycle.launcher import Place, find_place, host_name, require_address, require_rendezvous
+from lime_dist.lifecycle.launcher import (
+    Place,
+    find_place,
+    host_name,
+    launch_kernels_in_order,
+    require_address,
+    require_rendezvous,
+)
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
@@ -92,3 +99,16 @@ def test_rank_0_asks_for_the_meeting_place() -> None:
 def test_a_rank_outside_the_world_is_refused(rank: str) -> None:
     with pytest.raises(LayoutError, match=f"^environment: RANK={rank} is not below WORLD_SIZE=2; start with torchrun"):
         find_place({"RANK": rank, "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("tp", "given", "expected"),
+    [
+        (1, {}, {}),
+        (2, {}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        (2, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+    ],
+)
+def test_one_queue_for_tensor_ranks(tp: int, given: dict[str, str], expected: dict[str, str]) -> None:
+    launch_kernels_in_order(tp, given)
+    assert given == expected

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.lime.layers import rope_tables, rotate
+from lime_dist.lime.layers import RotaryTables, rope_tables, rotate
 from lime_dist.lime.model import LimeChunk, model_logits, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initialize, load
 from lime_dist.training.optim import build_optimizer, set_lr
@@ -181,3 +181,25 @@ def test_rope_turns_by_position_alone() -> None:
     assert float(turned.diagonal(-1)[0]) != pytest.approx(float(turned.diagonal(1)[0]))
     later_cos, later_sin = rope_tables(4, 6, 8, 10000.0, torch.device("cpu"))
     assert torch.equal(later_cos, cos[4:]) and torch.equal(later_sin, sin[4:])
+
+
+def test_rotary_tables_are_made_once_for_the_same_positions() -> None:
+    tables = RotaryTables(8, 10000.0, torch.bfloat16, torch.device("cpu"))
+    first = tables.at(range(4, 10))
+    for made, expected in zip(first, rope_tables(4, 6, 8, 10000.0, torch.device("cpu"))):
+        assert made.dtype is torch.bfloat16 and torch.equal(made, expected.bfloat16())
+    assert tables.at(range(4, 10)) is first and tables.at(range(5, 11)) is not first
+
+
+def test_what_is_kept_in_inference_mode_serves_a_backward_pass() -> None:
+    sizes = {"num_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96}
+    config = check_config(parse_config({"model": sizes}))
+    model = plain_model(config.model, config.pattern)
+    initialize(model, 0)
+    tokens = torch.arange(14).view(2, 7)
+    with torch.inference_mode():
+        inferred = float(model_loss(model, tokens))
+    loss = model_loss(model, tokens)
+    loss.backward()
+    assert float(loss) == inferred and all(parameter.grad is not None for parameter in model.parameters())
+    assert not list(model.buffers())
