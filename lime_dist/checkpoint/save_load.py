@@ -25,7 +25,7 @@ from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.lime.values import assemble_local, slices, specified_parameters
-from lime_dist.plan.parameters import ParameterSpec
+from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.training.agreement import gather
 from lime_dist.training.rank import Rank
 

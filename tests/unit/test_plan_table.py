@@ -11,7 +11,7 @@ import pytest
 
 from lime_dist.config import Config, check_config, load_config
 from lime_dist.depth.pattern import Pattern
-from lime_dist.plan.parameters import Role, logical_tensors
+from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.stages import plan_run_transfer
 from lime_dist.plan.table import (
     COMPARED_PATTERNS,
@@ -23,6 +23,7 @@ from lime_dist.plan.table import (
     routing_flops_per_token,
     stage_table,
 )
+from lime_dist.plan.tensors import Role
 from lime_dist.plan.transfer import plan_transfer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
