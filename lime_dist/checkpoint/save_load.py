@@ -25,6 +25,7 @@ from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.lime.values import assemble_local, slices, specified_parameters
+from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.training.agreement import gather
 from lime_dist.training.rank import Rank
@@ -175,6 +176,7 @@ def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int)
         "config": to_dict(rank.config),
         "files": files,
     }
+    write_json(folder / FILE_NAME, plan_record(rank.run_plan))
     write_json(folder / "meta.json", meta)
     flush_to_disk(folder)
     if os.path.lexists(final):

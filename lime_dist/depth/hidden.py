@@ -46,6 +46,8 @@ class HiddenRouting(Routing):
 class StaticRouting(HiddenRouting):
     """Routers [H_kv, sources]."""
 
+    name = "hidden, static"
+
     def router(self, cut: Cutter, name: str, model: ModelSizes, read: Read) -> ParameterSpec:
         shape = model.kv_heads, len(read.sources)
         return cut.whole(LogicalTensor(name, shape, Role.ROUTER, Normal(std=0.1)))  # arXiv 2502.09245v1
@@ -58,6 +60,7 @@ class StaticRouting(HiddenRouting):
 class DynamicRouting(HiddenRouting):
     """Routers [H_kv * sources, hidden]: linear maps, decayed like other matrices (arXiv 2502.09245v1)."""
 
+    name = "hidden, dynamic"
     fixed_weights = False
     decays_routers = True
 

@@ -15,6 +15,7 @@ from lime_dist.plan.tensors import Cutter, LogicalTensor, ParameterSpec, Role, U
 class KeyValueRouting(Routing):
     """Routers [H_kv (reader head), sources, H_kv (source head)]."""
 
+    name = "kv"
     entry_name = "keys and values"
     presummable = True
 

@@ -53,6 +53,7 @@ class Routing(ABC):
     A reader has one router, the logical tensor `Read.router_name` of role `Role.ROUTER`.
     """
 
+    name: ClassVar[str]  # in a plan's record
     entry_name: ClassVar[str]  # in words: a layer's ...
     # Whether sums over sources may cross stages in place of entries: only if they are of an entry's size, and their
     # weights are known before the reader's input is.

@@ -1,32 +1,36 @@
-"""The plan as a picture: stages side by side, a row for each layer, and what crosses each boundary. Plan in, SVG out.
+"""The plan as a picture: chunks side by side, a row for each layer, and what crosses each hop. Plan in, SVG out.
 
-A layer's box stands in its stage's column. To its right runs its raw entry, as far as that is carried; from the
-left comes its partial sum. Vertical lines are reads: blue ones into a stage's own layers, orange ones into the sums
-of later layers. Under each boundary stands the bundle, to scale. Lengths are in pixels.
+A layer's box stands in its chunk's column. To its right runs its raw entry, as far as that is carried; from the
+left comes its partial sum. Vertical lines are reads: blue ones into a chunk's own layers, orange ones into the sums
+of later layers. Under each hop stands the bundle, to scale. With virtual stages the chunks of a stage have one tint, and a
+dashed box is an entry that the stage has kept since an earlier one of them. Lengths are in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from colorsys import hls_to_rgb
 from dataclasses import dataclass
-from html import escape
 
 from lime_dist.config import Config
+from lime_dist.formats import format_bytes
+from lime_dist.plan import svg
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.stages import ChunkPlan, plan_transfer_of
-from lime_dist.plan.table import format_bytes, format_layers
+from lime_dist.plan.table import format_layers
 from lime_dist.plan.transfer import HopPlan, TransferPlan
 
 MAX_SINGLE_ROWS = 16  # of more layers, those of a stage that fare alike share a row
 
-INK, MUTED, PAPER, PANEL, FRAME = "#1f2937", "#5b6472", "#ffffff", "#f4f6f9", "#cfd6e0"
+MUTED, PAPER, PANEL, FRAME = "#5b6472", "#ffffff", "#f4f6f9", "#cfd6e0"
 RESIDUAL, RAW, SUM = "#6b7280", "#1d63d8", "#c2570c"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
-MARGIN, STAGE_WIDTH, GAP, MIN_WIDTH = 28, 142, 88, 760  # GAP: between two stages, where the boundary is
+MARGIN, COLUMN_WIDTH, GAP, MIN_WIDTH = 28, 142, 88, 760  # GAP: between two columns, where the hop is
 PANEL_TOP, ROWS_TOP, ROW_HEIGHT = 84, 144, 27
 LAYER_WIDTH, LAYER_HEIGHT, PILL_WIDTH, PILL_HEIGHT = 94, 20, 62, 18
-BUS = 10  # from a stage's edge to its line of reads
+TINT_LIGHTNESS = 0.94
+BUS = 10  # from a column's edge to its line of reads
 CHART_WIDTH, CHART_HEIGHT = 40, 90
 
 
@@ -47,7 +51,11 @@ class Row:
         return f"layers {first}–{last}" if last - first == count - 1 else f"{count} of {first}–{last}"
 
     def pill(self, noun: str, plural: str) -> str:
-        return f"{noun} {self.layers[0]}" if len(self.layers) == 1 else f"{len(self.layers)} {plural}"
+        return _counted(self.layers, noun, plural)
+
+
+def _counted(layers: Sequence[int], noun: str, plural: str) -> str:
+    return f"{noun} {layers[0]}" if len(layers) == 1 else f"{len(layers)} {plural}"
 
 
 def plan_rows(transfer: TransferPlan) -> tuple[Row, ...]:
@@ -70,6 +78,7 @@ class _Drawing:
         self.config = config
         self.plan = plan_run(config)
         self.chunks, self.shape = self.plan.chunks, self.plan.shape
+        self.is_virtual = self.plan.virtual_stages > 1
         self.transfer, self.relay = self.plan.transfer, plan_transfer_of(config, "relay")
         self.rows = plan_rows(self.transfer)
         self.row_of = {layer: index for index, row in enumerate(self.rows) for layer in row.layers}
@@ -79,21 +88,22 @@ class _Drawing:
         self.pixels_per_byte = CHART_HEIGHT / largest
 
     def document(self) -> str:
-        width = max(MIN_WIDTH, 2 * MARGIN + len(self.chunks) * (STAGE_WIDTH + GAP) - GAP)
+        width = max(MIN_WIDTH, 2 * MARGIN + len(self.chunks) * (COLUMN_WIDTH + GAP) - GAP)
         legend = self._legend()
         height = self.chart_bottom + 118 + 20 * len(legend)
         parts = [
             *self._headings(),
             *(part for chunk in self.chunks for part in self._chunk(chunk)),
             *(part for chunk in self.chunks for part in self._reads(chunk)),
+            *(part for chunk in self.chunks for part in self._kept(chunk)),
             *(part for row in self.rows for part in self._row(row)),
             *(part for pair in zip(self.transfer.hops, self.relay.hops) for part in self._bundle(*pair)),
             *(part for line, (sample, text) in enumerate(legend) for part in self._legend_line(line, sample, text)),
-            _text(MARGIN, height - 24, self._note(), size=11, fill=MUTED),
+            svg.text(MARGIN, height - 24, self._note(), size=11, fill=MUTED),
         ]
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'font-family="{FONT}" role="img">\n{_rect(0, 0, width, height, PAPER, radius=10)}\n'
+            f'font-family="{FONT}" role="img">\n{svg.rect(0, 0, width, height, PAPER, radius=10)}\n'
             + "\n".join(parts)
             + "\n</svg>\n"
         )
@@ -101,137 +111,187 @@ class _Drawing:
     def _headings(self) -> Iterator[str]:
         transfer = self.transfer
         on = f"{len(self.plan.stages)} stages" if len(self.plan.stages) > 1 else "1 stage"
-        on += f" of {self.plan.virtual_stages} chunks" if self.plan.virtual_stages > 1 else ""
+        on += f" of {self.plan.virtual_stages} chunks" if self.is_virtual else ""
         title = f"{len(transfer.chunk_of)} layers on {on}, pattern {transfer.pattern.name}"
         counts = f"policy {self.config.depth.policy}: {transfer.num_crossings} entries and partial sums cross"
         if transfer.num_crossings < self.relay.num_crossings:
             counts += f", where relaying every entry takes {self.relay.num_crossings}"
-        yield _text(MARGIN, 38, title, size=18, weight=600)
-        yield _text(MARGIN, 60, counts, size=13, fill=MUTED)
+        yield svg.text(MARGIN, 38, title, size=18, weight=600)
+        yield svg.text(MARGIN, 60, counts, size=13, fill=MUTED)
 
     def _chunk(self, chunk: ChunkPlan) -> Iterator[str]:
-        left, centre = _left(chunk.chunk), _left(chunk.chunk) + STAGE_WIDTH / 2
-        yield _rect(left, PANEL_TOP, STAGE_WIDTH, self.panel_bottom - PANEL_TOP, PANEL, stroke=FRAME, radius=8)
-        yield _text(centre, PANEL_TOP + 22, self._name(chunk), size=14, weight=600, anchor="middle")
+        left, centre = _left(chunk.chunk), _left(chunk.chunk) + COLUMN_WIDTH / 2
+        panel = self._tint(chunk) if self.is_virtual else PANEL
+        yield svg.rect(left, PANEL_TOP, COLUMN_WIDTH, self.panel_bottom - PANEL_TOP, panel, stroke=FRAME, radius=8)
+        yield svg.text(
+            centre, PANEL_TOP + 22, f"stage {self._stage_of(chunk.chunk)}", size=14, weight=600, anchor="middle"
+        )
         layers = f"layers {format_layers(chunk.layers)}" if len(chunk.layers) > 1 else f"layer {chunk.layers.start}"
-        yield _text(centre, PANEL_TOP + 40, layers.replace("-", "–"), size=12, fill=MUTED, anchor="middle")
+        contents = (f"chunk {chunk.chunk}: " if self.is_virtual else "") + layers.replace("-", "–")
+        yield svg.text(
+            centre, PANEL_TOP + 40, contents, size=11 if self.is_virtual else 12, fill=MUTED, anchor="middle"
+        )
         held, flops = format_bytes(self._held_bytes(chunk)), chunk.routing_flops_per_token
         for line, text in enumerate((f"holds {held} of entries", f"{flops:,} routing", "FLOPs a token")):
-            yield _text(centre, self.panel_bottom + 30 + 17 * line, text, size=11, fill=MUTED, anchor="middle")
+            yield svg.text(centre, self.panel_bottom + 30 + 17 * line, text, size=11, fill=MUTED, anchor="middle")
         if not chunk.is_last:
-            yield _arrow(left + STAGE_WIDTH, left + STAGE_WIDTH + GAP, PANEL_TOP + 30, RESIDUAL, width=5)
-            yield _text(_boundary_centre(chunk.chunk), PANEL_TOP + 18, "residual", size=11, anchor="middle")
+            yield svg.arrow(left + COLUMN_WIDTH, left + COLUMN_WIDTH + GAP, PANEL_TOP + 30, RESIDUAL, width=5)
+            yield svg.text(_hop_centre(chunk.chunk), PANEL_TOP + 18, "residual", size=11, anchor="middle")
 
-    def _name(self, chunk: ChunkPlan) -> str:
-        stage_index = chunk.chunk % len(self.plan.stages)
-        return f"stage {stage_index}" + (f", chunk {chunk.chunk}" if self.plan.virtual_stages > 1 else "")
+    def _stage_of(self, chunk_index: int) -> int:
+        return chunk_index % len(self.plan.stages)
+
+    def _tint(self, chunk: ChunkPlan) -> str:
+        """The same for all chunks of a stage."""
+        red, green, blue = hls_to_rgb(self._stage_of(chunk.chunk) / len(self.plan.stages), TINT_LIGHTNESS, 0.6)
+        return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
     def _held_bytes(self, chunk: ChunkPlan) -> int:
         """Entries of all microbatches in flight, when they are most."""
-        stage = self.plan.stages[chunk.chunk % len(self.plan.stages)]
+        stage = self.plan.stages[self._stage_of(chunk.chunk)]
         return max(counts.get(chunk.chunk, 0) for counts in stage.moments) * chunk.held_bytes
 
     def _reads(self, chunk: ChunkPlan) -> Iterator[str]:
-        """Of received entries into own layers at the left edge, of any entries into later layers' sums at the right."""
-        left, right = _left(chunk.chunk) + BUS, _left(chunk.chunk) + STAGE_WIDTH - BUS
-        own = {reader: set(sources) - set(chunk.layers) for reader, sources in chunk.transfer.reads.items()}
-        own = {reader: sources for reader, sources in own.items() if reader in chunk.layers and sources}
+        """Of received and kept entries into own layers at the left edge, of any entries into later sums at the right."""
+        left, right = _left(chunk.chunk) + BUS, _left(chunk.chunk) + COLUMN_WIDTH - BUS
+        own, later = self._own_reads(chunk), self._later_reads(chunk)
         if own:
             yield from self._bus(left, RAW, own)
             for y in self._heights(own):
-                yield _arrow(left, _layer_left(chunk.chunk), y, RAW)
-        later = {reader: sources for reader, sources in chunk.transfer.reads.items() if reader not in chunk.layers}
+                yield svg.arrow(left, _layer_left(chunk.chunk), y, RAW)
         if later:
             yield from self._bus(right, SUM, later)
-            yield from (_circle(right, y, 3.5, SUM) for y in self._heights(later))
+            yield from (svg.circle(right, y, 3.5, SUM) for y in self._heights(later))
+
+    def _own_reads(self, chunk: ChunkPlan) -> dict[int, set[int]]:
+        own = {reader: set(sources) - set(chunk.layers) for reader, sources in chunk.transfer.reads.items()}
+        return {reader: sources for reader, sources in own.items() if reader in chunk.layers and sources}
+
+    def _later_reads(self, chunk: ChunkPlan) -> dict[int, set[int]]:
+        return {reader: set(sources) for reader, sources in chunk.transfer.reads.items() if reader not in chunk.layers}
+
+    def _kept(self, chunk: ChunkPlan) -> Iterator[str]:
+        """The entries read from where they are kept, with a line to each line of reads that they are on."""
+        left, right = _layer_left(chunk.chunk), _layer_left(chunk.chunk) + LAYER_WIDTH
+        own, later = _all_sources(self._own_reads(chunk)), _all_sources(self._later_reads(chunk))
+        for since, entries in chunk.transfer.kept.items():
+            for layers in self._by_row(entries):
+                y = self._height(layers[0])
+                if own & set(layers):
+                    yield svg.dashes(_left(chunk.chunk) + BUS, left, y, RAW)
+                if later & set(layers):
+                    yield svg.dashes(right, _left(chunk.chunk) + COLUMN_WIDTH - BUS, y, RAW)
+                yield from self._kept_box(chunk.chunk, layers, f"here since chunk {since}")
+
+    def _kept_box(self, chunk_index: int, layers: Sequence[int], hover: str) -> Iterator[str]:
+        left, y = _layer_left(chunk_index), self._height(layers[0])
+        yield svg.outline(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, RAW, radius=4)
+        hover = f"entries of layers {format_layers(layers)}, {hover}"
+        text = _counted(layers, "kept", "kept")
+        yield svg.text(left + LAYER_WIDTH / 2, y + 4, text, size=11, fill=RAW, anchor="middle", hover=hover)
+
+    def _by_row(self, layers: Collection[int]) -> list[list[int]]:
+        rows: dict[int, list[int]] = {}
+        for layer in layers:
+            rows.setdefault(self.row_of[layer], []).append(layer)
+        return list(rows.values())
 
     def _bus(self, x: float, colour: str, sources_of: Mapping[int, Collection[int]]) -> Iterator[str]:
         """A vertical line past the rows of some readers and of their sources, with a dot at each source."""
-        sources = self._heights({source for sources in sources_of.values() for source in sources})
+        sources = self._heights(_all_sources(sources_of))
         heights = [*sources, *self._heights(sources_of)]
-        yield _line(x, min(heights), x, max(heights), colour, width=1.5)
-        yield from (_circle(x, y, 3, RAW) for y in sources)
+        yield svg.line(x, min(heights), x, max(heights), colour, width=1.5)
+        yield from (svg.circle(x, y, 3, RAW) for y in sources)
 
     def _row(self, row: Row) -> Iterator[str]:
         left, y = _layer_left(row.chunk), self._height(row.layers[0])
         if row.raw_until > row.chunk or self._is_summed(row, row.chunk):
-            yield _line(left + LAYER_WIDTH, y, self._raw_end(row), y, RAW)
+            yield svg.line(left + LAYER_WIDTH, y, self._raw_end(row), y, RAW)
         if row.sum_from < row.chunk:
-            yield _arrow(_left(row.sum_from) + STAGE_WIDTH - BUS, left, y, SUM)
-        for boundary in range(row.chunk, row.raw_until):
-            yield from _pill(boundary, y, row.pill("raw", "raw"), RAW)
-        for boundary in range(row.sum_from, row.chunk):
-            yield from _pill(boundary, y, row.pill("sum", "sums"), SUM)
-        yield _rect(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, PAPER, stroke=INK, radius=4)
+            yield svg.arrow(_left(row.sum_from) + COLUMN_WIDTH - BUS, left, y, SUM)
+        if row.raw_until > row.chunk and not self._is_read(row, row.raw_until):
+            yield from self._kept_box(row.raw_until, row.layers, "for a later chunk")
+        for hop in range(row.chunk, row.raw_until):
+            yield from _pill(hop, y, row.pill("raw", "raw"), RAW)
+        for hop in range(row.sum_from, row.chunk):
+            yield from _pill(hop, y, row.pill("sum", "sums"), SUM)
+        yield svg.rect(left, y - LAYER_HEIGHT / 2, LAYER_WIDTH, LAYER_HEIGHT, PAPER, stroke=svg.INK, radius=4)
         hover = f"layers {format_layers(row.layers)}" if len(row.layers) > 1 else None
-        yield _text(left + LAYER_WIDTH / 2, y + 4, row.label, size=11, anchor="middle", hover=hover)
+        yield svg.text(left + LAYER_WIDTH / 2, y + 4, row.label, size=11, anchor="middle", hover=hover)
 
     def _raw_end(self, row: Row) -> float:
-        """A raw entry goes as far as the last line of reads that it is on."""
+        """A raw entry goes as far as the last line of reads that it is on; to be kept, where it is on none."""
         left = _left(row.raw_until)
-        return left + STAGE_WIDTH - BUS if self._is_summed(row, row.raw_until) else left + BUS
+        if not self._is_read(row, row.raw_until):
+            return _layer_left(row.raw_until)
+        return left + COLUMN_WIDTH - BUS if self._is_summed(row, row.raw_until) else left + BUS
+
+    def _is_read(self, row: Row, chunk_index: int) -> bool:
+        return bool(set(row.layers) & _all_sources(self.chunks[chunk_index].transfer.reads))
 
     def _is_summed(self, row: Row, chunk_index: int) -> bool:
         """Whether the chunk adds an entry of this row into the sum of a later chunk's layer."""
-        chunk = self.chunks[chunk_index]
-        later = [sources for reader, sources in chunk.transfer.reads.items() if reader not in chunk.layers]
-        return any(set(row.layers) & set(sources) for sources in later)
+        return bool(set(row.layers) & _all_sources(self._later_reads(self.chunks[chunk_index])))
 
-    def _bundle(self, boundary: HopPlan, relayed: HopPlan) -> Iterator[str]:
+    def _bundle(self, hop: HopPlan, relayed: HopPlan) -> Iterator[str]:
         """The bundle's bytes as a stack, within the outline of what relaying would send."""
-        shape, centre, bottom = self.shape, _boundary_centre(boundary.hop), self.chart_bottom
-        bundle_bytes, relayed_bytes = shape.bundle_bytes(boundary), shape.bundle_bytes(relayed)
-        yield from self._stack(boundary, centre - CHART_WIDTH / 2)
+        shape, centre, bottom = self.shape, _hop_centre(hop.hop), self.chart_bottom
+        bundle_bytes, relayed_bytes = shape.bundle_bytes(hop), shape.bundle_bytes(relayed)
+        yield from self._stack(hop, centre - CHART_WIDTH / 2)
         if relayed_bytes > bundle_bytes:
             height = relayed_bytes * self.pixels_per_byte
-            yield _outline(centre - CHART_WIDTH / 2, bottom - height, CHART_WIDTH, height)
-        contents = f"raw entries of layers: {format_layers(boundary.raw_entries)}; "
-        contents += f"partial sums for layers: {format_layers(boundary.partial_sums)}"
+            yield svg.outline(centre - CHART_WIDTH / 2, bottom - height, CHART_WIDTH, height, MUTED)
+        contents = f"raw entries of layers: {format_layers(hop.raw_entries)}; "
+        contents += f"partial sums for layers: {format_layers(hop.partial_sums)}"
         size, ratio = format_bytes(bundle_bytes), f"{bundle_bytes / shape.residual_bytes:.1f} × residual"
-        name = f"boundary {boundary.hop} > {boundary.hop + 1}"
-        yield _text(centre, bottom + 18, size, size=13, weight=600, anchor="middle", hover=contents)
-        yield _text(centre, bottom + 34, ratio, size=11, fill=MUTED, anchor="middle")
-        yield _text(centre, bottom + 50, name, size=11, fill=MUTED, anchor="middle")
+        name = f"boundary {hop.hop} > {hop.hop + 1}"
+        if self.is_virtual:
+            name = f"hop {hop.hop}: stage {self._stage_of(hop.hop)} > {self._stage_of(hop.hop + 1)}"
+        yield svg.text(centre, bottom + 18, size, size=13, weight=600, anchor="middle", hover=contents)
+        yield svg.text(centre, bottom + 34, ratio, size=11, fill=MUTED, anchor="middle")
+        yield svg.text(centre, bottom + 50, name, size=11, fill=MUTED, anchor="middle")
 
-    def _stack(self, boundary: HopPlan, left: float) -> Iterator[str]:
+    def _stack(self, hop: HopPlan, left: float) -> Iterator[str]:
         top = float(self.chart_bottom)
         for colour, size_bytes in (
             (RESIDUAL, self.shape.residual_bytes),
-            (RAW, len(boundary.raw_entries) * self.shape.entry_bytes),
-            (SUM, len(boundary.partial_sums) * self.shape.sum_bytes),
+            (RAW, len(hop.raw_entries) * self.shape.entry_bytes),
+            (SUM, len(hop.partial_sums) * self.shape.sum_bytes),
         ):
             height = size_bytes * self.pixels_per_byte
             top -= height
             if height:
-                yield _rect(left, top, CHART_WIDTH, height, colour)
+                yield svg.rect(left, top, CHART_WIDTH, height, colour)
 
-    def _legend(self) -> list[tuple[str | None, str]]:
-        """Colour, None for the outline, and meaning of what is in the picture."""
-        boundaries, shape = self.transfer.hops, self.shape
+    def _legend(self) -> list[tuple[_Sample, str]]:
+        """Sample and meaning of what is in the picture."""
+        hops, shape = self.transfer.hops, self.shape
         entry, partial_sum = format_bytes(shape.entry_bytes), format_bytes(shape.sum_bytes)
-        lines: list[tuple[str | None, str]] = []
-        if boundaries:
-            lines.append((RESIDUAL, f"residual stream, {format_bytes(shape.residual_bytes)}"))
-        if any(boundary.raw_entries for boundary in boundaries):
-            lines.append(
-                (RAW, f"raw entry: a layer’s {shape.routing.entry_name}, carried to where they are read, {entry}")
-            )
-        if any(boundary.partial_sums for boundary in boundaries):
-            lines.append((SUM, f"partial sum: entries added up early for one later layer, {partial_sum}"))
+        lines: list[tuple[_Sample, str]] = []
+        if hops:
+            lines.append((_filled(RESIDUAL), f"residual stream, {format_bytes(shape.residual_bytes)}"))
+        if any(hop.raw_entries for hop in hops):
+            raw = f"raw entry: a layer’s {shape.routing.entry_name}, carried to where they are read, {entry}"
+            lines.append((_filled(RAW), raw))
+        if any(hop.partial_sums for hop in hops):
+            lines.append((_filled(SUM), f"partial sum: entries added up early for one later layer, {partial_sum}"))
+        if any(chunk.transfer.kept for chunk in self.chunks):
+            lines.append((_dashed(RAW), "kept: read from where an earlier chunk of the same stage made or received it"))
         if self.transfer.num_crossings < self.relay.num_crossings:
-            lines.append((None, "what relaying every raw entry would send"))
+            lines.append((_dashed(MUTED), "what relaying every raw entry would send"))
         return lines
 
-    def _legend_line(self, line: int, colour: str | None, text: str) -> Iterator[str]:
+    def _legend_line(self, line: int, sample: _Sample, text: str) -> Iterator[str]:
         y = self.chart_bottom + 84 + 20 * line
-        yield _outline(MARGIN, y - 10, 12, 12) if colour is None else _rect(MARGIN, y - 10, 12, 12, colour, radius=2)
-        yield _text(MARGIN + 20, y, text, size=12)
+        yield sample(MARGIN, y - 10)
+        yield svg.text(MARGIN + 20, y, text, size=12)
 
     def _note(self) -> str:
         tokens = f"{self.config.microbatch_size} × {self.config.data.seq_length} tokens"
+        peak = "when the chunk has most, under" if self.is_virtual else "at the peak of"
         return (
             f"Bytes of one microbatch of {tokens} on one tensor rank, forward. "
-            f"Held: by the microbatches in flight at the peak of {self.config.pipeline.schedule}."
+            f"Held: by the microbatches in flight {peak} {self.config.pipeline.schedule}."
         )
 
     def _height(self, layer: int) -> float:
@@ -241,63 +301,38 @@ class _Drawing:
         return sorted({self._height(layer) for layer in layers})
 
 
-# ---- places and shapes
+def _all_sources(sources_of: Mapping[int, Collection[int]]) -> set[int]:
+    return {source for sources in sources_of.values() for source in sources}
+
+
+# ---- places and samples
+
+_Sample = Callable[[float, float], str]  # of the legend: a small square with its upper left corner there
+
+
+def _filled(colour: str) -> _Sample:
+    return lambda x, y: svg.rect(x, y, 12, 12, colour, radius=2)
+
+
+def _dashed(colour: str) -> _Sample:
+    return lambda x, y: svg.outline(x, y, 12, 12, colour)
 
 
 def _left(column: int) -> float:
-    return MARGIN + column * (STAGE_WIDTH + GAP)
+    return MARGIN + column * (COLUMN_WIDTH + GAP)
 
 
 def _layer_left(column: int) -> float:
-    return _left(column) + (STAGE_WIDTH - LAYER_WIDTH) / 2
+    return _left(column) + (COLUMN_WIDTH - LAYER_WIDTH) / 2
 
 
-def _boundary_centre(boundary: int) -> float:
-    return _left(boundary + 1) - GAP / 2
+def _hop_centre(hop: int) -> float:
+    return _left(hop + 1) - GAP / 2
 
 
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: int,
-    fill: str = INK,
-    weight: int = 400,
-    anchor: str = "start",
-    hover: str | None = None,
-) -> str:
-    title = f"<title>{escape(hover)}</title>" if hover else ""
-    return (
-        f'<text x="{x:g}" y="{y:g}" font-size="{size}" font-weight="{weight}" fill="{fill}" text-anchor="{anchor}">'
-        f"{title}{escape(text)}</text>"
+def _pill(hop: int, y: float, text: str, colour: str) -> Iterator[str]:
+    centre = _hop_centre(hop)
+    yield svg.rect(
+        centre - PILL_WIDTH / 2, y - PILL_HEIGHT / 2, PILL_WIDTH, PILL_HEIGHT, colour, radius=PILL_HEIGHT // 2
     )
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str, *, stroke: str = "none", radius: int = 0) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" fill="{fill}" stroke="{stroke}"/>'
-
-
-def _outline(x: float, y: float, width: float, height: float) -> str:
-    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
-    return f'<rect {place} fill="none" stroke="{MUTED}" stroke-dasharray="3 3"/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 2) -> str:
-    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}" stroke-width="{width:g}"/>'
-
-
-def _arrow(x1: float, x2: float, y: float, colour: str, width: float = 2) -> str:
-    head = 2 + 2 * width
-    tip = f"{x2:g},{y:g} {x2 - head:g},{y - head / 2:g} {x2 - head:g},{y + head / 2:g}"
-    return f'{_line(x1, y, x2 - head, y, colour, width)}<polygon points="{tip}" fill="{colour}"/>'
-
-
-def _circle(x: float, y: float, radius: float, colour: str) -> str:
-    return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{colour}"/>'
-
-
-def _pill(boundary: int, y: float, text: str, colour: str) -> Iterator[str]:
-    centre = _boundary_centre(boundary)
-    yield _rect(centre - PILL_WIDTH / 2, y - PILL_HEIGHT / 2, PILL_WIDTH, PILL_HEIGHT, colour, radius=PILL_HEIGHT // 2)
-    yield _text(centre, y + 4, text, size=11, fill=PAPER, anchor="middle")
+    yield svg.text(centre, y + 4, text, size=11, fill=PAPER, anchor="middle")

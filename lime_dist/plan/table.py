@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from textwrap import fill
 from typing import Any
 
 from lime_dist.config import Config, ModelConfig
 from lime_dist.depth.kinds import routers_of
 from lime_dist.depth.pattern import Pattern
+from lime_dist.formats import format_bytes
 from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.parameters import (
     count_parameters,
@@ -21,10 +23,15 @@ from lime_dist.plan.parameters import (
     padded_vocab_size,
     plan_parameters,
 )
+from lime_dist.plan.record import plan_record
 from lime_dist.plan.run_plan import RunPlan, plan_run
-from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_shape, plan_transfer_of
+from lime_dist.plan.schedule import eager_warmup, plain_warmup
+from lime_dist.plan.shape import plan_shape
+from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
 from lime_dist.plan.tensors import Role
+from lime_dist.plan.transfer import plan_transfer
 
+MAX_WIDTH, MAX_LAYERS_WIDTH = 120, 22  # of a line; of a column, so that lines stay within it
 POLICIES = ("least", "relay")
 COMPARED_PATTERNS = (
     "full",
@@ -44,12 +51,13 @@ def plan_report(config: Config) -> dict[str, Any]:
     """Stages, hops and totals of a checked config.
 
     totals: entries and partial sums over all hops, under each policy. proven_minimum: what no plan can go below; without
-    virtual stages by the matchings of all boundaries, with them by the minimum cut.
+    virtual stages by the matchings of all boundaries, with them by the minimum cut. warmups: what `pipeline.warmup` costs.
     """
     plan = plan_run(config)
     transfers = {policy: plan_transfer_of(config, policy) for policy in POLICIES}
     fewest = _fewest(plan)
     return {
+        "plan": plan_record(plan),
         "layout": {"tp": config.layout.tp, "pp": config.layout.pp, "dp": config.layout.dp},
         "virtual_stages": plan.virtual_stages,
         "pattern": plan.transfer.pattern.name,
@@ -57,7 +65,8 @@ def plan_report(config: Config) -> dict[str, Any]:
         "stages": [_stage_report(config, stage, memory) for stage, memory in zip(plan.stages, plan.memory)],
         "hops": [_hop_report(plan, chunk, least) for chunk, least in zip(plan.chunks, fewest)],
         "totals": {policy: transfer.num_crossings for policy, transfer in transfers.items()},
-        "proven_minimum": transfers["least"].num_crossings if plan.virtual_stages > 1 else sum(filter(None, fewest)),
+        "proven_minimum": _proven_minimum(plan, fewest),
+        "warmups": _warmup_reports(config, plan),
     }
 
 
@@ -66,6 +75,45 @@ def _fewest(plan: RunPlan) -> list[int | None]:
     if plan.virtual_stages > 1:
         return [None] * (len(plan.chunks) - 1)
     return [least_crossings(plan.transfer.pattern, following.layers.start) for following in plan.chunks[1:]]
+
+
+def _proven_minimum(plan: RunPlan, fewest: Sequence[int | None]) -> int:
+    if plan.virtual_stages == 1:
+        return sum(filter(None, fewest))
+    pattern, chunks = plan.transfer.pattern, plan.transfer.chunks
+    return plan_transfer(pattern, chunks, num_stages=len(plan.stages), policy="least").num_crossings
+
+
+def _warmup_reports(config: Config, plan: RunPlan) -> list[dict[str, Any]]:
+    """The plain warm-up, the eager one and the run's own, ascending; none where there is no choice to make."""
+    if config.pipeline.schedule != "1f1b" or len(plan.stages) == 1 or plan.virtual_stages > 1:
+        return []
+    sizes = {"num_stages": len(plan.stages), "num_microbatches": plan.num_microbatches}
+    plain, eager = plain_warmup(**sizes), eager_warmup(**sizes)
+    own = plan.warmup or plain
+    plans = {
+        warmup: plan if warmup == own else _with_warmup(config, None if warmup == plain else warmup)
+        for warmup in sorted({plain, eager, own})
+    }
+    names = {plain: "plain", eager: "eager"}
+    return [_warmup_report(one, warmup, names.get(warmup), warmup == own) for warmup, one in plans.items()]
+
+
+def _with_warmup(config: Config, warmup: int | None) -> RunPlan:
+    """Whether or not it fits `run.memory`."""
+    pipeline, run = replace(config.pipeline, warmup=warmup), replace(config.run, memory=None)
+    return plan_run(replace(config, pipeline=pipeline, run=run))
+
+
+def _warmup_report(plan: RunPlan, warmup: int, name: str | None, is_own: bool) -> dict[str, Any]:
+    """microbatches_in_flight, memory_bytes: on the rank that has most."""
+    return {
+        "warmup": warmup,
+        "name": name,
+        "is_own": is_own,
+        "microbatches_in_flight": max(stage.peak_in_flight for stage in plan.stages),
+        "memory_bytes": max(memory.total_bytes for memory in plan.memory),
+    }
 
 
 def _stage_report(config: Config, stage: StagePlan, memory: StageMemory) -> dict[str, Any]:
@@ -122,11 +170,13 @@ def _hop_report(plan: RunPlan, chunk: ChunkPlan, fewest: int | None) -> dict[str
     return {
         "hop": chunk.chunk,
         "boundary": chunk.chunk % num_stages,
+        "stages": [chunk.chunk % num_stages, (chunk.chunk + 1) % num_stages],
         "raw_entries": list(sent.raw_entries),
         "partial_sums": list(sent.partial_sums),
         "tensors": 1 + len(sent.raw_entries) + len(sent.partial_sums),
         "fewest_tensors": None if fewest is None else 1 + fewest,
         "entry_bytes": shape.entry_bytes,
+        "sum_bytes": shape.sum_bytes,
         "residual_bytes": shape.residual_bytes,
         "bundle_bytes": chunk.sent_bytes,
         "bytes_per_step": chunk.sent_bytes * plan.num_microbatches,
@@ -174,23 +224,31 @@ def _router_parameters(model: ModelConfig, pattern: Pattern) -> int:
 
 
 def stage_table(config: Config) -> str:
-    """For people: a line a stage, a line a boundary."""
-    report = plan_report(config)
+    """For people: a line a stage, a line a hop."""
+    report, pipeline = plan_report(config), config.pipeline
+    tokens = f"{config.microbatch_size} x {config.data.seq_length} tokens"
     lines = [
-        f"{_layout(config)}, pattern {report['pattern']}, policy {config.depth.policy}, schedule {config.pipeline.schedule}, "
-        f"{config.pipeline.num_microbatches} microbatches of {config.microbatch_size} x {config.data.seq_length} tokens; "
-        "bytes are of one microbatch on one tensor rank, forward",
+        f"{_layout(config)}, pattern {report['pattern']}, policy {config.depth.policy}",
+        f"schedule {pipeline.schedule}, {pipeline.num_microbatches} microbatches of {tokens}",
+        f"bytes are of one microbatch on one tensor rank, forward{_sizes(report['hops'])}",
         "",
         *_stage_lines(report["stages"]),
     ]
     if report["hops"]:
         lines += ["", *_hop_lines(report)]
-    return "\n".join([*lines, "", _totals_line(report)])
+    lines += ["", _totals_line(report)]
+    return "\n".join([*lines, *([_warmups_line(report["warmups"])] if report["warmups"] else [])])
 
 
 def _layout(config: Config) -> str:
     virtual = config.parallel.virtual_stages
     return f"layout {config.layout}" + (f", {virtual} virtual stages" if virtual > 1 else "")
+
+
+def _sizes(hops: Sequence[dict[str, Any]]) -> str:
+    """Of the tensors that may cross, which are the same for every hop."""
+    names = {"residual": "residual_bytes", "raw entry": "entry_bytes", "partial sum": "sum_bytes"}
+    return ": " + ", ".join(f"{name} {format_bytes(hops[0][key])}" for name, key in names.items()) if hops else ""
 
 
 def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
@@ -201,13 +259,13 @@ def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
         "routing FLOPs/token",
         "in flight",
         "received",
-        "entries held at peak",
+        "entries at peak",
         "memory/rank",
     )
     rows = [
         (
             str(stage["stage_index"]),
-            format_layers(stage["layers"]),
+            _shortened(stage["layers"]),
             f"{stage['parameters_per_tp_rank']:,}",
             f"{stage['routing_flops_per_token']:,}",
             str(stage["microbatches_in_flight"]),
@@ -221,14 +279,14 @@ def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _hop_lines(report: dict[str, Any]) -> list[str]:
+    """Without virtual stages a hop is a boundary, and each has a fewest number of tensors of its own."""
+    is_virtual = report["virtual_stages"] > 1
     head = (
-        "boundary" if report["virtual_stages"] == 1 else "chunks",
+        *(("chunks", "stages") if is_virtual else ("boundary",)),
         "raw entries of layers",
         "partial sums for layers",
         "tensors",
-        "fewest",
-        "residual",
-        "an entry",
+        *(() if is_virtual else ("fewest",)),
         "bundle",
         "x residual",
         "a step",
@@ -236,12 +294,11 @@ def _hop_lines(report: dict[str, Any]) -> list[str]:
     rows = [
         (
             f"{hop['hop']} > {hop['hop'] + 1}",
-            format_layers(hop["raw_entries"]),
-            format_layers(hop["partial_sums"]),
+            *(["{} > {}".format(*hop["stages"])] if is_virtual else []),
+            _shortened(hop["raw_entries"]),
+            _shortened(hop["partial_sums"]),
             str(hop["tensors"]),
-            "-" if hop["fewest_tensors"] is None else str(hop["fewest_tensors"]),
-            format_bytes(hop["residual_bytes"]),
-            format_bytes(hop["entry_bytes"]),
+            *([] if is_virtual else [str(hop["fewest_tensors"])]),
             format_bytes(hop["bundle_bytes"]),
             f"{hop['ratio_to_residual']:.2f}",
             format_bytes(hop["bytes_per_step"]),
@@ -257,6 +314,17 @@ def _totals_line(report: dict[str, Any]) -> str:
     reached = ", which least reaches" if totals["least"] == minimum else ""
     where = "boundaries" if report["virtual_stages"] == 1 else "hops"
     return f"entries and partial sums over all {where}: {counts}; proven minimum {minimum}{reached}"
+
+
+def _warmups_line(warmups: Sequence[dict[str, Any]]) -> str:
+    texts = [_warmup_text(one, " in flight", " a rank") if one is warmups[0] else _warmup_text(one) for one in warmups]
+    return fill("warmup " + "; ".join(texts), width=MAX_WIDTH, subsequent_indent="  ")
+
+
+def _warmup_text(one: dict[str, Any], in_flight: str = "", a_rank: str = "") -> str:
+    names = {"plain": "plain", "eager": "eager, hides transfers"}
+    said = ", ".join([*([names[one["name"]]] if one["name"] else []), *(["this run"] if one["is_own"] else [])])
+    return f"{one['warmup']} ({said}): {one['microbatches_in_flight']}{in_flight}, {format_bytes(one['memory_bytes'])}{a_rank}"
 
 
 def compare_table(config: Config) -> str:
@@ -293,10 +361,12 @@ def format_layers(layers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
 
 
-def format_bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+def _shortened(layers: Sequence[int]) -> str:
+    """As `format_layers`, without runs in the middle where there are many: 0-1, 8-9, ..., 24-25."""
+    text = format_layers(layers)
+    if len(text) <= MAX_LAYERS_WIDTH:
+        return text
+    *first, last = text.split(", ")
+    while len(first) > 1 and len(", ".join((*first, "...", last))) > MAX_LAYERS_WIDTH:
+        first.pop()
+    return ", ".join((*first, "...", last))

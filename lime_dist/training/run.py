@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from lime_dist.lifecycle.ownership import Ownership
 from lime_dist.lifecycle.pulse import Pulse
 from lime_dist.lifecycle.stopping import stop_request
 from lime_dist.lifecycle.watchdog import Watchdog
+from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.training.agreement import tell_all
 from lime_dist.training.joint_stop import JointStop, Stopped
 from lime_dist.training.metrics import Metrics, Stopwatch
@@ -227,11 +229,16 @@ class TrainingRun:
         del self.rank
         self._load(decide_start(self.config, self._device, lambda: folder, resumed_config))
         if self._metrics is not None:
+            self._write_plan()
             pattern = self.rank.config.pattern
             print(
                 f"step {self.step}: pattern {self.config.depth.switch_at[self.step]}, {pattern.num_edges} edges",
                 flush=True,
             )
+
+    def _write_plan(self) -> None:
+        path = Path(self.config.run.dir) / FILE_NAME
+        path.write_text(json.dumps(plan_record(self.rank.run_plan)))
 
     def _train_step(self, watch: Stopwatch) -> None:
         config = self.config
@@ -299,6 +306,7 @@ class TrainingRun:
         self._owner = _take_run(run_dir, checkpoints_of(self.config))
         set_aside_after(checkpoints_of(self.config), self.step)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
+        self._write_plan()
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
         self._metrics = Metrics(

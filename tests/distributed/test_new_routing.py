@@ -36,6 +36,7 @@ from lime_dist.training.rank import Rank
 class DenseRouting(Routing):
     """Routers [1, sources, 1]."""
 
+    name = "dense"
     entry_name = "normed input"
     presummable = True
 

@@ -53,8 +53,9 @@ BASE = {
 }  # fmt: skip
 STEP_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "boundary_bytes"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# fp32: layouts differ in the order of sums, which a few updates enlarge. A batch, moment or rate that is lost shows at 1e-3.
-TOLERANCE = 1e-5
+# fp32: layouts differ in the order of sums, which a few updates enlarge: on some CPUs to 1.04e-5 of a moment. A batch, moment or
+# rate that is lost shows at 1e-3.
+TOLERANCE = 3e-5
 
 LAYOUTS = (
     "pp=3 zero=0 dp=2",
@@ -65,6 +66,7 @@ LAYOUTS = (
     "dp=2 zero=2",
     "dp=2 zero=3",
     "pp=3 zero=1 bf16",
+    "pp=2 v=2 zero=1",
 )
 FP32 = tuple(layout for layout in LAYOUTS if "bf16" not in layout)
 OTHER_LAYOUTS = (
@@ -72,6 +74,9 @@ OTHER_LAYOUTS = (
     ("dp=2 zero=3", "pp=2 tp=2 zero=1"),
     ("pp=3 zero=0 dp=2", "pp=4 zero=1 relay"),
     ("dp=2 zero=2", "zero=0"),
+    ("pp=3 zero=1", "pp=2 v=2 zero=1 tp=2"),
+    ("pp=2 v=2 zero=1", "pp=4 zero=1 gpipe relay"),
+    ("pp=2 v=2 zero=1", "pp=3 zero=0 warmup=auto"),
 )
 
 
@@ -232,6 +237,18 @@ def evaluate(capfd: pytest.CaptureFixture[str], run_dir: Path, layout: str, *mor
     capfd.readouterr()
     assert main(["eval", "run.yaml", *overrides(layout), f"run.dir={run_dir}", *more]) == 0
     return json.loads(capfd.readouterr().out)
+
+
+def test_the_plan_is_in_the_run_folder_and_in_each_checkpoint(whole: Callable[[str], Path]) -> None:
+    run_dir = whole("pp=2 v=2 zero=1")
+    config = load_config(run_dir / "config.yaml", [])
+    expected = plan_report(ready_config(config))["plan"]
+    for folder in (run_dir, run_dir / "checkpoints" / "step_000005"):
+        assert json.loads((folder / "plan.json").read_text()) == json.loads(json.dumps(expected))
+    assert [stage["chunks"] for stage in expected["stages"]] == [[0, 2], [1, 3]]
+    assert expected["stages"][1]["actions"].split()[:3] == ["1F0", "1F1", "1F2"]
+    first = {message["cargo"]: message["bytes"] for message in expected["chunks"][0]["forward"]}
+    assert first == {"residual": 4 * 12 * 32 * 4, "entries": 4 * 12 * 2 * 2 * 8 * 4}
 
 
 def test_eval_reports_what_training_did(whole: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,35 @@ def test_128_layers_on_16_stages_without_torch(tmp_path: Path) -> None:
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
 
 
+def test_virtual_stages_without_torch(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    overrides = ["parallel.pp=4", "parallel.virtual_stages=4", "model.num_layers=32", "run.device=cpu"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            WITHOUT_TORCH,
+            "plan",
+            QUICKSTART,
+            *overrides,
+            "--json",
+            "--compare",
+            "--plot",
+            str(picture),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,  # it takes less than one
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["totals"] == {"least": 78, "relay": 84} and report["virtual_stages"] == 4
+    assert [hop["boundary"] for hop in report["hops"]] == [hop % 4 for hop in range(15)]
+    full = {cost["policy"]: cost["crossings"] for cost in report["compare"] if cost["pattern"] == "full"}
+    assert full == report["totals"]
+    assert "kept" in picture.read_text()
+
+
 def test_text_has_the_comparison_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", QUICKSTART]) == 0
     table = capsys.readouterr().out

@@ -11,8 +11,11 @@ import pytest
 
 from lime_dist.config import Config, check_config, load_config
 from lime_dist.depth.pattern import Pattern
+from lime_dist.formats import format_bytes
+from lime_dist.plan.flops import routing_flops_per_token
 from lime_dist.plan.parameters import logical_tensors
-from lime_dist.plan.stages import plan_run_transfer
+from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.stages import plan_transfer_of
 from lime_dist.plan.table import (
     COMPARED_PATTERNS,
     POLICIES,
@@ -20,7 +23,6 @@ from lime_dist.plan.table import (
     compare_table,
     least_crossings,
     plan_report,
-    routing_flops_per_token,
     stage_table,
 )
 from lime_dist.plan.tensors import Role
@@ -52,7 +54,8 @@ def test_keys_and_numbers_of_the_report() -> None:
         (0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])
     ]  # fmt: skip
     tokens, hidden, kv = 4 * 128, 256, 2 * 128
-    for boundary in report["hops"]:
+    for index, boundary in enumerate(report["hops"]):
+        assert (boundary["hop"], boundary["boundary"], boundary["stages"]) == (index, index, [index, index + 1])
         tensors = 1 + len(boundary["raw_entries"]) + len(boundary["partial_sums"])
         assert boundary["tensors"] == boundary["fewest_tensors"] == tensors
         assert boundary["residual_bytes"] == 4 * tokens * hidden
@@ -63,11 +66,108 @@ def test_keys_and_numbers_of_the_report() -> None:
     assert report["stages"][1]["received_bytes"] == report["hops"][0]["bundle_bytes"]
 
 
+def make_virtual(pp: int, virtual_stages: int, *overrides: str) -> Config:
+    layout = f"parallel.pp={pp}", f"parallel.virtual_stages={virtual_stages}"
+    return make_config("model.num_layers=32", *layout, *overrides)
+
+
+def test_report_of_virtual_stages() -> None:
+    report = plan_report(make_virtual(4, 4))
+    assert report["virtual_stages"] == 4 and "boundaries" not in report and report["warmups"] == []
+    assert [stage["chunks"] for stage in report["stages"]] == [
+        [stage, stage + 4, stage + 8, stage + 12] for stage in range(4)
+    ]
+    assert report["stages"][1]["layers"] == [2, 3, 10, 11, 18, 19, 26, 27]
+    assert [(hop["hop"], hop["boundary"]) for hop in report["hops"]] == [(hop, hop % 4) for hop in range(15)]
+    assert report["hops"][3]["stages"] == [3, 0] and report["hops"][4]["stages"] == [0, 1]
+    assert {hop["fewest_tensors"] for hop in report["hops"]} == {None}
+    for stage in range(4):
+        received = [hop["bundle_bytes"] for hop in report["hops"] if hop["stages"][1] == stage]
+        assert report["stages"][stage]["received_bytes"] == sum(received)
+
+
+@pytest.mark.parametrize(("virtual_stages", "least", "relay"), ((1, 32, 48), (2, 60, 72), (4, 78, 84)))
+def test_totals_of_virtual_stages(virtual_stages: int, least: int, relay: int) -> None:
+    config = make_virtual(4, virtual_stages)
+    report = plan_report(config)
+    assert (report["totals"], report["proven_minimum"]) == ({"least": least, "relay": relay}, least)
+    where = "boundaries" if virtual_stages == 1 else "hops"
+    assert f"over all {where}: least {least}, relay {relay}; proven minimum {least}" in stage_table(config)
+
+
+def test_table_of_virtual_stages() -> None:
+    lines = stage_table(make_virtual(4, 2)).splitlines()
+    assert lines[0] == "layout tp=1 pp=4 dp=1, 2 virtual stages, pattern full, policy least"
+    (stage,) = (line for line in lines if line.strip().startswith("1    4-7, 20-23  "))
+    (hop,) = (line for line in lines if line.strip().startswith("3 > 4   3 > 0  "))
+    assert stage.endswith("MiB") and hop.split()[6] == "4-15"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    (
+        ["parallel.pp=64", "pipeline.num_microbatches=128", "data.global_batch_size=128", "pipeline.warmup=100"],
+        ["parallel.pp=64", "depth.pattern=stride:2"],
+        ["parallel.pp=16", "parallel.virtual_stages=8", "pipeline.num_microbatches=16", "data.global_batch_size=16"],
+        ["parallel.pp=2", "parallel.virtual_stages=64", "depth.pattern=stride:3", "depth.policy=relay"],
+        ["parallel.pp=8", "parallel.virtual_stages=4", "depth.pattern=first:2", "run.dtype=bf16", "parallel.tp=2"],
+    ),
+)
+def test_lines_are_at_most_120_wide(overrides: list[str]) -> None:
+    config = make_config("model.num_layers=128", *overrides)
+    assert max(map(len, (*stage_table(config).splitlines(), *compare_table(config).splitlines()))) <= 120
+
+
+def test_long_lists_of_layers_are_shortened() -> None:
+    config = make_config("parallel.pp=2", "model.num_layers=64", "depth.pattern=stride:3", "depth.policy=relay")
+    assert plan_report(config)["hops"][0]["raw_entries"] == [*range(0, 31, 3), 31]
+    assert " 0, 3, 6, 9, ..., 30-31 " in stage_table(config)
+    assert " 0-3, 16-19 " in stage_table(make_virtual(4, 2))
+
+
+def warmups_line(config: Config) -> str:
+    return stage_table(config).splitlines()[-1]
+
+
+def test_what_a_warmup_costs() -> None:
+    batch = "parallel.pp=4", "pipeline.num_microbatches=16", "data.global_batch_size=16"
+    plain, eager = plan_run(make_config(*batch)), plan_run(make_config(*batch, "pipeline.warmup=7"))
+    needs = [max(memory.total_bytes for memory in plan.memory) for plan in (plain, eager)]
+    assert needs[0] < needs[1]
+    report = plan_report(make_config(*batch, "pipeline.warmup=5"))
+    described = [
+        (one["warmup"], one["name"], one["is_own"], one["microbatches_in_flight"]) for one in report["warmups"]
+    ]
+    assert described == [(4, "plain", False, 4), (5, None, True, 5), (7, "eager", False, 7)]
+    assert [one["memory_bytes"] for one in report["warmups"]][::2] == needs
+    assert warmups_line(make_config(*batch)) == (
+        f"warmup 4 (plain, this run): 4 in flight, {format_bytes(needs[0])} a rank; "
+        f"7 (eager, hides transfers): 7, {format_bytes(needs[1])}"
+    )
+    assert "; 7 (eager, hides transfers, this run): 7, " in warmups_line(make_config(*batch, "pipeline.warmup=7"))
+    assert "; 5 (this run): 5, " in warmups_line(make_config(*batch, "pipeline.warmup=5"))
+
+
+def test_a_warmup_beyond_the_memory_is_priced_too() -> None:
+    batch = "parallel.pp=4", "pipeline.num_microbatches=16", "data.global_batch_size=16"
+    needs = [one["memory_bytes"] for one in plan_report(make_config(*batch))["warmups"]]
+    limited = plan_report(make_config(*batch, f"run.memory={needs[0] // 1024 + 1}KiB"))
+    assert [one["memory_bytes"] for one in limited["warmups"]] == needs
+
+
+@pytest.mark.parametrize(
+    "overrides", (["parallel.pp=1"], ["pipeline.schedule=gpipe"], ["parallel.pp=2", "parallel.virtual_stages=2"])
+)
+def test_no_choice_of_warmup(overrides: list[str]) -> None:
+    config = make_config(*overrides)
+    assert plan_report(config)["warmups"] == [] and "warmup" not in stage_table(config)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("pattern", ("full", "first:2", "stride:3"))
 def test_routing_flops_by_counting(pattern: str, policy: str) -> None:
     config = make_config("parallel.pp=3", f"depth.pattern={pattern}", f"depth.policy={policy}")
-    transfer, model = plan_run_transfer(config), config.model
+    transfer, model = plan_transfer_of(config), config.model
     counted = [0, 0, 0]
     for reader, sources in enumerate(transfer.pattern.sources):
         for source in sources if transfer.pattern.has_router(reader) else ():
@@ -115,6 +215,15 @@ def test_table_claims_nothing_where_larger_sums_cost_more() -> None:
     assert "reaches" not in stage_table(config)
 
 
+@pytest.mark.parametrize(
+    "costs", (["run.dtype=bf16", "depth.partial_sum_dtype=fp32"], ["pipeline.boundary_cost=[1, 9, 1, 9]"])
+)
+def test_the_minimum_of_virtual_stages_counts_tensors(costs: list[str]) -> None:
+    """Whatever `least` weighs; hop costs make it take more tensors here."""
+    report = plan_report(make_virtual(4, 4, *costs))
+    assert report["proven_minimum"] == 78 <= report["totals"]["least"]
+
+
 def test_compare_covers_each_pattern_and_policy() -> None:
     config = make_config("parallel.pp=4", "depth.pattern=last:3")
     costs = compare_report(config)
@@ -126,8 +235,9 @@ def test_compare_covers_each_pattern_and_policy() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_compare_agrees_with_the_report(policy: str) -> None:
-    config = make_config("parallel.pp=4", "depth.pattern=stride:2", f"depth.policy={policy}")
+@pytest.mark.parametrize("virtual_stages", (1, 2))
+def test_compare_agrees_with_the_report(virtual_stages: int, policy: str) -> None:
+    config = make_virtual(4, virtual_stages, "depth.pattern=stride:2", f"depth.policy={policy}")
     (cost,) = (cost for cost in compare_report(config) if (cost["pattern"], cost["policy"]) == ("stride:2", policy))
     report = plan_report(config)
     bundles = [boundary["bundle_bytes"] for boundary in report["hops"]]
