@@ -27,7 +27,7 @@ from lime_dist.errors import TrainingDiverged
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import specified_parameters
 from lime_dist.pipeline.executor import joint_backward
-from lime_dist.plan.parameters import ROUTER_ROLES, Role
+from lime_dist.plan.tensors import Role
 from lime_dist.training.optim import build_optimizer, set_lr
 
 # Else the first start on a CPU compiles a shared-memory all-reduce, which needs a compiler and half a minute.
@@ -216,7 +216,7 @@ class ZeroOptimizer:
 
 def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None:
     """DeepSpeed's norm is a collective per parameter group, so a stage without routers joins with an empty hand."""
-    if any(spec.role in ROUTER_ROLES for spec in stage.parameter_specs()) or not any(
+    if any(spec.role is Role.ROUTER for spec in stage.parameter_specs()) or not any(
         map(config.pattern.has_router, range(config.model.num_layers))
     ):
         return None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lime_dist.backends.deepspeed import MOMENTS, ZeroOptimizer
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import assemble_local, specified_parameters
-from lime_dist.plan.parameters import LogicalTensor
+from lime_dist.plan.tensors import LogicalTensor
 
 KINDS = ("weight", *MOMENTS)
 

@@ -18,7 +18,8 @@ from typing import Any, NoReturn, TypeGuard
 
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.errors import CheckpointError, ConfigError, one_line
-from lime_dist.plan.parameters import LogicalTensor, logical_tensors
+from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.tensors import LogicalTensor
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step_([0-9]+)")

@@ -17,13 +17,13 @@ from lime_dist.checkpoint.reader import CheckpointReader, find_latest
 from lime_dist.config import Config, check_config
 from lime_dist.config.reading import read_yaml, shown_key
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
-from lime_dist.depth.routing import Routing
+from lime_dist.depth.routing import router_name
 from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
 from lime_dist.formats import parse_bytes
 from lime_dist.plan.checker import check_run
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.run_plan import plan_run
-from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
+from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p
 from lime_dist.plan.shape import plan_shape
 
 _Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
@@ -270,7 +270,7 @@ _KINDS: dict[str, Callable[[Config, str, _Weights], Pattern]] = {"edges": _edges
 
 
 def router_weights(folder: Path, config: Config) -> EdgeWeights:
-    """Mean |R| of every edge of a checkpoint, or its mean share of the softmax.
+    """What the trained routers of a checkpoint give every edge, such as mean |R|: see `Routing.source_weights`.
 
     Raises: CheckpointError when it has no fixed routers or another number of layers.
     """
@@ -282,18 +282,16 @@ def router_weights(folder: Path, config: Config) -> EdgeWeights:
             f"name a LIMe checkpoint of {config.model.num_layers} layers"
         )
     pattern = saved.pattern
-    if pattern.routing is Routing.HIDDEN_DYNAMIC:
+    if not pattern.routing.fixed_weights:
         raise CheckpointError(
             f"depth.weights_from: the routers of {folder} have other weights for each token; name a checkpoint of router static"
         )
     tensors = logical_tensors(saved.model, pattern)
     routers = {
-        layer: reader.array("weight", tensors[f"layers.{layer}.self_attn.lime_router.weight"])
+        layer: pattern.routing.source_weights(reader.array("weight", tensors[router_name(layer)]))
         for layer in range(pattern.num_layers)
         if pattern.has_router(layer)
     }
-    if pattern.routing is Routing.HIDDEN_STATIC:
-        routers = {layer: softmax(router) for layer, router in routers.items()}
     return mean_magnitudes(routers, dict(enumerate(pattern.sources)))
 
 

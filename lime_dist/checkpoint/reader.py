@@ -30,7 +30,7 @@ from lime_dist.checkpoint.checking import (
     refuse,
 )
 from lime_dist.errors import CheckpointError
-from lime_dist.plan.parameters import LogicalTensor
+from lime_dist.plan.tensors import LogicalTensor
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

@@ -25,8 +25,8 @@ from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.lime.values import assemble_local, slices, specified_parameters
-from lime_dist.plan.parameters import ParameterSpec
 from lime_dist.plan.record import FILE_NAME, plan_record
+from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.training.agreement import gather
 from lime_dist.training.rank import Rank
 

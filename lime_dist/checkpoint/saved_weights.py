@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -13,7 +11,8 @@ from lime_dist.checkpoint.edges import check_same_model, saved_config
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import Config
 from lime_dist.errors import CheckpointError
-from lime_dist.plan.parameters import ROUTER_ROLES, LogicalTensor, Role
+from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.tensors import LogicalTensor, Role
 
 
 class SavedWeights:
@@ -25,10 +24,11 @@ class SavedWeights:
         saved = saved_config(self._reader)
         check_same_model(folder, saved, config)
         self.meta, self._pattern, self._saved_pattern = self._reader.meta, config.pattern, saved.pattern
+        self._saved = logical_tensors(saved.model, saved.pattern)
 
     def tensor(self, kind: str, logical: LogicalTensor) -> Tensor:
         """fp32 on the CPU, whole. Raises: CheckpointError when missing, or when the model reads an edge that was not saved."""
-        if logical.role not in ROUTER_ROLES:
+        if logical.role is not Role.ROUTER:
             return torch.from_numpy(self._reader.array(kind, logical))
         reader = int(logical.name.split(".")[1])
         saved, wanted = self._saved_pattern.sources[reader], self._pattern.sources[reader]
@@ -38,19 +38,6 @@ class SavedWeights:
                 f"checkpoint {self._reader.folder}: layer {reader} of the model reads layer {min(missing)}, the saved one does not; "
                 "use its depth.pattern or one with fewer edges"
             )
-        whole = self._reader.array(kind, replace(logical, shape=_resized(logical.shape, logical.role, wanted, saved)))
-        return torch.from_numpy(resize_router(whole, logical.role, saved, wanted))
-
-
-def resize_router(whole: numpy.ndarray, role: Role, saved: tuple[int, ...], wanted: tuple[int, ...]) -> numpy.ndarray:
-    """A router over the sources `saved` without those that are not `wanted`."""
-    by_source = whole.reshape(-1, len(saved), whole.shape[-1]) if role is Role.DYNAMIC_ROUTER else whole
-    kept = by_source[:, [saved.index(source) for source in wanted]]
-    return kept.reshape(_resized(whole.shape, role, saved, wanted))
-
-
-def _resized(shape: tuple[int, ...], role: Role, sources: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a router over `sources`, had it `others`: [H_kv, sources, ...], dynamic [H_kv * sources, hidden]."""
-    if role is Role.DYNAMIC_ROUTER:
-        return shape[0] // len(sources) * len(others), shape[1]
-    return shape[0], len(others), *shape[2:]
+        whole = self._reader.array(kind, self._saved[logical.name])
+        places = [saved.index(source) for source in wanted]
+        return torch.from_numpy(self._pattern.routing.without_sources(whole, len(saved), places))

@@ -19,6 +19,7 @@ from lime_dist.config.deepspeed_keys import (
 from lime_dist.config.ranges import MAX_WORLD_SIZE, RANGES, numbers_of
 from lime_dist.config.reading import nearest, shown_key
 from lime_dist.config.schema import Config, DepthConfig, ModelConfig
+from lime_dist.depth.kinds import ROUTINGS, entries_with, routers_of
 from lime_dist.errors import ConfigError, LayoutError, shown
 from lime_dist.plan.schedule import SCHEDULE_NAMES, check_schedule
 
@@ -90,8 +91,6 @@ def _check_model(model: ModelConfig) -> None:
 
 
 _CHOICES = {
-    "depth.router": ("static", "dynamic", "none"),
-    "depth.entry": ("kv", "hidden"),
     "depth.policy": ("least", "relay"),
     "depth.partial_sum_dtype": ("bundle", "fp32"),
     "parallel.recompute": ("none", "layer"),
@@ -108,22 +107,26 @@ def _lookup(config: Config, key: str) -> Any:
 
 
 def _check_choices(config: Config) -> None:
-    for key, known in _CHOICES.items():
+    of_depth = {"depth.router": (*routers_of(), "none"), "depth.entry": entries_with()}
+    for key, known in (of_depth | _CHOICES).items():
         value = _lookup(config, key)
         _require(value in known, f"{key}: {shown(value)} is unknown; use {' or '.join(known)}")
 
 
 def _check_depth(depth: DepthConfig) -> None:
-    if depth.router != "dynamic":
+    if depth.router == "none":
         return
+    entries, routers = " or ".join(entries_with(depth.router)), " or ".join(routers_of(depth.entry))
     _require(
-        depth.entry == "hidden",
-        f"depth.router: dynamic with depth.entry={depth.entry}; set depth.entry=hidden, or depth.router=static",
+        (depth.entry, depth.router) in ROUTINGS,
+        f"depth.router: {depth.router} with depth.entry={depth.entry}; set depth.entry={entries}, or depth.router={routers}",
     )
+    if depth.routing.fixed_weights:
+        return
     for key, pattern in (("pattern", depth.pattern), *((f"switch_at.{at}", p) for at, p in depth.switch_at.items())):
         _require(
             not str(pattern).startswith("top_p"),
-            f"depth.{key}: {pattern} with depth.router=dynamic, whose weights are different for each token; use another pattern",
+            f"depth.{key}: {pattern} with depth.router={depth.router}, whose weights are different for each token; use another pattern",
         )
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from lime_dist.depth.key_value import KEY_VALUE
+from lime_dist.depth.kinds import ROUTINGS
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.formats import parse_bytes
@@ -65,9 +67,8 @@ class DepthConfig:
 
     @property
     def routing(self) -> Routing:
-        if self.entry == "kv" or self.router == "none":
-            return Routing.KEY_VALUE
-        return Routing.HIDDEN_DYNAMIC if self.router == "dynamic" else Routing.HIDDEN_STATIC
+        """Of a checked config; without routers any would do."""
+        return KEY_VALUE if self.router == "none" else ROUTINGS[self.entry, self.router]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from lime_dist.depth.key_value import KEY_VALUE
 from lime_dist.depth.routing import Routing
 from lime_dist.errors import PlanError, shown
 
@@ -30,7 +31,7 @@ class Pattern:
     name: str
     sources: tuple[tuple[int, ...], ...]
     blocks: tuple[range, ...] = ()
-    routing: Routing = Routing.KEY_VALUE
+    routing: Routing = KEY_VALUE
 
     @property
     def num_layers(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lime_dist.cluster.nodelist import expand_nodelist, step_nodelist
 from lime_dist.errors import LayoutError
+from lime_dist.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +123,20 @@ def job_secret(environment: Mapping[str, str] = os.environ) -> bytes | None:
     return environment.get(SECRET_VARIABLE, "").encode() or None
 
 
-def launch_kernels_in_order(tp: int, environment: MutableMapping[str, str] = os.environ) -> None:
-    """For tensor ranks one queue to the GPU, unless the user has set how many; before CUDA starts.
+def launch_kernels_in_order(layout: Layout, environment: MutableMapping[str, str] = os.environ) -> None:
+    """For tensor ranks of one stage one queue to the GPU, unless the user has set how many; before CUDA starts.
 
     Megatron's linear layers launch a collective before the product that is to hide it, and rely on this order. Blackwell
-    keeps to it with more queues, which the user may then give it.
+    keeps to it with more queues, which the user may then give it. With several stages a receive that is posted ahead would
+    hold up in that one queue the pass whose result its sender waits for.
     """
-    if tp > 1:
+    if layout.pp > 1 and environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        warn(
+            [
+                "environment: CUDA_DEVICE_MAX_CONNECTIONS=1 with parallel.pp above 1 may hang on GPUs, where receives are posted ahead; unset it"
+            ]
+        )
+    elif layout.tp > 1 and layout.pp == 1:
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config import ModelConfig
-from lime_dist.depth.routing import Routing
-from lime_dist.lime.depth_memory import DepthMemory, Run
+from lime_dist.lime.depth import Depth
+from lime_dist.lime.depth_memory import Run
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
 from lime_dist.lime.parts import Parts
-from lime_dist.plan.transfer import ChunkTransfer
 
 
 def _empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:
@@ -121,14 +120,13 @@ class SourceAttention(OwnAttention):
 class HiddenAttention(Attention):
     """Queries from the layer's normed input, keys and values from the mix of its sources."""
 
-    def __init__(self, model: ModelConfig, layer: int, sources: tuple[int, ...], routing: Routing, parts: Parts):
+    def __init__(self, model: ModelConfig, layer: int, sources: tuple[int, ...], router: nn.Module, parts: Parts):
         super().__init__(model, layer, parts)
         self._entry, self._sources = _EntryWriter(model, layer, parts), sources
         self.q_proj = parts.column_linear(model.hidden_size, model.num_heads * model.head_dim)
         self.kv_proj = KeyValueProjection(model, parts)
         self.depth_norm = DepthNorm(model, parts)
-        router = DynamicRouter if routing is Routing.HIDDEN_DYNAMIC else StaticRouter
-        self.lime_router = router(model, len(sources), parts)
+        self.lime_router = router
 
     def project(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         chain = self._entry.write(residual, chain, run)
@@ -138,26 +136,25 @@ class HiddenAttention(Attention):
         return self.split_heads(self.q_proj(normed)), kv, chain
 
 
-class HiddenDepth:
-    """The readers of one chunk. Entries cross stages as they are, so there are no sums to begin or to go on with."""
+class HiddenDepth(Depth):
+    """Entries cross stages as they are, so there are no sums to begin or to go on with."""
 
-    def __init__(self, model: ModelConfig, transfer: ChunkTransfer, layers: range, parts: Parts):
-        self._model, self._transfer, self._parts = model, transfer, parts
-        self._entries = transfer.own_entries(layers)
-        self.partial_routers: dict[int, nn.Module] = {}
+    router: type[StaticRouter] | type[DynamicRouter]
 
-    def attention(self, layer: int) -> Attention:
-        if layer in self._transfer.reads:
-            sources, routing = self._transfer.reads[layer], self._transfer.pattern.routing
-            return HiddenAttention(self._model, layer, sources, routing, self._parts)
-        attention = SourceAttention if layer in self._entries else OwnAttention
-        return attention(self._model, layer, self._parts)
+    def routed(self, layer: int) -> Attention:
+        if layer not in self.transfer.reads:
+            return SourceAttention(self.model, layer, self.parts)
+        sources = self.transfer.reads[layer]
+        router = self.router(self.model, len(sources), self.parts)
+        return HiddenAttention(self.model, layer, sources, router, self.parts)
 
-    def add_received(self, memory: DepthMemory, chain: Tensor) -> Tensor:
-        return chain
 
-    def add_own(self, memory: DepthMemory, chain: Tensor) -> Tensor:
-        return chain
+class StaticDepth(HiddenDepth):
+    router = StaticRouter
+
+
+class DynamicDepth(HiddenDepth):
+    router = DynamicRouter
 
 
 # ---- the read

@@ -15,15 +15,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config import ModelConfig
+from lime_dist.depth.hidden import HIDDEN_DYNAMIC, HIDDEN_STATIC
+from lime_dist.depth.key_value import KEY_VALUE
 from lime_dist.depth.pattern import Pattern
 from lime_dist.depth.routing import Routing
+from lime_dist.lime.depth import Depth
 from lime_dist.lime.depth_memory import DepthMemory
-from lime_dist.lime.hidden import HiddenDepth
+from lime_dist.lime.hidden import DynamicDepth, StaticDepth
 from lime_dist.lime.key_value import KeyValueDepth
 from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, RotaryTables
 from lime_dist.lime.parts import Parts, PlainParts
-from lime_dist.plan.parameters import ParameterSpec, plan_parameters
+from lime_dist.plan.parameters import plan_parameters
+from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
+
+# Each kind's half that runs on a device.
+DEPTHS: dict[Routing, type[Depth]] = {
+    KEY_VALUE: KeyValueDepth,
+    HIDDEN_STATIC: StaticDepth,
+    HIDDEN_DYNAMIC: DynamicDepth,
+}
 
 
 class LimeChunk(nn.Module):
@@ -51,8 +62,7 @@ class LimeChunk(nn.Module):
         self.entries = transfer.own_entries(layers)
         self._rotary = RotaryTables(model.head_dim, model.rope_theta, parts.dtype, parts.device)
         self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first else None
-        depth = KeyValueDepth if transfer.pattern.routing is Routing.KEY_VALUE else HiddenDepth
-        self._depth = depth(model, transfer, layers, parts)
+        self._depth = DEPTHS[transfer.pattern.routing](model, transfer, layers, parts)
         self.layers = nn.ModuleDict(
             {str(layer): DecoderLayer(model, self._depth.attention(layer), parts) for layer in layers}
         )
@@ -82,12 +92,8 @@ class LimeChunk(nn.Module):
 
     def new_memory(self, num_tokens: int, kept: Mapping[int, DepthMemory] | None = None) -> DepthMemory:
         """An empty depth memory for one microbatch of `num_tokens` tokens; `kept`: see `DepthMemory`."""
-        heads, row_size = self.transfer.pattern.routing.entry_shape(
-            rows=self.rows(num_tokens) // self._parts.tp_size,
-            hidden_size=self.config.hidden_size,
-            num_kv_heads=self.config.kv_heads,
-            head_dim=self.config.head_dim,
-        )
+        rows = self.rows(num_tokens) // self._parts.tp_size
+        heads, row_size = self.transfer.pattern.routing.entry_shape(self.config, rows)
         return DepthMemory(
             self.transfer,
             self.entries,

@@ -9,39 +9,33 @@ import torch
 from torch import Tensor
 
 from lime_dist.lime.model import LimeChunk, LimeStage
-from lime_dist.plan.parameters import LogicalTensor, ParameterSpec, Piece, Role
+from lime_dist.plan.tensors import LogicalTensor, Normal, ParameterSpec, Piece, Role, Uniform
 
 NORMAL_STD = 0.02
-HIDDEN_ROUTER_STD = 0.1
 
 
 def initial_values(tensor: LogicalTensor, seed: int) -> Tensor:
     """The initial fp32 values of one logical tensor: a function of (seed, name) alone, so the same under every layout.
 
-    As in the authors' code (arXiv 2502.09245v2): router identity on its own layer, elsewhere uniform(-b, b),
-    b = sqrt(3 / (sources * H_kv)); K and V kaiming_uniform(a = sqrt 5); other matrices normal(0, 0.02), dynamic
-    routers among them. Static routers of hidden states normal(0, 0.1) (arXiv 2502.09245v1).
+    As in the authors' code (arXiv 2502.09245v2), where the tensor's kind of routing does not say otherwise: norms one;
+    K and V kaiming_uniform(a = sqrt 5); other matrices normal(0, 0.02).
     """
     digest = hashlib.sha256(f"{seed}:{tensor.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     values = torch.empty(tensor.shape, dtype=torch.float32)
     if tensor.role is Role.NORM:
         return values.fill_(1.0)
-    if tensor.role is Role.ROUTER:
-        return _router_values(values, generator)
-    if tensor.role is Role.KEY_VALUE:
-        bound = tensor.shape[1] ** -0.5
-        return values.uniform_(-bound, bound, generator=generator)
-    std = HIDDEN_ROUTER_STD if tensor.role is Role.HIDDEN_ROUTER else NORMAL_STD
-    return values.normal_(0.0, std, generator=generator)
-
-
-def _router_values(values: Tensor, generator: torch.Generator) -> Tensor:
-    num_heads, num_sources, _ = values.shape
-    bound = (3.0 / (num_sources * num_heads)) ** 0.5
-    values.uniform_(-bound, bound, generator=generator)
-    values[:, -1] = torch.eye(num_heads)
+    initial = tensor.initial or _usual(tensor)
+    if isinstance(initial, Normal):
+        return values.normal_(0.0, initial.std, generator=generator)
+    values.uniform_(-initial.bound, initial.bound, generator=generator)
+    if initial.own_identity:
+        values[:, -1] = torch.eye(len(values))
     return values
+
+
+def _usual(tensor: LogicalTensor) -> Normal | Uniform:
+    return Uniform(bound=tensor.shape[1] ** -0.5) if tensor.role is Role.KEY_VALUE else Normal(std=NORMAL_STD)
 
 
 def initialize(stage: LimeChunk | LimeStage, seed: int) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from lime_dist.config import Config
-from lime_dist.depth.routing import Routing
 from lime_dist.plan.parameters import padded_vocab_size, plan_parameters
 from lime_dist.plan.stages import ChunkPlan, StagePlan
 
@@ -182,20 +181,12 @@ class _StageEstimate:
         Values are a view, which keeps all of what they are part of: the layer's own projection or the routed entry.
         """
         heads, kv_heads, head_dim = self._model.num_heads, self._model.kv_heads, self._model.head_dim
-        is_reader = layer in chunk.transfer.reads
-        values_of = 2 * kv_heads if is_reader else heads + 2 * kv_heads
+        sources = chunk.transfer.reads.get(layer)
+        values_of = 2 * kv_heads if sources else heads + 2 * kv_heads
         yield (2 * heads + kv_heads + values_of) * head_dim // self._tp * self._rows * self._element
         yield heads // self._tp * self._rows * FP32
-        if is_reader and self._shape.routing is not Routing.KEY_VALUE:
-            yield from self._hidden_read(len(chunk.transfer.reads[layer]))
-
-    def _hidden_read(self, num_sources: int) -> Iterator[int]:
-        """LIMe v1: the projection of all heads before and after the reader's gain; a dynamic router's weights."""
-        model = self._model
-        yield 2 * 2 * model.kv_heads * model.head_dim * model.hidden_size * self._element
-        if self._shape.routing is Routing.HIDDEN_DYNAMIC:
-            weights = self._shape.rows * model.kv_heads * num_sources
-            yield weights * (FP32 if self._element == FP32 else FP32 + self._element)
+        if sources:
+            yield self._shape.routing.kept_bytes(self._model, len(sources), self._shape.rows, self._element)
 
     def _logit_elements(self) -> int:
         """Of one microbatch; Megatron's cross entropy writes the fp32 softmax over the logits."""

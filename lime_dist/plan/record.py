@@ -23,7 +23,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "num_microbatches": plan.num_microbatches,
         "pattern": {
             "name": pattern.name,
-            "routing": pattern.routing.value,
+            "routing": pattern.routing.name,
             "edges": {str(reader): sources for reader, sources in pattern.edges.items()},
             "blocks": [[block.start, block.stop] for block in pattern.blocks],
         },

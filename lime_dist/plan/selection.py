@@ -100,12 +100,6 @@ def _last_true(holds: Callable[[int], bool], highest: int) -> int:
     return low
 
 
-def softmax(router: numpy.ndarray) -> numpy.ndarray:
-    """Over the sources, the last axis: how v1's router weighs them (arXiv 2502.09245v1)."""
-    powers = numpy.exp(router - router.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 def mean_magnitudes(
     routers: Mapping[int, numpy.ndarray], sources: Mapping[int, Sequence[int]]
 ) -> dict[tuple[int, int], float]:

@@ -17,19 +17,10 @@ class BundleShape:
 
     rows: int
     hidden_size: int
-    num_kv_heads: int
-    head_dim: int
+    routing: Routing
+    entry_elements: int
     element_bytes: int
     sum_element_bytes: int
-    routing: Routing = Routing.KEY_VALUE
-
-    @property
-    def entry_elements(self) -> int:
-        """K and V of all KV heads, or the normalised hidden state."""
-        heads, row_size = self.routing.entry_shape(
-            rows=self.rows, hidden_size=self.hidden_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
-        return heads * row_size
 
     @property
     def residual_bytes(self) -> int:
@@ -49,12 +40,13 @@ class BundleShape:
 
 def plan_shape(config: Config) -> BundleShape:
     tokens, tp = config.microbatch_size * config.data.seq_length, config.parallel.tp
+    rows = (tokens + tp - 1) // tp
+    heads, row_size = config.depth.routing.entry_shape(config.model, rows)
     return BundleShape(
-        rows=(tokens + tp - 1) // tp,
+        rows=rows,
         hidden_size=config.model.hidden_size,
-        num_kv_heads=config.model.kv_heads,
-        head_dim=config.model.head_dim,
+        routing=config.depth.routing,
+        entry_elements=heads * row_size,
         element_bytes=DTYPE_BYTES[config.run.dtype],
         sum_element_bytes=DTYPE_BYTES[config.partial_sum_dtype],
-        routing=config.depth.routing,
     )

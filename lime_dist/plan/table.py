@@ -13,11 +13,11 @@ from textwrap import fill
 from typing import Any
 
 from lime_dist.config import Config, ModelConfig
+from lime_dist.depth.kinds import routers_of
 from lime_dist.depth.pattern import Pattern
 from lime_dist.formats import format_bytes
 from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.parameters import (
-    ROUTER_ROLES,
     count_parameters,
     logical_tensors,
     padded_vocab_size,
@@ -28,6 +28,7 @@ from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
 from lime_dist.plan.shape import plan_shape
 from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
+from lime_dist.plan.tensors import Role
 from lime_dist.plan.transfer import plan_transfer
 
 MAX_WIDTH, MAX_LAYERS_WIDTH = 120, 22  # of a line; of a column, so that lines stay within it
@@ -195,7 +196,7 @@ def compare_report(config: Config) -> list[dict[str, Any]]:
 
 
 def _with_depth(config: Config, pattern: Any, policy: str) -> Config:
-    router = "static" if config.depth.router == "none" else config.depth.router
+    router = routers_of(config.depth.entry)[0] if config.depth.router == "none" else config.depth.router
     return replace(config, depth=replace(config.depth, router=router, pattern=pattern, policy=policy))
 
 
@@ -216,7 +217,7 @@ def _cost_report(config: Config) -> dict[str, Any]:
 
 def _router_parameters(model: ModelConfig, pattern: Pattern) -> int:
     tensors = logical_tensors(model, pattern).values()
-    return sum(prod(tensor.shape) for tensor in tensors if tensor.role in ROUTER_ROLES)
+    return sum(prod(tensor.shape) for tensor in tensors if tensor.role is Role.ROUTER)
 
 
 # ---- text

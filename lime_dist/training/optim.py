@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from lime_dist.config import Config, OptimConfig
-from lime_dist.depth.routing import Routing
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import specified_parameters
-from lime_dist.plan.parameters import ROUTER_ROLES, Role
+from lime_dist.plan.tensors import Role
 
 DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
 
@@ -22,7 +21,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """torch's AdamW over three groups: decayed, undecayed, routers. Each group keeps its own peak rate as `peak_lr`.
 
-    Of routers only dynamic ones are decayed (arXiv 2502.09245v1), and a model has routers of one kind.
+    Routers are decayed where their kind says so; a model has one kind.
 
     placeholder: stands in for the routers of a stage that has none.
     """
@@ -40,12 +39,12 @@ def _parameter_groups(
     stage: LimeChunk | LimeStage, config: Config, placeholder: nn.Parameter | None
 ) -> list[dict[str, Any]]:
     optim = config.optim
-    router_decay = optim.weight_decay if config.depth.routing is Routing.HIDDEN_DYNAMIC else 0.0
+    router_decay = optim.weight_decay if config.depth.routing.decays_routers else 0.0
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     routers = [] if placeholder is None else [placeholder]
     for spec, parameter in specified_parameters(stage):
-        group = routers if spec.role in ROUTER_ROLES else decayed if spec.role in DECAYED_ROLES else undecayed
+        group = routers if spec.role is Role.ROUTER else decayed if spec.role in DECAYED_ROLES else undecayed
         group.append(parameter)
     groups = [
         {"name": "decayed", "params": decayed, "peak_lr": optim.lr, "weight_decay": optim.weight_decay},

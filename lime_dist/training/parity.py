@@ -25,7 +25,8 @@ from lime_dist.checkpoint.edges import ready_config
 from lime_dist.config import Config, parse_config
 from lime_dist.errors import ConfigError, DataError, one_line
 from lime_dist.lifecycle.local_ranks import run_local_ranks
-from lime_dist.plan.parameters import LogicalTensor, logical_tensors
+from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.tensors import LogicalTensor
 from lime_dist.testing import Pieces, assemble, local_pieces, on_rank
 from lime_dist.training.rank import Rank
 

@@ -19,7 +19,7 @@ from lime_dist.cli.command_line import main
 from lime_dist.config import check_config, parse_config
 from lime_dist.lime.model import model_logits, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initialize, specified_parameters
-from lime_dist.plan.parameters import Role
+from lime_dist.plan.tensors import Role
 from lime_dist.training.parity import TOLERANCES, run_parity
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mha4"

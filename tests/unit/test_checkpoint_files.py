@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lime_dist.checkpoint.checking import read_meta
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoints, find_latest, step_folder
 from lime_dist.errors import CheckpointError
-from lime_dist.plan.parameters import LogicalTensor, Role
+from lime_dist.plan.tensors import LogicalTensor, Role
 
 NAME = "layers.0.mlp.down_proj.weight"
 KEY = f"weight:{NAME}"

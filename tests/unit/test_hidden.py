@@ -11,17 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lime_dist.checkpoint.saved_weights import resize_router
 from lime_dist.config import Config, check_config, parse_config
+from lime_dist.depth.hidden import HIDDEN_DYNAMIC, HIDDEN_STATIC
+from lime_dist.depth.key_value import KEY_VALUE
+from lime_dist.depth.routing import Read, Routing
 from lime_dist.errors import ConfigError
 from lime_dist.generate import Sampling, generate_ids
 from lime_dist.lime.layers import KeyValueCache, rope_tables, rotate
 from lime_dist.lime.model import LimeChunk, model_logits, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initial_values, initialize
-from lime_dist.plan.parameters import LogicalTensor, Role, logical_tensors
+from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.run_plan import plan_run
-from lime_dist.plan.selection import mean_magnitudes, softmax
+from lime_dist.plan.selection import mean_magnitudes
 from lime_dist.plan.stages import plan_transfer_of
+from lime_dist.plan.tensors import Cutter, LogicalTensor, Role
 from lime_dist.plan.transfer import plan_transfer
 from lime_dist.training.optim import build_optimizer
 
@@ -178,7 +181,7 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole(router: str) -> N
 
 
 def test_names_shapes_and_roles() -> None:
-    for router, role in (("static", Role.HIDDEN_ROUTER), ("dynamic", Role.DYNAMIC_ROUTER)):
+    for router, shape in (("static", (2, 3)), ("dynamic", (2 * 3, 32))):
         config = make_config(f"depth.router={router} depth.pattern=last:2")
         model = make_model(config)
         specs = {spec.name: spec.shape for spec in model.parameter_specs()}
@@ -191,12 +194,18 @@ def test_names_shapes_and_roles() -> None:
             "layers.3.self_attn.depth_norm.weight", (32,), Role.NORM
         )
         found = tensors["layers.3.self_attn.lime_router.weight"]
-        assert (found.role, found.shape) == (role, (2, 3) if router == "static" else (2 * 3, 32))
+        assert (found.role, found.shape) == (Role.ROUTER, shape)
 
 
 def test_initial_values() -> None:
-    static = initial_values(LogicalTensor("a", (50, 40), Role.HIDDEN_ROUTER), seed=0)
-    dynamic = initial_values(LogicalTensor("a", (50, 40), Role.DYNAMIC_ROUTER), seed=0)
+    model, sources = (
+        make_config("model.hidden_size=100 model.num_heads=50 model.num_kv_heads=50").model,
+        tuple(range(40)),
+    )
+    static, dynamic = (
+        initial_values(routing.router(Cutter(1, 0), "a", model, Read(39, sources, sources)).pieces[0].tensor, seed=0)
+        for routing in (HIDDEN_STATIC, HIDDEN_DYNAMIC)
+    )
     assert static.std() == pytest.approx(0.1, rel=0.05) and abs(static.mean()) < 0.01
     assert dynamic.std() == pytest.approx(0.02, rel=0.05)
 
@@ -250,19 +259,21 @@ def test_an_entry_is_a_hidden_state_of_this_ranks_tokens(text: str, rows: int, w
 # ---- checkpoints and patterns
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 2), (2, 4), (8, 32)])
-def test_a_router_loses_its_cut_sources(shape: tuple[int, ...]) -> None:
-    role = {3: Role.ROUTER, 2: Role.HIDDEN_ROUTER}[len(shape)] if shape != (8, 32) else Role.DYNAMIC_ROUTER
+@pytest.mark.parametrize(
+    ("routing", "shape", "cut_shape"),
+    [(KEY_VALUE, (2, 4, 2), (2, 3, 2)), (HIDDEN_STATIC, (2, 4), (2, 3)), (HIDDEN_DYNAMIC, (8, 32), (6, 32))],
+)
+def test_a_router_loses_its_cut_sources(routing: Routing, shape: tuple[int, ...], cut_shape: tuple[int, ...]) -> None:
     whole = numpy.random.default_rng(0).normal(size=shape).astype(numpy.float32)
     by_head = whole.reshape(2, 4, -1)
-    cut = resize_router(whole, role, saved=(0, 1, 2, 5), wanted=(0, 2, 5))
-    assert cut.shape == {2: (2, 3), 3: (2, 3, 2)}[len(shape)] if shape != (8, 32) else (6, 32)
+    cut = routing.without_sources(whole, 4, [0, 2, 3])
+    assert cut.shape == cut_shape
     assert (cut.reshape(2, 3, -1) == by_head[:, [0, 2, 3]]).all()
 
 
 def test_edge_weights_are_mean_shares() -> None:
     router = numpy.log(numpy.array([[1.0, 3.0, 4.0], [2.0, 2.0, 4.0]]))
-    weights = mean_magnitudes({2: softmax(router)}, {2: (0, 1, 2)})
+    weights = mean_magnitudes({2: HIDDEN_STATIC.source_weights(router)}, {2: (0, 1, 2)})
     assert weights == {(2, 0): pytest.approx(3 / 16), (2, 1): pytest.approx(5 / 16)}
 
 

@@ -12,7 +12,7 @@ ROOT = Path(lime_dist.__file__).parent
 # A name stands for the module or all of the package. What is not listed may import all of these; none of these may import it.
 ORDER = (
     "errors", "formats", "layout", "lifecycle.ending", "lifecycle.stopping", "lifecycle.ownership", "cluster.nodelist", "data", "lifecycle.launcher",
-    "lifecycle.network", "lifecycle.rendezvous", "lifecycle.wire", "lifecycle.local", "lifecycle.pulse", "depth", "plan.partition", "plan.schedule",
+    "lifecycle.network", "lifecycle.rendezvous", "lifecycle.wire", "lifecycle.local", "lifecycle.pulse", "plan.tensors", "depth", "plan.partition", "plan.schedule",
     "config", "plan", "lime", "training.optim", "pipeline", "backends", "training.world", "training.rank", "testing",
 )  # fmt: skip
 TORCH_FREE = (

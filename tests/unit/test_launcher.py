@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from lime_dist.errors import LayoutError
+from lime_dist.layout import Layout
 from lime_dist.lifecycle.launcher import (
     Place,
     find_place,
@@ -102,13 +103,21 @@ def test_a_rank_outside_the_world_is_refused(rank: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp", "given", "expected"),
+    ("layout", "given", "expected"),
     [
-        (1, {}, {}),
-        (2, {}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
-        (2, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+        (Layout(), {}, {}),
+        (Layout(tp=2), {}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        (Layout(tp=2), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+        (Layout(tp=2, pp=2), {}, {}),
     ],
 )
-def test_one_queue_for_tensor_ranks(tp: int, given: dict[str, str], expected: dict[str, str]) -> None:
-    launch_kernels_in_order(tp, given)
+def test_one_queue_for_tensor_ranks_of_one_stage(
+    layout: Layout, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    launch_kernels_in_order(layout, given)
     assert given == expected
+
+
+def test_one_queue_for_several_stages_is_warned_of(capfd: pytest.CaptureFixture[str]) -> None:
+    launch_kernels_in_order(Layout(pp=2), {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1 with parallel.pp above 1 may hang" in capfd.readouterr().err

@@ -9,14 +9,13 @@ from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import none_pattern, parse_pattern
 from lime_dist.lime.model import plain_model
 from lime_dist.plan.parameters import (
-    ParameterSpec,
-    Role,
     count_parameters,
     logical_tensors,
     padded_vocab_size,
     plan_parameters,
 )
 from lime_dist.plan.partition import plan_partition
+from lime_dist.plan.tensors import ParameterSpec, Role
 from lime_dist.plan.transfer import plan_transfer
 
 

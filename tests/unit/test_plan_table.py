@@ -13,7 +13,7 @@ from lime_dist.config import Config, check_config, load_config
 from lime_dist.depth.pattern import Pattern
 from lime_dist.formats import format_bytes
 from lime_dist.plan.flops import routing_flops_per_token
-from lime_dist.plan.parameters import Role, logical_tensors
+from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.stages import plan_transfer_of
 from lime_dist.plan.table import (
@@ -25,6 +25,7 @@ from lime_dist.plan.table import (
     plan_report,
     stage_table,
 )
+from lime_dist.plan.tensors import Role
 from lime_dist.plan.transfer import plan_transfer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"

@@ -10,8 +10,9 @@ from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import parse_pattern
 from lime_dist.lime.model import plain_model
 from lime_dist.lime.values import assemble_local, gather_logical, initial_values, initialize, load, slices
-from lime_dist.plan.parameters import LogicalTensor, Role, logical_tensors, plan_parameters
+from lime_dist.plan.parameters import logical_tensors, plan_parameters
 from lime_dist.plan.partition import plan_partition
+from lime_dist.plan.tensors import LogicalTensor, Role
 from lime_dist.plan.transfer import plan_transfer
 
 MODEL = ModelConfig(
