@@ -1,0 +1,144 @@
+"""What is compared, and over how fast a link: configs, planned bytes and rates. Pure data, no ranks, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config.reading import nearest
+from lime_dist.errors import ConfigError, LayoutError, shown
+from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.schedule import eager_warmup
+
+# The quickstart's model over four stages. Untied, so that nothing but what the plan says travels in a step.
+_BASE: Mapping[str, Any] = {
+    "model": {
+        "num_layers": 8,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "vocab_size": 512,
+        "tie_embeddings": False,
+    },
+    "parallel": {"pp": 4},
+    "pipeline": {"num_microbatches": 16},
+    "optim": {"lr_schedule": "constant", "warmup_steps": 0},
+    "data": {"seq_length": 256, "global_batch_size": 16},
+    "run": {"device": "cpu", "timeout_seconds": 300},
+}
+_QUICK = (
+    "model.hidden_size=128",
+    "model.intermediate_size=352",
+    "data.seq_length=128",
+    "pipeline.num_microbatches=8",
+    "data.global_batch_size=8",
+)
+
+
+class Pipeline(Enum):
+    """Whose executor and messages: ours, or the growing tuple through another's."""
+
+    OWN = "lime_dist"
+    TORCH = "torch"
+    DEEPSPEED = "DeepSpeed"
+
+
+LLAMA, LEAST = "LLaMA", "least"
+PLAIN = "1F1B"
+_MODELS = {
+    LLAMA: ("depth.router=none",),
+    "relay": ("depth.policy=relay",),
+    LEAST: ("depth.policy=least",),
+    "first:2": ("depth.pattern=first:2",),
+}
+
+
+def _schedules(config: Config) -> dict[str, tuple[str, ...]]:
+    eager = eager_warmup(num_stages=config.parallel.pp, num_microbatches=config.pipeline.num_microbatches)
+    return {
+        PLAIN: (),
+        "eager 1F1B": (f"pipeline.warmup={eager}",),
+        "interleaved, v=2": ("parallel.virtual_stages=2",),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """config: checked. model, schedule: what it is called in the report."""
+
+    model: str
+    schedule: str
+    config: Config
+    pipeline: Pipeline = Pipeline.OWN
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.schedule}"
+
+    @property
+    def twin(self) -> tuple[str, str]:
+        """Model and schedule of the way that it is compared with."""
+        return LLAMA, self.schedule
+
+    @property
+    def first_loss_of(self) -> tuple[str, str]:
+        """Ways for which this is equal are the same model, so their first losses are, too."""
+        return self.config.depth.router, self.config.depth.name
+
+    @property
+    def card_bytes(self) -> list[int]:
+        """What each host's network card is to send in a step, and as much to receive: bundles and their gradients."""
+        plan = plan_run(self.config)
+        return [plan.num_microbatches * (stage.sent_bytes + stage.received_bytes) for stage in plan.stages]
+
+
+def make_ways(overrides: Sequence[str] = (), *, quick: bool = False, models: Collection[str] = ()) -> list[Way]:
+    """All of them, or those of `models`, LLaMA's and the full pattern's; references are called by their pipeline.
+
+    Raises: ConfigError, LayoutError.
+    """
+    overrides = (*(_QUICK if quick else ()), *overrides)
+    base = _config(overrides)
+    _check_layout(base)
+    ways = [
+        Way(model=model, schedule=schedule, config=_config((*overrides, *of_model, *of_schedule)))
+        for schedule, of_schedule in _schedules(base).items()
+        for model, of_model in _MODELS.items()
+    ]
+    relay = _config((*overrides, *_MODELS["relay"]))
+    ways += [
+        Way(model=pipeline.value, schedule=PLAIN, config=relay, pipeline=pipeline)
+        for pipeline in (Pipeline.TORCH, Pipeline.DEEPSPEED)
+    ]
+    _check_models(models, ways)
+    return [way for way in ways if not models or way.model in (LLAMA, LEAST, *models)]
+
+
+def _config(overrides: Sequence[str]) -> Config:
+    config = parse_config(dict(_BASE), overrides)
+    return check_config(config, config.layout.world_size)
+
+
+def _check_layout(config: Config) -> None:
+    layout = config.layout
+    if layout.tp > 1 or layout.dp > 1 or layout.pp < 2:
+        raise LayoutError(
+            f"parallel: {layout} does not fit hosts of one stage each; leave tp and dp at 1 and set parallel.pp to 2 or more"
+        )
+
+
+def _check_models(models: Collection[str], ways: Sequence[Way]) -> None:
+    known = list(dict.fromkeys(way.model for way in ways))
+    for model in models:
+        if model not in known:
+            raise ConfigError(f"--models: {shown(model)} is unknown{nearest(model, known)}")
+
+
+def limited_rate(ways: Sequence[Way], llama_seconds: float, share: float) -> float:
+    """Bytes a second each way, at which the busiest card of the full pattern's plan carries its step in `share` x LLaMA's."""
+    full = next(way for way in ways if way.model == LEAST and way.schedule == PLAIN)
+    return max(full.card_bytes) / (share * llama_seconds)
