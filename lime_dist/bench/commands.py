@@ -26,7 +26,9 @@ def _add_pipeline(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser(
         "pipeline", help="steps over slow links, on hosts that this machine makes (root): LIMe, LLaMA, other pipelines"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as model.num_kv_heads=8")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as model.num_kv_heads=8"
+    )
     parser.add_argument("--models", type=_listed, default=[], metavar="NAME,...", help="of the table; default: all")
     parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="to time, for each limit (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a smaller model and batch")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
 from lime_dist.bench.depth import LiveBytes
@@ -21,7 +20,7 @@ from lime_dist.bench.pipeline.ways import LLAMA, PLAIN, Pipeline, Way, limited_r
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.training.world import join_world
 
-_TRAINERS = {
+_TRAINERS: dict[Pipeline, type[OwnTrainer | TorchTupleTrainer | DeepSpeedTupleTrainer]] = {
     Pipeline.OWN: OwnTrainer,
     Pipeline.TORCH: TorchTupleTrainer,
     Pipeline.DEEPSPEED: DeepSpeedTupleTrainer,

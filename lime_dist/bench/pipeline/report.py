@@ -105,7 +105,15 @@ class Report:
     def to_markdown(self) -> str:
         """A row for each way; for each limit the ratio to LLaMA's step and the seconds."""
         shares = list(dict.fromkeys(record.share for record in self.records))
-        head = ["way", "schedule", *map(_share_head, shares), "MB of the busiest card", "counted / planned", "peak MiB"]
+        head = [
+            "way",
+            "schedule",
+            *map(_share_head, shares),
+            "CPU s",
+            "MB of the busiest card",
+            "counted / planned",
+            "peak MiB",
+        ]
         by_way: dict[tuple[str, str], list[Record]] = {}
         for record in self.records:
             by_way.setdefault((record.model, record.schedule), []).append(record)
@@ -125,4 +133,10 @@ def _ratio_cell(record: Record) -> str:
 def _common_cells(records: Sequence[Record]) -> list[str]:
     counted = [ratio for record in records if (ratio := record.counted_over_planned) is not None]
     farthest = f"{max(counted, key=lambda ratio: abs(ratio - 1)):.3f}" if counted else "-"
-    return [f"{records[0].planned_bytes / 1e6:.1f}", farthest, f"{records[0].peak_bytes / 2**20:.0f}"]
+    first = records[0]
+    return [
+        f"{first.cpu_seconds:.2f}",
+        f"{first.planned_bytes / 1e6:.1f}",
+        farthest,
+        f"{first.peak_bytes / 2**20:.0f}",
+    ]

@@ -47,8 +47,8 @@ class TorchTupleTrainer:
     def step(self, batch: Tensor) -> float:
         losses: list[Tensor] = []
         inputs = (batch[:, :-1],) if self._stage.chunk.is_first else ()
-        targets = {"target": batch[:, 1:], "losses": losses} if self._stage.chunk.is_last else {}
-        self._schedule.step(*inputs, return_outputs=False, **targets)
+        targets = batch[:, 1:] if self._stage.chunk.is_last else None
+        self._schedule.step(*inputs, target=targets, losses=losses, return_outputs=False)
         self._optimizer.step()
         self._optimizer.zero_grad()
         loss = torch.stack(losses).detach().mean() if losses else torch.zeros(())
