@@ -15,13 +15,15 @@ from typing import Any
 
 from lime_dist.checkpoint.reader import CheckpointReader, find_latest
 from lime_dist.config import Config, check_config
-from lime_dist.config.reading import parse_bytes, read_yaml, shown_key
+from lime_dist.config.reading import read_yaml, shown_key
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
+from lime_dist.formats import parse_bytes
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p, softmax
-from lime_dist.plan.stages import plan_shape, plan_transfer_of
+from lime_dist.plan.shape import plan_shape
+from lime_dist.plan.stages import plan_transfer_of
 
 _Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.cluster.allowed import OWNED_FLAGS, may_export, may_pass
-from lime_dist.config.reading import apply_override, build_section, parse_bytes, read_yaml
+from lime_dist.config.reading import apply_override, build_section, read_yaml
 from lime_dist.errors import ConfigError
+from lime_dist.formats import parse_bytes
 
 SHOWN_VARIABLES = (
     "SLURM_JOB_PARTITION", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_MEM_PER_NODE",

@@ -24,7 +24,7 @@ from lime_dist.cluster.schema import ClusterConfig, load_cluster
 from lime_dist.cluster.script import Submission, check_paths, render_script
 from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.errors import ConfigError, LayoutError, one_line
-from lime_dist.plan.table import format_bytes
+from lime_dist.formats import format_bytes
 from lime_dist.preflight.input_files import check_files
 
 _CLIENT_TIMEOUT_SECONDS = 60  # SLURM's clients wait for ever for a controller that is away

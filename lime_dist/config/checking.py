@@ -187,12 +187,20 @@ def _check_pipeline(config: Config) -> None:
         f"parallel.virtual_stages: {parallel.virtual_stages} with parallel.pp=1; set it to 1, or parallel.pp to 2 or more",
         LayoutError,
     )
+    _require(
+        pipeline.warmup == "auto" or not isinstance(pipeline.warmup, str),
+        f"pipeline.warmup: {shown(pipeline.warmup)} is unknown; use auto or a number of forwards",
+    )
+    _require(
+        config.run.memory is None or bool(config.run.memory_bytes),
+        f"run.memory: {shown(config.run.memory)} is no size; write 70GiB",
+    )
     check_schedule(
         pipeline.schedule,
         num_stages=parallel.pp,
         num_microbatches=pipeline.num_microbatches,
         virtual_stages=parallel.virtual_stages,
-        warmup=pipeline.warmup,
+        warmup=pipeline.warmup if isinstance(pipeline.warmup, int) else None,
     )
 
 

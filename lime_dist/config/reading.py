@@ -102,12 +102,6 @@ def build_section(cls: Any, values: Any, prefix: str) -> Any:
     return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
 
 
-def parse_bytes(text: str) -> int | None:
-    """Bytes of a text such as 4MiB or 4194304; None when it is none."""
-    found = re.fullmatch(r"(\d+)\s*(KiB|MiB|GiB|)", text.strip(), re.ASCII)
-    return int(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}[found[2]] if found else None
-
-
 def shown_key(name: Any) -> str:
     """A user's key as messages show it."""
     return shown(name).strip("'")

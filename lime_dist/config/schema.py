@@ -8,6 +8,7 @@ from typing import Any
 
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
 from lime_dist.depth.routing import Routing
+from lime_dist.formats import parse_bytes
 from lime_dist.layout import Layout
 from lime_dist.plan.partition import layers_of_stages, plan_partition
 
@@ -83,7 +84,8 @@ class ParallelConfig:
 class PipelineConfig:
     schedule: str = "1f1b"
     num_microbatches: int = 1
-    warmup: int | None = None  # forwards of the first stage before its first backward; None: the schedule's own number
+    # Forwards of the first stage before its first backward. None: the schedule's own number; auto: as many as hide transfers.
+    warmup: int | str | None = None
     partition: str | list[int] = "auto"  # or the number of layers of each chunk
     boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
 
@@ -141,8 +143,13 @@ class RunConfig:
     seed: int = 0
     dtype: str = "fp32"  # fp32 | bf16
     device: str = "auto"  # auto | cpu | cuda
+    memory: str | None = None  # what a rank may take of its device, such as 70GiB; a plan that needs more is refused
     timeout_seconds: float = 600.0  # a rank that waits longer for another ends the job
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else parse_bytes(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,9 @@
-"""Runs one stage's list of actions: receives, computes, sends. Reads the plan and changes nothing of it."""
+"""Carries out one stage's operations: posts receives, waits, runs passes, sends. Reads the plan and changes nothing of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,13 +11,15 @@ from torch import Tensor
 from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.model import LimeStage
 from lime_dist.pipeline.transport import Incoming, Link, ResidualShare, Transport
+from lime_dist.plan.messages import Cargo, Message
+from lime_dist.plan.operations import Operation, Verb
 from lime_dist.plan.schedule import Action, Kind
 from lime_dist.plan.stages import ChunkPlan, StagePlan
 
 # Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]
-# Waits for what a pass of this kind reads from the neighbouring stage.
-AwaitInput = Callable[[Kind, Incoming], list[Tensor]]
+# Waits for a message that a pass of this kind reads.
+AwaitInput = Callable[[Kind, Incoming], Tensor]
 
 
 @dataclass
@@ -29,9 +30,6 @@ class _InFlight:
     received_residual: Tensor | None
     output: Tensor  # the residual, or the loss on the last chunk
     chain: Tensor  # the end of the memory's
-
-
-_Place = tuple[int, int]  # chunk, microbatch
 
 
 class Executor:
@@ -56,12 +54,6 @@ class Executor:
         self._stage, self._plan, self._transport, self._share = stage, plan, transport, residual_share
         self._call, self._backward_roots, self._await_input = call, backward, await_input
         self._chunks = {chunk.chunk: chunk for chunk in plan.chunks}
-        self._memories: dict[_Place, DepthMemory] = {}
-        self._in_flight: dict[_Place, _InFlight] = {}
-        self._incoming: dict[Action, Incoming] = {}
-        # Used only where the plan has the neighbour, and then there.
-        self._from_previous, self._to_previous = cast(Link, transport.from_previous), cast(Link, transport.to_previous)
-        self._from_next, self._to_next = cast(Link, transport.from_next), cast(Link, transport.to_next)
 
     def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True) -> list[Tensor]:
         """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
@@ -70,130 +62,158 @@ class Executor:
         each microbatch, or its residual if not `with_loss`, on the last stage and nothing elsewhere.
         Collective: pp and tp groups.
         """
-        outputs: dict[int, Tensor] = {}
-        self._post_receive(actions[0], microbatches)
-        for position, action in enumerate(actions):
-            if position + 1 < len(actions):
-                self._post_receive(actions[position + 1], microbatches)
-            if action.kind is Kind.FORWARD:
-                output = self._forward(action, microbatches[action.microbatch_index], with_loss)
-                if output is not None:
-                    outputs[action.microbatch_index] = output
-            else:
-                self._backward(action, len(microbatches))
+        passes = _Passes(self, microbatches, with_loss)
+        for operation in self._plan.operations(actions):
+            passes.carry_out(operation)
         self._transport.flush()
-        return [outputs[index] for index in sorted(outputs)]
+        return [passes.outputs[index] for index in sorted(passes.outputs)]
 
-    # ---- receiving, one action ahead of need
 
-    def _post_receive(self, action: Action, microbatches: Sequence[Tensor]) -> None:
-        chunk, place = self._chunks[action.chunk], (action.chunk, action.microbatch_index)
-        if action.kind is Kind.FORWARD:
-            kept = {earlier: self._memories[earlier, action.microbatch_index] for earlier in chunk.transfer.kept}
-            num_tokens = _num_tokens(microbatches[action.microbatch_index])
-            self._memories[place] = self._stage.chunk(action.chunk).new_memory(num_tokens, kept)
-            if not chunk.is_first:
-                self._incoming[action] = self._post_bundle(chunk, self._memories[place])
-        elif not chunk.is_last:
-            self._incoming[action] = self._post_gradients(chunk, self._memories[place])
+class _Passes:
+    """The passes over the microbatches of one step or evaluation, and what is under way between them."""
 
-    def _post_bundle(self, chunk: ChunkPlan, memory: DepthMemory) -> Incoming:
-        return self._from_previous.receive(
-            [
-                memory.entries.room_for(chunk.received_passed_on),
-                memory.entries.room_for(chunk.received_made),
-                memory.sums.room_for(chunk.transfer.received.partial_sums),
-                self._residual_buffer(chunk),
-            ]
+    def __init__(self, executor: Executor, microbatches: Sequence[Tensor], with_loss: bool):
+        self._of, self._microbatches, self._with_loss = executor, microbatches, with_loss
+        self.outputs: dict[int, Tensor] = {}
+        self._memories: dict[tuple[int, int], DepthMemory] = {}  # by chunk, microbatch
+        self._in_flight: dict[tuple[int, int], _InFlight] = {}
+        self._incoming: dict[tuple[Action, Message], Incoming] = {}
+        self._residuals: dict[Action, Tensor] = {}  # received, or the gradient of one that was sent
+        self._left: _InFlight | None = None  # by the pass that ran last, for what is sent behind it
+
+    def carry_out(self, operation: Operation) -> None:
+        action, message = operation.action, operation.message
+        if message is None:
+            self._run(action)
+        elif operation.verb is Verb.RECEIVE:
+            self._incoming[action, message] = self._link(action.kind, sends=False).receive(self._room(action, message))
+        elif operation.verb is Verb.AWAIT:
+            self._take_in(action, message, self._of._await_input(action.kind, self._incoming.pop((action, message))))
+        else:
+            self._link(action.kind, sends=True).send(self._outgoing(action, message), message.cargo.value)
+
+    def _link(self, kind: Kind, *, sends: bool) -> Link:
+        transport = self._of._transport
+        forward, backward = (
+            (transport.to_next, transport.to_previous) if sends else (transport.from_previous, transport.from_next)
         )
+        link = forward if kind is Kind.FORWARD else backward
+        assert link is not None  # the plan has messages where there is a neighbour only
+        return link
 
-    def _post_gradients(self, chunk: ChunkPlan, memory: DepthMemory) -> Incoming:
-        sent = chunk.transfer.sent
-        return self._from_next.receive(
-            [
-                self._residual_buffer(chunk),
-                memory.entries.new_rows(len(sent.raw_entries)),
-                memory.sums.new_rows(len(sent.partial_sums)),
-            ]
-        )
+    # ---- receiving
 
-    def _residual_buffer(self, chunk: ChunkPlan) -> Tensor:
-        module, shape = self._stage.chunk(chunk.chunk), (chunk.shape.rows, chunk.shape.hidden_size)
-        return torch.empty(shape, dtype=module.dtype, device=module.device)
+    def _memory(self, action: Action) -> DepthMemory:
+        """Of the action's chunk and microbatch; made when it is first asked for."""
+        place = action.chunk, action.microbatch_index
+        if place not in self._memories:
+            kept = {
+                earlier: self._memories[earlier, action.microbatch_index]
+                for earlier in self._of._chunks[action.chunk].transfer.kept
+            }
+            num_tokens = _num_tokens(self._microbatches[action.microbatch_index])
+            self._memories[place] = self._of._stage.chunk(action.chunk).new_memory(num_tokens, kept)
+        return self._memories[place]
+
+    def _room(self, action: Action, message: Message) -> Tensor:
+        """Where to receive the message: its place in the depth memory where it has one."""
+        memory = self._memory(action)
+        if message.cargo is Cargo.RESIDUAL:
+            module, shape = self._of._stage.chunk(action.chunk), self._of._chunks[action.chunk].shape
+            return torch.empty(shape.rows, shape.hidden_size, dtype=module.dtype, device=module.device)
+        buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
+        return buffer.new_rows(len(message.layers)) if message.is_gradient else buffer.room_for(message.layers)
+
+    def _take_in(self, action: Action, message: Message, received: Tensor) -> None:
+        if message.cargo is Cargo.RESIDUAL:
+            self._residuals[action] = received
+            return
+        memory = self._memory(action)
+        buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
+        if message.is_gradient:
+            buffer.add_gradients(message.layers, received)
+        else:
+            buffer.load(message.layers, received)
+
+    # ---- sending
+
+    def _outgoing(self, action: Action, message: Message) -> Tensor:
+        if message.passes_by:
+            return self._memory(action).entries.select(message.layers)
+        assert self._left is not None
+        memory = self._left.memory
+        if message.cargo is Cargo.RESIDUAL:
+            return self._of._share.share(self._outgoing_residual(message))
+        buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
+        if message.is_gradient:
+            return buffer.select_gradients(message.layers)
+        selected = buffer.select(message.layers)
+        if message.cargo is Cargo.SUMS:
+            self._release_sums(action, memory)
+        return selected
+
+    def _outgoing_residual(self, message: Message) -> Tensor:
+        assert self._left is not None
+        if not message.is_gradient:
+            return self._left.output
+        assert self._left.received_residual is not None and self._left.received_residual.grad is not None
+        return self._left.received_residual.grad
+
+    def _release_sums(self, action: Action, memory: DepthMemory) -> None:
+        if not self._of._stage.chunk(action.chunk).recompute:  # else the layers read them again in the backward pass
+            memory.sums.release_values()
 
     # ---- computing
 
-    def _forward(self, action: Action, tokens: Tensor, with_loss: bool) -> Tensor | None:
-        """The loss, or the residual, on the last chunk."""
-        chunk, place = self._chunks[action.chunk], (action.chunk, action.microbatch_index)
-        memory, residual = self._memories[place], None
+    def _run(self, action: Action) -> None:
+        chunk = self._of._chunks[action.chunk]
+        self._left = self._forward(chunk, action) if action.kind is Kind.FORWARD else self._backward(chunk, action)
+
+    def _forward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
+        tokens, memory, residual = self._microbatches[action.microbatch_index], self._memory(action), None
         if not chunk.is_first:
-            received = self._await_input(action.kind, self._incoming.pop(action))
-            _load_received(chunk, memory, received)
-            residual = self._share.whole(received[-1]).requires_grad_(torch.is_grad_enabled())
-        if not chunk.is_last:
-            # Cut-through: what only passes by does not wait for this chunk's layers.
-            self._to_next.send(memory.entries.select(chunk.passed_on))
-        inputs, targets = tokens[:, :-1], tokens[:, 1:] if with_loss else None
-        output, chain = self._call(
+            residual = self._of._share.whole(self._residuals.pop(action)).requires_grad_(torch.is_grad_enabled())
+        inputs, targets = tokens[:, :-1], tokens[:, 1:] if self._with_loss else None
+        output, chain = self._of._call(
             action.chunk, inputs if residual is None else residual, *inputs.shape, memory, targets
         )
-        if not chunk.is_last:
-            self._to_next.send(memory.entries.select(chunk.made))
-            self._to_next.send(memory.sums.select(chunk.transfer.sent.partial_sums))
-            self._to_next.send(self._share.share(output))
-        if not self._stage.chunk(action.chunk).recompute:  # else the layers read them again in the backward pass
-            memory.sums.release_values()
+        left = _InFlight(memory, residual, output, chain)
         if torch.is_grad_enabled():
-            self._in_flight[place] = _InFlight(memory, residual, output, chain)
+            self._in_flight[action.chunk, action.microbatch_index] = left
         else:
             self._forget(action)
-        return output.detach() if chunk.is_last else None
+        if chunk.is_last:
+            self.outputs[action.microbatch_index] = output.detach()
+        if not chunk.transfer.sent.partial_sums:
+            self._release_sums(action, memory)
+        return left
 
     def _forget(self, action: Action) -> None:
         """Without a backward pass a memory serves until the last chunk that reads it."""
-        for chunk in self._plan.chunks:
+        for chunk in self._of._plan.chunks:
             if chunk.last_use == action.chunk:
                 del self._memories[chunk.chunk, action.microbatch_index]
 
-    def _backward(self, action: Action, num_microbatches: int) -> None:
-        chunk, place = self._chunks[action.chunk], (action.chunk, action.microbatch_index)
+    def _backward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
+        place = action.chunk, action.microbatch_index
         held = self._in_flight.pop(place)
+        del self._memories[place]
         if chunk.is_last:
             # The last layer reads the end of the memory's chain, so the loss is the only root.
-            self._backward_roots([held.output / num_microbatches], [None])
-        else:
-            self._backward_from_next(chunk, held, action)
-        if not chunk.is_first:
-            assert held.received_residual is not None and held.received_residual.grad is not None
-            self._to_previous.send(self._share.share(held.received_residual.grad))
-            received = chunk.transfer.received
-            self._to_previous.send(held.memory.entries.select_gradients(received.raw_entries))
-            self._to_previous.send(held.memory.sums.select_gradients(received.partial_sums))
-        del self._memories[place]
-
-    def _backward_from_next(self, chunk: ChunkPlan, held: _InFlight, action: Action) -> None:
-        residual_share, entries, sums = self._await_input(action.kind, self._incoming.pop(action))
-        sent = chunk.transfer.sent
-        held.memory.entries.add_gradients(sent.raw_entries, entries)
-        held.memory.sums.add_gradients(sent.partial_sums, sums)
+            self._of._backward_roots([held.output / len(self._microbatches)], [None])
+            return held
         roots: list[Tensor] = [held.output]
-        gradients: list[Tensor | None] = [self._share.whole(residual_share)]
+        gradients: list[Tensor | None] = [self._of._share.whole(self._residuals.pop(action))]
         if held.chain.requires_grad:
             roots.append(held.chain)
             gradients.append(torch.zeros_like(held.chain))
-        self._backward_roots(roots, gradients)
+        self._of._backward_roots(roots, gradients)
+        return held
 
 
 def joint_backward(roots: list[Tensor], gradients: list[Tensor | None]) -> None:
     """One walk over the chunk for all its outputs."""
     torch.autograd.backward(roots, gradients)
-
-
-def _load_received(chunk: ChunkPlan, memory: DepthMemory, received: list[Tensor]) -> None:
-    memory.entries.load(chunk.received_passed_on, received[0])
-    memory.entries.load(chunk.received_made, received[1])
-    memory.sums.load(chunk.transfer.received.partial_sums, received[2])
 
 
 def _num_tokens(tokens: Tensor) -> int:

@@ -1,12 +1,12 @@
-"""Moves bundles between neighbouring stages and counts the bytes. Knows no model and no schedule.
+"""Moves messages between neighbouring stages and counts them. Knows no model and no schedule.
 
-Forward, the messages of one microbatch are: entries passed on, entries made by the sender, partial sums, the residual.
-Backward: the gradients of the residual, the entries, the sums. Each direction has a process group of its
-own and keeps the order of microbatches, so sends and receives pair up without tags.
+Each direction of a boundary has a process group of its own and keeps the order in which messages are sent, so sends and
+receives pair up without tags.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,15 +18,14 @@ from torch.distributed import ProcessGroup
 
 @dataclass
 class Incoming:
-    """Buffers being received; usable after `wait`."""
+    """A tensor being received; usable after `wait`."""
 
-    tensors: list[Tensor]
-    works: list[dist.Work]
+    tensor: Tensor
+    work: dist.Work
 
-    def wait(self) -> list[Tensor]:
-        for work in self.works:
-            work.wait()
-        return self.tensors
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.tensor
 
 
 class PipelineGroups(Protocol):
@@ -68,27 +67,40 @@ class GroupChannel:
         return dist.irecv(tensor, self.peer, group=self.group)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Sent:
+    """messages: their number, by what they carry."""
+
+    num_bytes: int = 0
+    messages: Counter[str] = field(default_factory=Counter)
+
+
 @dataclass
 class Link:
     """A channel seen from one end, with what is under way on it."""
 
     channel: Channel
     bytes_sent: int = 0
+    messages_sent: Counter[str] = field(default_factory=Counter)  # by what they carry
     _in_flight: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
 
-    def send(self, tensor: Tensor) -> None:
-        """Start sending; the tensor must not be written to until `flush`. Empty tensors do not travel."""
-        if tensor.numel() == 0:
-            return
+    def send(self, tensor: Tensor, cargo: str) -> None:
+        """Start sending; the tensor must not be written to until `flush`."""
         tensor = tensor.detach().contiguous()
         self._in_flight = [(work, kept) for work, kept in self._in_flight if not work.is_completed()]
         self._in_flight.append((self.channel.send(tensor), tensor))
         self.bytes_sent += tensor.numel() * tensor.element_size()
+        self.messages_sent[cargo] += 1
 
-    def receive(self, tensors: list[Tensor]) -> Incoming:
-        """Start receiving into contiguous `tensors`, in order."""
-        works = [self.channel.receive(tensor) for tensor in tensors if tensor.numel()]
-        return Incoming(tensors, works)
+    def receive(self, tensor: Tensor) -> Incoming:
+        """Start receiving into a contiguous tensor."""
+        return Incoming(tensor, self.channel.receive(tensor))
+
+    def take_sent(self) -> Sent:
+        """What was sent since the last call."""
+        sent = Sent(self.bytes_sent, self.messages_sent)
+        self.bytes_sent, self.messages_sent = 0, Counter()
+        return sent
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
@@ -144,14 +156,10 @@ class Transport:
             if link is not None:
                 link.flush()
 
-    def take_bytes_sent(self) -> tuple[int, int]:
-        """Bytes sent (forward, backward) since the last call."""
-        counts = []
-        for link in (self.to_next, self.to_previous):
-            counts.append(link.bytes_sent if link is not None else 0)
-            if link is not None:
-                link.bytes_sent = 0
-        return counts[0], counts[1]
+    def take_sent(self) -> tuple[Sent, Sent]:
+        """What was sent (forward, backward) since the last call."""
+        forward, backward = (Sent() if link is None else link.take_sent() for link in (self.to_next, self.to_previous))
+        return forward, backward
 
 
 def _link(group: ProcessGroup | None, stage_index: int) -> Link | None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from html import escape
 
 from lime_dist.config import Config
+from lime_dist.formats import format_bytes
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.stages import ChunkPlan, plan_transfer_of
-from lime_dist.plan.table import format_bytes, format_layers
+from lime_dist.plan.table import format_layers
 from lime_dist.plan.transfer import HopPlan, TransferPlan
 
 MAX_SINGLE_ROWS = 16  # of more layers, those of a stage that fare alike share a row

@@ -229,13 +229,15 @@ class _StageEstimate:
         return max(self._sums(chunk) for chunk in self._stage.chunks)
 
     def _received(self, num_in_flight: int) -> int:
-        """One action ahead: the next microbatch's depth memory and residual, the gradients of what was sent."""
+        """Of the actions ahead: depth memories and residuals of forwards to come, gradients of what was sent for backwards."""
+        actions_ahead = self._stage.receives_ahead
         passes = self._config.pipeline.num_microbatches * len(self._stage.chunks)
         ahead = max(
             chunk.held_bytes + self._sums(chunk) + (0 if chunk.is_first else self._shape.residual_bytes)
             for chunk in self._stage.chunks
         )
-        return (ahead if passes > num_in_flight else 0) + max(chunk.sent_bytes for chunk in self._stage.chunks)
+        forwards = min((actions_ahead + 1) // 2, passes - num_in_flight)
+        return forwards * ahead + (actions_ahead // 2 + 1) * max(chunk.sent_bytes for chunk in self._stage.chunks)
 
     def _sent(self) -> int:
         """Views keep whole buffers until the next send finds that they have left; gloo tells only at the step's end."""

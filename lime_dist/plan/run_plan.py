@@ -10,18 +10,27 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lime_dist.config import Config
+from lime_dist.errors import LayoutError
+from lime_dist.formats import format_bytes
 from lime_dist.layout import Layout
 from lime_dist.plan.memory import StageMemory, estimate_memory
-from lime_dist.plan.stages import BundleShape, ChunkPlan, StagePlan, plan_stages, plan_transfer_of
+from lime_dist.plan.schedule import eager_warmup, plain_warmup
+from lime_dist.plan.shape import BundleShape
+from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_stages, plan_transfer_of
 from lime_dist.plan.transfer import TransferPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """The whole plan of a run. stages, memory (of one rank of each): by pipeline rank."""
+    """The whole plan of a run.
+
+    warmup: forwards of the first stage before its first backward, None for the schedule's own number. stages, memory (of one
+    rank of each): by pipeline rank.
+    """
 
     layout: Layout
     schedule: str
+    warmup: int | None
     num_microbatches: int
     transfer: TransferPlan
     stages: tuple[StagePlan, ...]
@@ -48,12 +57,50 @@ class RunPlan:
 
 
 def plan_run(config: Config) -> RunPlan:
-    """The plan of a checked config. Raises: PlanError, ConfigError for what does not fit the stages."""
+    """The plan of a checked config. Raises: PlanError for what does not fit the stages, LayoutError for `run.memory`.
+
+    `pipeline.warmup: auto` takes the most forwards, up to those of eager 1F1B, with which every stage fits `run.memory`.
+    """
     transfer = plan_transfer_of(config)
-    stages = plan_stages(config, transfer)
+    plans = (_plan_run(config, transfer, warmup) for warmup in _warmups(config))
+    plan = next((plan for plan in plans if _fits(plan, config)), None)
+    if plan is not None:
+        return plan
+    plan = _plan_run(config, transfer, _warmups(config)[-1])
+    needs = [memory.total_bytes for memory in plan.memory]
+    worst = needs.index(max(needs))
+    raise LayoutError(
+        f"run.memory: {config.run.memory}, but a rank of stage {worst} needs about {format_bytes(needs[worst])}; lower "
+        "data.seq_length or data.global_batch_size, or raise pipeline.num_microbatches, parallel.pp, parallel.tp or run.memory"
+    )
+
+
+def _warmups(config: Config) -> list[int | None]:
+    """To be tried in this order; None for the schedule's own."""
+    pipeline, parallel = config.pipeline, config.parallel
+    if pipeline.warmup != "auto":
+        return [pipeline.warmup if isinstance(pipeline.warmup, int) else None]
+    if pipeline.schedule != "1f1b":
+        return [None]
+    sizes = {
+        "num_stages": parallel.pp,
+        "num_microbatches": pipeline.num_microbatches,
+        "virtual_stages": parallel.virtual_stages,
+    }
+    return [*range(eager_warmup(**sizes), plain_warmup(**sizes), -1), None]
+
+
+def _fits(plan: RunPlan, config: Config) -> bool:
+    allowed = config.run.memory_bytes
+    return allowed is None or all(memory.total_bytes <= allowed for memory in plan.memory)
+
+
+def _plan_run(config: Config, transfer: TransferPlan, warmup: int | None) -> RunPlan:
+    stages = plan_stages(config, transfer, warmup)
     return RunPlan(
         layout=config.layout,
         schedule=config.pipeline.schedule,
+        warmup=warmup,
         num_microbatches=config.pipeline.num_microbatches,
         transfer=transfer,
         stages=stages,

@@ -6,61 +6,28 @@ c mod P, and the last boundary leads from the last stage back to the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lime_dist.config import Config, ModelConfig
-from lime_dist.depth.routing import Routing
+from lime_dist.config import Config
 from lime_dist.plan.flops import routing_flops_per_token
-from lime_dist.plan.schedule import Action, in_flight_counts, plan_forward_only, plan_schedule
-from lime_dist.plan.transfer import ChunkTransfer, HopPlan, TransferPlan, plan_transfer
+from lime_dist.plan.messages import Message, backward_messages, forward_messages
+from lime_dist.plan.operations import Operation, plan_operations
+from lime_dist.plan.schedule import Action, Kind, in_flight_counts, plan_forward_only, plan_schedule
+from lime_dist.plan.shape import DTYPE_BYTES, BundleShape, plan_shape
+from lime_dist.plan.transfer import ChunkTransfer, TransferPlan, plan_transfer
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BundleShape:
-    """Sizes of one microbatch's tensors on one tensor rank, which holds 1/tp of the tokens (rounded up)."""
-
-    rows: int
-    hidden_size: int
-    num_kv_heads: int
-    head_dim: int
-    element_bytes: int
-    sum_element_bytes: int
-    routing: Routing = Routing.KEY_VALUE
-
-    @property
-    def entry_elements(self) -> int:
-        """K and V of all KV heads, or the normalised hidden state."""
-        heads, row_size = self.routing.entry_shape(
-            rows=self.rows, hidden_size=self.hidden_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
-        return heads * row_size
-
-    @property
-    def residual_bytes(self) -> int:
-        return self.rows * self.hidden_size * self.element_bytes
-
-    @property
-    def entry_bytes(self) -> int:
-        return self.entry_elements * self.element_bytes
-
-    @property
-    def sum_bytes(self) -> int:
-        return self.entry_elements * self.sum_element_bytes
-
-    def bundle_bytes(self, hop: HopPlan) -> int:
-        return self.residual_bytes + len(hop.raw_entries) * self.entry_bytes + len(hop.partial_sums) * self.sum_bytes
+RECEIVES_AHEAD = (
+    2  # where the warm-up leaves time between a message's leaving and its use; plain schedules have none to use
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkPlan:
     """What one chunk does to each microbatch.
 
-    passed_on, made: layers of the raw entries that it sends, a message each; those passed on leave before it computes.
-    received_passed_on, received_made: the same of the chunk before.
+    received, sent: the messages of each kind of pass, from and to the chunk before or behind, in the order in which they leave.
     last_use: the last chunk of this stage that reads entries kept here; itself where none does.
     routing_flops_per_token: see `flops.py`.
     """
@@ -70,10 +37,8 @@ class ChunkPlan:
     layers: range
     transfer: ChunkTransfer
     shape: BundleShape
-    received_passed_on: tuple[int, ...]
-    received_made: tuple[int, ...]
-    passed_on: tuple[int, ...]
-    made: tuple[int, ...]
+    received: Mapping[Kind, tuple[Message, ...]]
+    sent: Mapping[Kind, tuple[Message, ...]]
     last_use: int
     routing_flops_per_token: int
 
@@ -94,23 +59,28 @@ class ChunkPlan:
     @property
     def received_bytes(self) -> int:
         """Of one microbatch, forward."""
-        return 0 if self.is_first else self.shape.bundle_bytes(self.transfer.received)
+        return sum(message.num_bytes for message in self.received[Kind.FORWARD])
 
     @property
     def sent_bytes(self) -> int:
         """Of one microbatch, forward; as many come back as gradients."""
-        return 0 if self.is_last else self.shape.bundle_bytes(self.transfer.sent)
+        return sum(message.num_bytes for message in self.sent[Kind.FORWARD])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """Everything that one stage of the pipeline is to do. chunks: ascending."""
+    """Everything that one stage of the pipeline is to do.
+
+    chunks: ascending. actions, evaluation: of a training step and of a batch that is only evaluated. receives_ahead: of how
+    many actions behind the running one the receives are posted already.
+    """
 
     stage_index: int
     num_stages: int
     chunks: tuple[ChunkPlan, ...]
     actions: tuple[Action, ...]
     evaluation: tuple[Action, ...]
+    receives_ahead: int
 
     @property
     def num_layers(self) -> int:
@@ -132,6 +102,10 @@ class StagePlan:
     @property
     def routing_flops_per_token(self) -> int:
         return sum(chunk.routing_flops_per_token for chunk in self.chunks)
+
+    def operations(self, actions: Sequence[Action]) -> Iterator[Operation]:
+        """What `actions` of this stage ask of it, in order."""
+        return plan_operations({chunk.chunk: chunk for chunk in self.chunks}, actions, self.receives_ahead)
 
     @cached_property
     def moments(self) -> tuple[dict[int, int], ...]:
@@ -185,66 +159,46 @@ def plan_transfer_of(config: Config, policy: str | None = None) -> TransferPlan:
     )
 
 
-def plan_shape(config: Config) -> BundleShape:
-    tokens, tp = config.microbatch_size * config.data.seq_length, config.parallel.tp
-    return BundleShape(
-        rows=(tokens + tp - 1) // tp,
-        hidden_size=config.model.hidden_size,
-        num_kv_heads=config.model.kv_heads,
-        head_dim=config.model.head_dim,
-        element_bytes=DTYPE_BYTES[config.run.dtype],
-        sum_element_bytes=DTYPE_BYTES[config.partial_sum_dtype],
-        routing=config.depth.routing,
-    )
-
-
-def plan_stages(config: Config, transfer: TransferPlan) -> tuple[StagePlan, ...]:
-    """By pipeline rank, of a checked config."""
+def plan_stages(config: Config, transfer: TransferPlan, warmup: int | None) -> tuple[StagePlan, ...]:
+    """By pipeline rank, of a checked config. warmup: see `plan_schedule`."""
     shape = plan_shape(config)
-    return tuple(_plan_stage(config, transfer, shape, index) for index in range(config.parallel.pp))
+    chunks = tuple(_plan_chunk(config, transfer, shape, chunk) for chunk in range(len(transfer.chunks)))
+    return tuple(_plan_stage(config, chunks, warmup, index) for index in range(config.parallel.pp))
 
 
-def _plan_stage(config: Config, transfer: TransferPlan, shape: BundleShape, stage_index: int) -> StagePlan:
-    place = {
-        "stage_index": stage_index,
-        "num_stages": config.parallel.pp,
-        "virtual_stages": config.parallel.virtual_stages,
-    }
-    pipeline = config.pipeline
-    actions = plan_schedule(
-        pipeline.schedule, num_microbatches=pipeline.num_microbatches, warmup=pipeline.warmup, **place
-    )
-    chunks = range(stage_index, len(transfer.chunks), config.parallel.pp)
+def _plan_stage(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | None, stage_index: int) -> StagePlan:
+    pipeline, num_stages, virtual_stages = config.pipeline, config.parallel.pp, config.parallel.virtual_stages
+    place = {"stage_index": stage_index, "num_stages": num_stages, "virtual_stages": virtual_stages}
     return StagePlan(
         stage_index=stage_index,
-        num_stages=config.parallel.pp,
-        chunks=tuple(_plan_chunk(config.model, transfer, shape, chunk, chunks) for chunk in chunks),
-        actions=tuple(actions),
+        num_stages=num_stages,
+        chunks=chunks[stage_index::num_stages],
+        actions=tuple(
+            plan_schedule(pipeline.schedule, num_microbatches=pipeline.num_microbatches, warmup=warmup, **place)
+        ),
         evaluation=tuple(plan_forward_only(pipeline.num_microbatches, **place)),
+        receives_ahead=1 if warmup is None else RECEIVES_AHEAD,
     )
 
 
-def _plan_chunk(
-    model: ModelConfig, transfer: TransferPlan, shape: BundleShape, chunk: int, of_stage: range
-) -> ChunkPlan:
+def _plan_chunk(config: Config, transfer: TransferPlan, shape: BundleShape, chunk: int) -> ChunkPlan:
+    of_stage = range(chunk % config.parallel.pp, len(transfer.chunks), config.parallel.pp)
     own, layers = transfer.chunk(chunk), transfer.chunks[chunk]
-    before = transfer.chunks[chunk - 1].start if chunk else 0
-    received_passed_on, received_made = _split(own.received.raw_entries, before)
-    passed_on, made = _split(own.sent.raw_entries, layers.start)
+    before, behind = chunk > 0, chunk < len(transfer.hops)
     return ChunkPlan(
         chunk=chunk,
         num_chunks=len(transfer.chunks),
         layers=layers,
         transfer=own,
         shape=shape,
-        received_passed_on=received_passed_on,
-        received_made=received_made,
-        passed_on=passed_on,
-        made=made,
+        received={
+            Kind.FORWARD: forward_messages(own.received, transfer.chunks[chunk - 1].start, shape) if before else (),
+            Kind.BACKWARD: backward_messages(own.sent, shape) if behind else (),
+        },
+        sent={
+            Kind.FORWARD: forward_messages(own.sent, layers.start, shape) if behind else (),
+            Kind.BACKWARD: backward_messages(own.received, shape) if before else (),
+        },
         last_use=max(later for later in of_stage if later == chunk or chunk in transfer.chunk(later).kept),
-        routing_flops_per_token=routing_flops_per_token(model, own),
+        routing_flops_per_token=routing_flops_per_token(config.model, own),
     )
-
-
-def _split(layers: tuple[int, ...], first_own: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(layer for layer in layers if layer < first_own), tuple(layer for layer in layers if layer >= first_own)

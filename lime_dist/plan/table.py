@@ -13,6 +13,7 @@ from typing import Any
 
 from lime_dist.config import Config, ModelConfig
 from lime_dist.depth.pattern import Pattern
+from lime_dist.formats import format_bytes
 from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.parameters import (
     ROUTER_ROLES,
@@ -22,7 +23,8 @@ from lime_dist.plan.parameters import (
     plan_parameters,
 )
 from lime_dist.plan.run_plan import RunPlan, plan_run
-from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_shape, plan_transfer_of
+from lime_dist.plan.shape import plan_shape
+from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
 
 POLICIES = ("least", "relay")
 COMPARED_PATTERNS = (
@@ -290,12 +292,3 @@ def format_layers(layers: Sequence[int]) -> str:
         else:
             runs.append([layer, layer])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
-
-
-def format_bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"

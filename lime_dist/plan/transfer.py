@@ -12,10 +12,11 @@ c(i) - t(i) to c(i) the stage has both, and at the first such chunk the source i
 
 `least` is a minimum cut. With x[j, a] = "h(j) >= a" and y[i, b] = "t(i) >= b" it minimises the weighted sum of all x
 and y under x[j, a] or y[i, b] for every edge and all a + b = d + 1 (a, b >= 1), x falling with a and y with b. All
-constraints are differences of two variables, so the cut is exact. With one chunk a stage the plan is the least at
-every boundary by itself, hence under any boundary costs: from a boundary to the next one sources come and readers go,
-which only ever turns raw entries into partial sums (minimum cuts are monotone in such changes: Gallo, Grigoriadis and
-Tarjan 1989), so the minimum vertex covers of all boundaries (Koenig) fit into one plan.
+constraints are differences of two variables, so the cut is exact. x[j, a] and y[i, b] with a + b = d + 1 cross the
+same boundary, and the plan is the least over every boundary by itself, hence in total, at the largest, and under any
+boundary costs: from a boundary to the next one the sources of the stage between come and its readers go, which only
+ever turns raw entries into partial sums (minimum cuts are monotone in such changes: Gallo, Grigoriadis and Tarjan
+1989), so the minimum vertex covers of all boundaries (Koenig) fit into one plan.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 
 from lime_dist.config import Config
 from lime_dist.errors import LayoutError
+from lime_dist.formats import format_bytes
 from lime_dist.plan.run_plan import plan_run
-from lime_dist.plan.table import format_bytes
 
 _SMALLER = (
     "lower data.seq_length or data.global_batch_size, or raise pipeline.num_microbatches, parallel.pp or parallel.tp"

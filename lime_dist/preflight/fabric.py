@@ -18,6 +18,7 @@ from lime_dist.pipeline.transport import Link, Transport
 from lime_dist.plan.run_plan import RunPlan
 
 MIN_MESSAGE_BYTES, MAX_MESSAGE_BYTES = 2**20, 64 * 2**20
+_PROBE = "probe"  # what its messages carry
 _SUMS = 3
 _SUMMED_ELEMENTS = 2**18  # 1 MiB of fp32
 
@@ -138,16 +139,16 @@ class _Ends:
 
     def _send_one(self, message: Tensor, out: Link, back: Link) -> float:
         started = time.perf_counter()
-        out.send(message)
-        (answer,) = back.receive([self._bytes(1)]).wait()
+        out.send(message, _PROBE)
+        answer = back.receive(self._bytes(1)).wait()
         answer.item()  # on a GPU only this waits for it
         out.flush()
         return time.perf_counter() - started
 
     def _answer(self, size: int, incoming: Link, back: Link) -> None:
         for _ in range(repetitions(size)):
-            incoming.receive([self._bytes(size)]).wait()
-            back.send(self._bytes(1))
+            incoming.receive(self._bytes(size)).wait()
+            back.send(self._bytes(1), _PROBE)
             back.flush()
 
     def _bytes(self, count: int) -> Tensor:

@@ -16,8 +16,9 @@ import psutil
 from lime_dist import __version__
 from lime_dist.config import Config
 from lime_dist.errors import LayoutError
+from lime_dist.formats import format_bytes
 from lime_dist.lifecycle.launcher import Place, host_name
-from lime_dist.plan.table import format_bytes, format_layers
+from lime_dist.plan.table import format_layers
 
 MIN_FREE_GPU_SHARE = 0.9  # less means that another process holds the rest
 MIN_HOST_BYTES_PER_RANK = 2**30  # what a rank takes before it holds a model

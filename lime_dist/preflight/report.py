@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lime_dist.formats import RECENT_STEPS
+from lime_dist.formats import RECENT_STEPS, format_bytes
 from lime_dist.layout import Layout
 from lime_dist.plan.run_plan import RunPlan
-from lime_dist.plan.table import align_columns, format_bytes, format_layers
+from lime_dist.plan.table import align_columns, format_layers
 from lime_dist.preflight.fabric import Crossing
 from lime_dist.training.records import RECENT_BYTES, read_records
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,7 @@ from lime_dist.lifecycle.pulse import Pulse
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
-from lime_dist.pipeline.transport import Incoming, ResidualShare, Transport
+from lime_dist.pipeline.transport import Incoming, ResidualShare, Sent, Transport
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import Kind
 from lime_dist.plan.stages import StagePlan
@@ -33,8 +34,8 @@ class Batch(Protocol):
     def __getitem__(self, rows: slice) -> Tensor: ...
 
 
-class BytesDiffer(RuntimeError):
-    """The transport sent another number of bytes than the plan says: a defect, as gradients may be wrong."""
+class TrafficDiffers(RuntimeError):
+    """The transport sent other messages or bytes than the plan says: a defect, as gradients may be wrong."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Rank:
             }
         )
 
-    def _await_input(self, kind: Kind, incoming: Incoming) -> list[Tensor]:
+    def _await_input(self, kind: Kind, incoming: Incoming) -> Tensor:
         return self.pulse.awaiting(kind.name.lower(), incoming.wait)
 
     @property
@@ -117,9 +118,10 @@ class Rank:
         """Add the gradients of a global batch's mean loss; returns the loss and the bytes over each boundary."""
         losses = self._executor.run(self.plan.actions, self.microbatches(batch))
         self.optimizer.finish_gradients()
-        forward, backward = self._transport.take_bytes_sent()
-        self._check_bytes(forward, backward)
-        return self._share(losses, forward)
+        forward, backward = self._transport.take_sent()
+        self._check_sent(forward, Kind.FORWARD)
+        self._check_sent(backward, Kind.BACKWARD)
+        return self._share(losses, forward.num_bytes)
 
     def train_step(self, batch: Batch, lr_factor: float) -> StepResult:
         """One update from a global batch.
@@ -147,14 +149,14 @@ class Rank:
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
         losses = self._executor.run(self.plan.evaluation, self.microbatches(batch))
-        return self._share(losses, self._transport.take_bytes_sent()[0])[0]
+        return self._share(losses, self._transport.take_sent()[0].num_bytes)[0]
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
         """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
         microbatches, found = self.microbatches(batch), []
         outputs = self._executor.run(self.plan.evaluation, microbatches, with_loss=False)
-        self._transport.take_bytes_sent()
+        self._transport.take_sent()
         for index, residual in enumerate(outputs):
             block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
             rows, seq_length = microbatches[index].shape[0], microbatches[index].shape[1] - 1
@@ -162,13 +164,15 @@ class Rank:
             found.append((block * rows, logits.float().cpu().unflatten(0, (rows, seq_length))))
         return found
 
-    def _check_bytes(self, forward: int, backward: int) -> None:
-        count = self.config.pipeline.num_microbatches
-        planned = count * self.plan.sent_bytes, count * self.plan.received_bytes
-        if (forward, backward) != planned:
-            raise BytesDiffer(
-                f"stage {self.plan.stage_index} sent {forward, backward} bytes (forward, backward), planned {planned}"
-            )
+    def _check_sent(self, sent: Sent, kind: Kind) -> None:
+        messages = [
+            message for chunk in self.plan.chunks for message in chunk.sent[kind]
+        ] * self.run_plan.num_microbatches
+        planned = Sent(
+            sum(message.num_bytes for message in messages), Counter(message.cargo.value for message in messages)
+        )
+        if sent != planned:
+            raise TrafficDiffers(f"stage {self.plan.stage_index} sent {sent} ({kind.name.lower()}), planned {planned}")
 
     def _share(self, losses: list[Tensor], forward_bytes: int) -> tuple[float, list[int]]:
         """Losses are known on the last stage and bytes on the sender; one all-reduce tells both to all."""

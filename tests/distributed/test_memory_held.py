@@ -14,7 +14,8 @@ from common import make_batches, make_config
 from torch import Tensor
 
 from lime_dist.bench.depth import LiveBytes
-from lime_dist.plan.memory import StageMemory, estimate_memory
+from lime_dist.plan.memory import StageMemory
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.testing import run_ranks
 from lime_dist.training.rank import Rank
 
@@ -29,7 +30,7 @@ PADDING_BYTES = 64  # ZeRO's shares are whole multiples, and a stage without rou
 def measure(text: str, work: Callable[[Rank, Tensor], dict[str, int]]) -> list[tuple[StageMemory, dict[str, int]]]:
     """The estimate and what `work` found, for each rank."""
     config = make_config(text, *SIZES)
-    stages = estimate_memory(config)
+    stages = plan_run(config).memory
     found = run_ranks(config, work, make_batches(config, 1)[0])
     return [(stages[config.layout.coordinate(rank).pp_rank], each) for rank, each in enumerate(found)]
 

@@ -22,7 +22,7 @@ from lime_dist.lifecycle.local import RankFailed
 from lime_dist.lime.model import model_logits, model_loss
 from lime_dist.lime.values import gather_logical
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
-from lime_dist.training.rank import BytesDiffer, Rank
+from lime_dist.training.rank import Rank, TrafficDiffers
 
 TOLERANCE = 1e-5  # as in test_layouts: the order of fp32 sums
 
@@ -202,6 +202,6 @@ def test_bytes_other_than_planned_are_an_error() -> None:
 def step_against_another_plan(rank: Rank, batch: Tensor) -> str:
     """The check's plan has one element more to a head than what the stages send."""
     rank.plan = replace(rank.plan, shape=replace(rank.plan.shape, head_dim=rank.plan.shape.head_dim + 1))
-    with pytest.raises(BytesDiffer) as error:
+    with pytest.raises(TrafficDiffers) as error:
         rank.train_step(batch, 1.0)
     return str(error.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.plan.stages import plan_stages
+from lime_dist.plan.run_plan import plan_run
 
 BASE = {
     "model": {
@@ -41,7 +41,7 @@ BYTES = [  # overrides, rows, bytes of the residual's elements, entries over eac
 def test_bundle_bytes(
     overrides: str, rows: int, width: int, entries: list[int], sums: list[int], sum_width: int
 ) -> None:
-    plans = plan_stages(make_config(*overrides.split()))
+    plans = plan_run(make_config(*overrides.split())).chunks
     expected = [
         rows * (width * (RESIDUAL + raw * ENTRY) + sum_width * partial * ENTRY) for raw, partial in zip(entries, sums)
     ]
@@ -52,17 +52,18 @@ def test_bundle_bytes(
 
 
 def test_entries_are_split_into_those_passed_on_and_those_made() -> None:
-    plans = plan_stages(make_config("depth.policy=relay"))
-    assert [plan.sent_entries for plan in plans] == [((), (0,)), ((0,), (1, 2, 3, 4)), ((), ())]
-    assert [plan.received_entries for plan in plans[1:]] == [plan.sent_entries for plan in plans[:-1]]
+    plans = plan_run(make_config("depth.policy=relay")).chunks
+    assert [(plan.passed_on, plan.made) for plan in plans] == [((), (0,)), ((0,), (1, 2, 3, 4)), ((), ())]
+    for plan, following in zip(plans, plans[1:]):
+        assert (following.received_passed_on, following.received_made) == (plan.passed_on, plan.made)
     entry_bytes = plans[0].shape.entry_bytes
     assert [plan.held_bytes for plan in plans] == [1 * entry_bytes, 5 * entry_bytes, 6 * entry_bytes]
 
 
 def test_stages_know_their_place_and_their_actions() -> None:
-    plans = plan_stages(make_config())
+    plans = plan_run(make_config()).stages
     assert [plan.is_first_stage for plan in plans] == [True, False, False]
     assert [plan.is_last_stage for plan in plans] == [False, False, True]
-    assert [plan.layers for plan in plans] == [range(0, 1), range(1, 5), range(5, 6)]
+    assert [plan.layers for plan in plans] == [(0,), (1, 2, 3, 4), (5,)]
     assert [plan.peak_in_flight for plan in plans] == [3, 2, 1]
     assert [len(plan.actions) for plan in plans] == [8, 8, 8]

@@ -11,10 +11,10 @@ from lime_dist.cluster.schema import ClusterConfig
 from lime_dist.cluster.submit import check_memory
 from lime_dist.config import load_config
 from lime_dist.errors import LayoutError
-from lime_dist.plan.memory import estimate_memory
+from lime_dist.plan.run_plan import plan_run
 
 CONFIG = ready_config(load_config(Path(__file__).parents[2] / "configs" / "lime_1b_gqa.yaml"), 8)
-NEEDS = [stage.total_bytes for stage in estimate_memory(CONFIG)]
+NEEDS = [stage.total_bytes for stage in plan_run(CONFIG).memory]
 
 
 def make_cluster(gpu_memory: str | None, gpus: int = 8) -> ClusterConfig:

@@ -194,7 +194,7 @@ REFUSED = [  # overrides, error, how the message begins
     ("depth.pattern={8:[0]}", PlanError, "depth.pattern: reader 8 is outside the 8 layers"),
     ("depth.pattern=first:0", PlanError, "depth.pattern: 'first:0' needs a whole number"),
     ("parallel.recompute=full", ConfigError, "parallel.recompute: 'full' is unknown; use none or layer"),
-    ("parallel.virtual_stages=2", ConfigError, "parallel.virtual_stages: only 1 is supported"),
+    ("parallel.virtual_stages=2", LayoutError, "parallel.virtual_stages: 2 with parallel.pp=1; set it to 1"),
     ("parallel.tp=0", ConfigError, "parallel.tp: 0 must be at least 1"),
     ("parallel.pp=0", ConfigError, "parallel.pp: 0 must be at least 1"),
     ("parallel.dp=0", ConfigError, "parallel.dp: 0 must be at least 1"),

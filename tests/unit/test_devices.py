@@ -7,7 +7,7 @@ import pytest
 
 from lime_dist.config import check_config, parse_config
 from lime_dist.errors import LayoutError
-from lime_dist.plan.memory import estimate_memory
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.preflight.devices import all_ranks_bytes, check_memory, compare_memory
 
 MODEL = {"num_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "vocab_size": 1000}
@@ -20,7 +20,7 @@ def test_all_ranks_count() -> None:
             ["parallel.tp=2", "parallel.dp=3", "parallel.pp=2", "data.global_batch_size=3"],
         )
     )
-    stages = estimate_memory(config)
+    stages = plan_run(config).memory
     assert all_ranks_bytes(config) == 6 * (stages[0].total_bytes + stages[1].total_bytes)
 
 

@@ -19,8 +19,9 @@ from lime_dist.lime.layers import KeyValueCache, rope_tables, rotate
 from lime_dist.lime.model import LimeChunk, model_logits, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initial_values, initialize
 from lime_dist.plan.parameters import LogicalTensor, Role, logical_tensors
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.selection import mean_magnitudes, softmax
-from lime_dist.plan.stages import plan_run_transfer, plan_stages
+from lime_dist.plan.stages import plan_transfer_of
 from lime_dist.plan.transfer import plan_transfer
 from lime_dist.training.optim import build_optimizer
 
@@ -222,11 +223,11 @@ def test_routers_have_their_own_rate_and_only_dynamic_ones_are_decayed(router: s
 @pytest.mark.parametrize("pattern", ["full", "first:2", "last:2", "stride:2"])
 def test_entries_cross_raw_under_every_policy(pattern: str) -> None:
     config = make_config(f"depth.pattern={pattern} parallel.pp=3 model.num_layers=6")
-    least, relay = plan_run_transfer(config, "least"), plan_run_transfer(config, "relay")
+    least, relay = plan_transfer_of(config, "least"), plan_transfer_of(config, "relay")
     assert (least.raw_until, least.sum_from) == (relay.raw_until, relay.sum_from)
     assert not any(boundary.partial_sums for boundary in least.hops)
     of_keys = plan_transfer(
-        make_config(f"depth.entry=kv depth.pattern={pattern} model.num_layers=6").pattern, config.stages, policy="relay"
+        make_config(f"depth.entry=kv depth.pattern={pattern} model.num_layers=6").pattern, config.chunks, policy="relay"
     )
     assert least.hops == of_keys.hops
 
@@ -241,7 +242,7 @@ def test_entries_cross_raw_under_every_policy(pattern: str) -> None:
     ],
 )
 def test_an_entry_is_a_hidden_state_of_this_ranks_tokens(text: str, rows: int, width: int) -> None:
-    plans = plan_stages(make_config(f"parallel.pp=2 pipeline.partition=[2,3] {text}"))
+    plans = plan_run(make_config(f"parallel.pp=2 pipeline.partition=[2,3] {text}")).chunks
     assert plans[0].shape.entry_bytes == plans[0].shape.residual_bytes == rows * 32 * width
     assert plans[0].sent_bytes == 3 * rows * 32 * width  # the residual and entries 0 and 1
 

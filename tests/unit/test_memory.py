@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.depth.pattern import Pattern, parse_pattern
-from lime_dist.lime.depth_memory import DepthMemory
+from lime_dist.lime.depth_memory import DepthMemory, Run
 from lime_dist.plan.partition import plan_partition
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
@@ -108,20 +108,20 @@ class Stage:
         for buffer, received in ((memory.entries, self.entries), (memory.sums, self.sums)):
             if received:
                 buffer.load(tuple(received), torch.stack(list(received.values())))
-        token = self.add(memory, routers, memory.received, memory.start(), skip=())
+        chain = self.add(memory, routers, memory.runs_before(), memory.start(), skip=())
         reads = {}
         for layer in self.layers:
             if layer in own:
-                token = memory.write(layer, own[layer].view(HEADS, 2, TOKENS, HEAD_DIM), token)
+                chain = memory.write(layer, own[layer].view(HEADS, 2, TOKENS, HEAD_DIM), chain)
             if layer in self.readers:
                 sources = self.among(layer, memory.own)
-                reads[layer] = memory.read(layer, self.columns(routers, layer, sources), sources, token)
-        token = self.add(memory, routers, memory.own, token, skip=self.readers)
+                reads[layer] = memory.read(layer, self.columns(routers, layer, sources), sources, chain)
+        chain = self.add(memory, routers, memory.runs_made(), chain, skip=self.readers)
         sent = self.transfer.sent
         outputs = {f"read {reader}": value.detach() for reader, value in reads.items()}
         outputs |= named("entry", sent.raw_entries, memory.entries.select(sent.raw_entries))
         outputs |= named("sum", sent.partial_sums, memory.sums.select(sent.partial_sums))
-        self.back(memory, reads, token)
+        self.back(memory, reads, chain)
         received = self.transfer.received
         gradients = {f"router {reader}": leaf.grad for reader, leaf in routers.items() if leaf.grad is not None}
         gradients |= {f"own {layer}": leaf.grad for layer, leaf in own.items() if leaf.grad is not None}
@@ -129,14 +129,14 @@ class Stage:
         gradients |= named("sum", received.partial_sums, memory.sums.select_gradients(received.partial_sums))
         return outputs, gradients
 
-    def back(self, memory: DepthMemory, reads: dict[int, Tensor], token: Tensor) -> None:
+    def back(self, memory: DepthMemory, reads: dict[int, Tensor], chain: Tensor) -> None:
         for buffer, gradients in zip((memory.entries, memory.sums), self.sent_gradients):
             if gradients:
-                buffer.load_gradients(tuple(gradients), torch.stack(list(gradients.values())))
+                buffer.add_gradients(tuple(gradients), torch.stack(list(gradients.values())))
         roots, into = list(reads.values()), list(self.read_gradients.values())
-        if token.requires_grad:
-            roots.append(token)
-            into.append(torch.zeros_like(token))
+        if chain.requires_grad:
+            roots.append(chain)
+            into.append(torch.zeros_like(chain))
         if roots:
             torch.autograd.backward(roots, into)
 
@@ -147,12 +147,15 @@ class Stage:
         return routers[reader][:, [self.transfer.reads[reader].index(source) for source in sources]]
 
     def add(
-        self, memory: DepthMemory, routers: dict[int, Tensor], among: tuple[int, ...], token: Tensor, skip: tuple
+        self, memory: DepthMemory, routers: dict[int, Tensor], runs: tuple[Run, ...], chain: Tensor, skip: tuple
     ) -> Tensor:
-        sources = {reader: self.among(reader, among) for reader in routers if reader not in skip}
-        sources = {reader: found for reader, found in sources.items() if found}
-        weights = {reader: self.columns(routers, reader, found) for reader, found in sources.items()}
-        return memory.add_to_sums(weights, sources, among, token)
+        for run in runs:
+            among = memory.layers_of(run)
+            sources = {reader: self.among(reader, among) for reader in routers if reader not in skip}
+            sources = {reader: found for reader, found in sources.items() if found}
+            weights = {reader: self.columns(routers, reader, found) for reader, found in sources.items()}
+            chain = memory.add_to_sums(weights, sources, run, chain)
+        return chain
 
 
 def named(kind: str, layers: tuple[int, ...], rows: Tensor) -> dict[str, Tensor]:
@@ -178,13 +181,14 @@ def test_neighbours_are_selected_without_a_copy_and_others_in_their_order() -> N
     assert entries.select(()).shape == (0, HEADS, ROW)
 
 
-def test_gradients_of_all_layers_are_taken_over_and_of_some_copied() -> None:
+def test_gradients_of_all_layers_are_taken_over_and_of_some_added() -> None:
     entries, gradients = make_memory(3).entries, torch.ones(3, HEADS, ROW)
-    entries.load_gradients((0, 1, 2), gradients)
+    entries.add_gradients((0, 1, 2), gradients)
     assert entries.gradients is gradients
     entries = make_memory(3).entries
-    entries.load_gradients((0, 2), gradients[:2])
-    assert torch.equal(entries.gradients.sum(dim=(1, 2)), torch.tensor([1.0, 0.0, 1.0]) * HEADS * ROW)
+    entries.add_gradients((0, 2), gradients[:2])
+    entries.add_gradients((0,), gradients[:1])  # as where a later chunk of the stage has read the entry
+    assert torch.equal(entries.gradients.sum(dim=(1, 2)), torch.tensor([2.0, 0.0, 1.0]) * HEADS * ROW)
 
 
 def test_received_rows_land_in_their_slots() -> None:

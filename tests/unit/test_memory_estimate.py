@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.plan.memory import StageMemory, estimate_memory
+from lime_dist.plan.memory import StageMemory
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.table import plan_report, stage_table
 
 HIDDEN, INNER, HEADS, VOCAB, TOKENS = 64, 160, 4, 512, 32
@@ -27,7 +28,7 @@ def make_config(*overrides: str) -> Config:
 
 def estimate(*overrides: str) -> StageMemory:
     """Of the first stage."""
-    return estimate_memory(make_config(*overrides))[0]
+    return plan_run(make_config(*overrides)).memory[0]
 
 
 def test_one_layer_by_hand() -> None:
@@ -74,7 +75,7 @@ def test_a_cpu_keeps_more_of_each_norm_and_auto_means_a_gpu() -> None:
 
 
 def test_earlier_stages_hold_more_microbatches() -> None:
-    stages = estimate_memory(make_config(*DEEP, "parallel.pp=4"))
+    stages = plan_run(make_config(*DEEP, "parallel.pp=4")).memory
     activations = [stage.activations for stage in stages]
     assert activations == sorted(activations, reverse=True) and activations[0] > 3 * activations[3]
     assert [bool(stage.logits) for stage in stages] == [False, False, False, True]
@@ -83,7 +84,7 @@ def test_earlier_stages_hold_more_microbatches() -> None:
 
 def test_recomputation_trades_activations_for_sums() -> None:
     kept, again = (
-        estimate_memory(make_config(*DEEP, "parallel.pp=4", f"parallel.recompute={what}")) for what in ("none", "layer")
+        plan_run(make_config(*DEEP, "parallel.pp=4", f"parallel.recompute={what}")).memory for what in ("none", "layer")
     )
     assert again[1].activations < kept[1].activations / 2
     assert again[1].sums == 3 * kept[1].sums > 0  # the layers of all microbatches in flight read them again
@@ -99,7 +100,7 @@ def test_sequence_parallelism_shares_the_norms() -> None:
 def test_the_plan_shows_it() -> None:
     config = make_config(*DEEP, "parallel.pp=2")
     stages = plan_report(config)["stages"]
-    for stage, memory in zip(stages, estimate_memory(config), strict=True):
+    for stage, memory in zip(stages, plan_run(config).memory, strict=True):
         parts = dict(stage["memory_bytes"])
         assert parts.pop("total") == memory.total_bytes
         assert StageMemory(**parts) == memory

@@ -11,7 +11,7 @@ import pytest
 from lime_dist.config import check_config, parse_config
 from lime_dist.errors import ConfigError
 from lime_dist.layout import Layout
-from lime_dist.plan.stages import plan_stages
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.preflight.commands import exclude
 from lime_dist.preflight.fabric import MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Crossing, message_bytes, repetitions
 from lime_dist.preflight.report import (
@@ -35,7 +35,7 @@ CONFIG = check_config(
     ),
     8,
 )
-STAGES = plan_stages(CONFIG)
+PLAN = plan_run(CONFIG)
 HOSTS = {rank: f"n{rank // 2 + 1}" for rank in range(8)}
 
 
@@ -58,7 +58,7 @@ def crossings(*seconds: float) -> list[Crossing]:
 
 
 def reports(*seconds: float, step_seconds: float | None = None) -> list[dict[str, Any]]:
-    return boundary_reports(STAGES, 3, crossings(*seconds), step_seconds)
+    return boundary_reports(PLAN, crossings(*seconds), step_seconds)
 
 
 def test_a_message_is_as_large_as_the_bundle_within_bounds() -> None:
@@ -70,8 +70,8 @@ def test_a_message_is_as_large_as_the_bundle_within_bounds() -> None:
 def test_bandwidth_beside_what_the_plan_needs() -> None:
     report = reports(0.1, 0.1, 0.1, step_seconds=0.5)[1]
     assert report["forward"] == report["backward"] == {"min": 2**20 / 0.2, "median": 2**20 / 0.15 * 1.125}
-    assert report["bytes_per_step"] == 3 * STAGES[1].sent_bytes
-    assert report["seconds_per_step"] == pytest.approx(2 * 3 * STAGES[1].sent_bytes / (2**20 / 0.2))
+    assert report["bytes_per_step"] == 3 * PLAN.boundary_bytes[1]
+    assert report["seconds_per_step"] == pytest.approx(2 * 3 * PLAN.boundary_bytes[1] / (2**20 / 0.2))
     assert report["share_of_step"] == pytest.approx(report["seconds_per_step"] / 0.5)
     assert report["bytes_sent"] == 4 * 3 * 2**20
     assert reports(0.1, 0.1, 0.1)[1]["share_of_step"] is None
