@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config.reading import nearest
 from lime_dist.errors import ConfigError, LayoutError, shown
-from lime_dist.plan.run_plan import plan_run
-from lime_dist.plan.schedule import eager_warmup
+from lime_dist.plan.run_plan import RunPlan, plan_run
 
 # The quickstart's model over four stages. Untied, so that nothing but what the plan says travels in a step.
 _BASE: Mapping[str, Any] = {
@@ -57,13 +57,12 @@ _MODELS = {
 }
 
 
-def _schedules(config: Config) -> dict[str, tuple[str, ...]]:
-    eager = eager_warmup(num_stages=config.parallel.pp, num_microbatches=config.pipeline.num_microbatches)
-    return {
-        PLAIN: (),
-        "eager 1F1B": (f"pipeline.warmup={eager}",),
-        "interleaved, v=2": ("parallel.virtual_stages=2",),
-    }
+_SCHEDULES = {
+    PLAIN: (),
+    "1F1B, warmup auto": ("pipeline.warmup=auto",),
+    "v=2": ("parallel.virtual_stages=2",),
+    "v=2, warmup auto": ("parallel.virtual_stages=2", "pipeline.warmup=auto"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +88,21 @@ class Way:
         """Ways for which this is equal are the same model, so their first losses are, too."""
         return self.config.depth.router, self.config.depth.name
 
+    @cached_property
+    def plan(self) -> RunPlan:
+        return plan_run(self.config)
+
     @property
     def card_bytes(self) -> list[int]:
         """What each host's network card is to send in a step, and as much to receive: bundles and their gradients."""
-        plan = plan_run(self.config)
+        plan = self.plan
         return [plan.num_microbatches * (stage.sent_bytes + stage.received_bytes) for stage in plan.stages]
 
 
 def make_ways(overrides: Sequence[str] = (), *, quick: bool = False, models: Collection[str] = ()) -> list[Way]:
     """All of them, or those of `models`, LLaMA's and the full pattern's; references are called by their pipeline.
 
+    A schedule that comes out as an earlier one, as `warmup: auto` can, is left out.
     Raises: ConfigError, LayoutError.
     """
     overrides = (*(_QUICK if quick else ()), *overrides)
@@ -106,9 +110,10 @@ def make_ways(overrides: Sequence[str] = (), *, quick: bool = False, models: Col
     _check_layout(base)
     ways = [
         Way(model=model, schedule=schedule, config=_config((*overrides, *of_model, *of_schedule)))
-        for schedule, of_schedule in _schedules(base).items()
+        for schedule, of_schedule in _SCHEDULES.items()
         for model, of_model in _MODELS.items()
     ]
+    ways = [way for index, way in enumerate(ways) if not any(_same_passes(way, other) for other in ways[:index])]
     relay = _config((*overrides, *_MODELS["relay"]))
     ways += [
         Way(model=pipeline.value, schedule=PLAIN, config=relay, pipeline=pipeline)
@@ -116,6 +121,10 @@ def make_ways(overrides: Sequence[str] = (), *, quick: bool = False, models: Col
     ]
     _check_models(models, ways)
     return [way for way in ways if not models or way.model in (LLAMA, LEAST, *models)]
+
+
+def _same_passes(way: Way, other: Way) -> bool:
+    return way.model == other.model and way.plan.stages == other.plan.stages
 
 
 def _config(overrides: Sequence[str]) -> Config:
