@@ -14,7 +14,9 @@ from common import make_batches, make_config
 from torch import Tensor
 
 from lime_dist.bench.depth import LiveBytes
+from lime_dist.pipeline.executor import _Passes
 from lime_dist.plan.memory import StageMemory
+from lime_dist.plan.operations import Operation
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.testing import run_ranks
 from lime_dist.training.rank import Rank
@@ -90,7 +92,7 @@ def test_weights_gradients_and_optimizer_are_counted(text: str) -> None:
 
 def saved_by_autograd(rank: Rank, batch: Tensor) -> dict[str, int]:
     """Of one microbatch's forward pass, without weights and the depth memory."""
-    tokens, stage = rank.microbatches(batch)[0], rank.stage
+    tokens, stage = rank.microbatches(batch)[0], rank.stage.chunk(rank.plan.chunks[0].chunk)
     inputs, memory = tokens[:, :-1], stage.new_memory(tokens[:, :-1].numel())
     residual = torch.randn(residual_rows(rank), rank.config.model.hidden_size, dtype=stage.dtype, requires_grad=True)
     left_out = {each.untyped_storage().data_ptr() for each in (*stage.parameters(), memory.entries.values)}
@@ -108,7 +110,7 @@ def saved_by_autograd(rank: Rank, batch: Tensor) -> dict[str, int]:
 
 def residual_rows(rank: Rank) -> int:
     parallel = rank.config.parallel
-    return rank.plan.shape.rows * (1 if parallel.sequence_parallel else parallel.tp)
+    return rank.run_plan.shape.rows * (1 if parallel.sequence_parallel else parallel.tp)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,36 @@ def test_activations_are_what_autograd_saves(text: str) -> None:
     """Of three microbatches, all in flight at the peak under GPipe, each keeps as much as the one that is measured."""
     for estimate, held in measure(f"micro=3 gpipe batch=6 {text}", saved_by_autograd):
         assert (estimate.activations + estimate.logits) / 3 == pytest.approx(sum(held.values()), rel=0.05)
+
+
+# ---- entries
+
+
+def held_entries(rank: Rank, batch: Tensor) -> int:
+    """Bytes of the entries of all microbatches in flight, when they are most."""
+    peak, carry_out = 0, _Passes.carry_out
+
+    def count(passes: _Passes, operation: Operation) -> None:
+        nonlocal peak
+        carry_out(passes, operation)
+        peak = max(peak, num_bytes(held.memory.entries.values for held in passes._in_flight.values()))
+
+    _Passes.carry_out = count
+    rank.train_step(batch, 1.0)
+    _Passes.carry_out = carry_out
+    return peak
+
+
+@pytest.mark.parametrize(
+    "text",
+    ("pp=3 micro=6", "pp=3 micro=6 relay", "pp=3 micro=6 warmup=auto", "pp=3 v=2 micro=6", "pp=2 v=3 micro=6 relay",
+     "pp=2 v=2 micro=4 gpipe tp=2", "hidden pp=3 v=2 micro=3"),
+)  # fmt: skip
+def test_entries_are_held_as_planned(text: str) -> None:
+    config = make_config(text, *SIZES)
+    planned = [stage.peak_held_bytes for stage in plan_run(config).stages]
+    found = run_ranks(config, held_entries, make_batches(config, 1)[0])
+    assert found == [planned[config.layout.coordinate(rank).pp_rank] for rank in range(len(found))]
 
 
 # ---- the whole
@@ -136,7 +168,7 @@ def peak_of_a_step(rank: Rank, batch: Tensor) -> dict[str, int]:
 @pytest.mark.parametrize(
     "text",
     ("pp=3 tp=2 dp=2 zero=1 gpipe micro=3", "pp=3 tp=2 sp bf16 zero=0 micro=6", "pp=3 recompute micro=6",
-     "pp=2 hidden", "dp=2 zero=2"),
+     "pp=2 hidden", "dp=2 zero=2", "pp=3 v=2 micro=6", "pp=2 v=3 micro=4 relay recompute", "pp=3 micro=6 warmup=auto"),
 )  # fmt: skip
 def test_the_peak_of_a_step(text: str) -> None:
     for estimate, held in measure(text, peak_of_a_step):

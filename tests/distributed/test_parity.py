@@ -32,6 +32,8 @@ LAYOUTS = (
     "dp=2 micro=2 zero=3",
     "tp=2 pp=2 dp=2 micro=2",
     "tp=2 pp=3 split=[1,1,2] sp micro=2",
+    "pp=2 v=2 micro=4",
+    "tp=2 pp=2 v=2 sp micro=2 relay recompute",
 )
 
 
@@ -189,6 +191,7 @@ def logical(model: nn.Module, local_of: Callable[[nn.Parameter], Tensor]) -> dic
         "tp=2 pp=3",  # fourteen tokens, seven a tensor rank
         "tp=2 pp=3 micro=2 sp",  # seven tokens: a row of padding on the second
         "dp=2 pp=2 relay",
+        "tp=2 pp=2 v=2 micro=2",
     ],
 )
 def test_other_numbers(layout: str, router: str, tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ CASES = [
     for split, pattern, tp, dp, entry in itertools.product(SPLITS, PATTERNS, (1, 2), (1, 2), ENTRIES)
     if not is_block_end_inside_a_stage(pattern, split)
 ]
+# pp x virtual stages: the layers of each chunk
+VIRTUAL = {(2, 2): "[2,2,2,2]", (2, 3): "[2,1,1,1,1,2]", (2, 4): "[1,1,1,1,1,1,1,1]", (3, 2): "[1,2,1,1,2,1]", (4, 2): "[1,1,1,1,1,1,1,1]"}
+CASES += [
+    f"pp={pp} v={v} layers=8 split={split} pattern={pattern} tp={tp} micro=4 {entry}".strip()
+    for ((pp, v), split), pattern, tp, entry in itertools.product(VIRTUAL.items(), PATTERNS, (1, 2), ENTRIES)
+    if not is_block_end_inside_a_stage(pattern, split)
+]
 
 
 @pytest.mark.parametrize("text", CASES)

@@ -65,6 +65,7 @@ LAYOUTS = (
     "dp=2 zero=2",
     "dp=2 zero=3",
     "pp=3 zero=1 bf16",
+    "pp=2 v=2 zero=1",
 )
 FP32 = tuple(layout for layout in LAYOUTS if "bf16" not in layout)
 OTHER_LAYOUTS = (
@@ -72,6 +73,9 @@ OTHER_LAYOUTS = (
     ("dp=2 zero=3", "pp=2 tp=2 zero=1"),
     ("pp=3 zero=0 dp=2", "pp=4 zero=1 relay"),
     ("dp=2 zero=2", "zero=0"),
+    ("pp=3 zero=1", "pp=2 v=2 zero=1 tp=2"),
+    ("pp=2 v=2 zero=1", "pp=4 zero=1 gpipe relay"),
+    ("pp=2 v=2 zero=1", "pp=3 zero=0 warmup=auto"),
 )
 
 
