@@ -118,7 +118,21 @@ class Report:
         for record in self.records:
             by_way.setdefault((record.model, record.schedule), []).append(record)
         rows = [[*way, *map(_ratio_cell, records), *_common_cells(records)] for way, records in by_way.items()]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+        return f"{table}\n\n{self._legend()}"
+
+    def _legend(self) -> str:
+        limits = [
+            f"{record.share:g}: {record.bytes_per_second / 1e6:.1f} MB/s each way"
+            for record in self.records[: len({record.share for record in self.records})]
+            if record.share is not None and record.bytes_per_second is not None
+        ]
+        return (
+            "Bold: the step over LLaMA's under the same schedule (torch and DeepSpeed, the growing tuple: over 1F1B's) in the "
+            "same round, median (lowest to highest). A share of a step on the wire: the busiest card carries the bytes of "
+            f"`least` under 1F1B in that share of an unlimited LLaMA step ({'; '.join(limits) or 'none: loopback'}). "
+            "CPU s: of all hosts in a step without limits. Counted: with headers, by the card, the limit farthest from the plan."
+        )
 
 
 def _share_head(share: float | None) -> str:
