@@ -62,7 +62,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _tell_device(device: torch.device) -> None:
+def tell_device(device: torch.device) -> None:
     """DeepSpeed takes the device from LOCAL_RANK, which srun does not set and which misleads where a task sees one GPU."""
     os.environ["LOCAL_RANK"] = str(device.index) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")
     if device.type == "cpu":  # else it takes a GPU wherever there is one
@@ -83,7 +83,7 @@ class ZeroOptimizer:
         self._through_engine = config.zero_stage >= 2
         self._placeholder = _router_placeholder(stage, config)
         _mark_for_norm(stage, groups.coordinate.tp_rank)
-        _tell_device(device)
+        tell_device(device)
         self.engine, *_ = deepspeed.initialize(
             model=stage,
             optimizer=build_optimizer(stage, config, placeholder=self._placeholder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_depth(commands)
     _add_patterns(commands)
     _add_precision(commands)
+    _add_pipeline(commands)
+
+
+def _add_pipeline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "pipeline", help="steps over slow links, on hosts that this machine makes (root): LIMe, LLaMA, other pipelines"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as model.num_kv_heads=8"
+    )
+    parser.add_argument("--models", type=_listed, default=[], metavar="NAME,...", help="of the table; default: all")
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="to time, for each limit (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="a smaller model and batch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record for each way and limit there, too")
+    parser.set_defaults(run=_pipeline)
 
 
 def _add_patterns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -72,8 +88,7 @@ def _add_depth(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _depth(args: argparse.Namespace) -> int:
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: the folder {args.json.parent} does not exist; make it first")
+    _check_folder(args.json)
     import torch
 
     from lime_dist.bench.depth import Sizes, run_depth
@@ -86,6 +101,27 @@ def _depth(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
     return 0
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    from lime_dist.bench.pipeline.ways import make_ways
+
+    _check_folder(args.json)
+    ways = make_ways(args.overrides, quick=args.quick, models=args.models)
+    # Hosts of our making have no names, of which torch, when it is imported, is told not to warn at each connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from lime_dist.bench.pipeline.run import run_pipeline
+
+    report = run_pipeline(ways, args.rounds)
+    print(report.to_markdown())
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    return 0
+
+
+def _check_folder(path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"--json: the folder {path.parent} does not exist; make it first")
 
 
 def _patterns(args: argparse.Namespace) -> int:
