@@ -216,7 +216,8 @@ def _on_ranks(config: Config, function: str, *args: Any) -> Any:
     if place is not None:
         require_rendezvous()
         require_address(place)
-        launch_kernels_in_order(config.layout)
+        if config.run.device != "cpu":
+            launch_kernels_in_order(config.layout)
         from lime_dist.training import run
 
         return _as_launched_rank(getattr(run, function), config, place, args)

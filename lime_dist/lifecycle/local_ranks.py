@@ -30,7 +30,8 @@ def run_local_ranks(
     warn(filter(None, [devices.check_memory(config)]))
     fresh = devices.needs_fresh_interpreters(config, devices.count_gpus())
     layout = config.layout
-    launch_kernels_in_order(layout)
+    if fresh:
+        launch_kernels_in_order(layout)
     print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
     if shared_import is not None and not fresh:
         importlib.import_module(shared_import)
