@@ -58,7 +58,7 @@ def save_poisoned(rank: Rank, folder: Path) -> str:
     save_checkpoint(rank, folder, step=1, samples_seen=1)
     if rank.plan.is_last_stage:
         with torch.no_grad():
-            rank.stage.norm.weight[0] = math.inf
+            rank.stage.chunk(rank.plan.chunks[-1].chunk).norm.weight[0] = math.inf
     try:
         save_checkpoint(rank, folder, step=2, samples_seen=2)
         return "saved"
@@ -168,8 +168,8 @@ def test_equal_replicas_average_to_one_of_them(text: str) -> None:
 
 def both_ends_of_the_embedding(rank: Rank, batch: Tensor) -> tuple[Tensor, Tensor]:
     """This end's gradient before the ends are added, and after."""
-    stage, optimizer = rank.stage, rank.optimizer
-    weight = (stage.embed_tokens if stage.is_first_stage else stage.lm_head).weight
+    chunk, optimizer = rank.stage.chunk(rank.plan.chunks[0].chunk), rank.optimizer
+    weight = (chunk.embed_tokens if chunk.is_first else chunk.lm_head).weight
     before: list[Tensor] = []
     finish = optimizer.finish_gradients
 

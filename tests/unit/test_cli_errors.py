@@ -322,7 +322,10 @@ def run_as_launched(environment: dict[str, str], arguments: list[str]) -> int:
     return process.exitcode
 
 
-PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+PLACE = {
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
