@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lime_dist.api import Model, Plan, build_model, load_config, load_model, plan
+    from lime_dist.api import Model, Plan, build_model, build_plan, load_config, load_model
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Plan", "build_model", "load_config", "load_model", "plan"]
+__all__ = ["Model", "Plan", "build_model", "build_plan", "load_config", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

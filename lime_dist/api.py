@@ -51,7 +51,7 @@ class Plan(dict[str, Any]):
         printer.text(str(self))
 
 
-def plan(config: Config) -> Plan:
+def build_plan(config: Config) -> Plan:
     """What each stage would hold and what would cross each boundary; nothing is allocated.
 
     Raises: ConfigError, PlanError, and CheckpointError where the run has a checkpoint that `config` does not fit.

@@ -139,7 +139,7 @@ def _is_watched(process: psutil.Process) -> bool:
 
 
 def is_training(arguments: Sequence[str]) -> bool:
-    """`python .../lime-dist train ...` or `python -m lime_dist.cli.command_line train ...`, also below torchrun."""
+    """`python .../lime-dist train ...` or `python -m lime_dist.cli train ...`, also below torchrun."""
     if not arguments or not Path(arguments[0]).name.startswith("python"):
         return False  # srun and shells have these words too
     return any(

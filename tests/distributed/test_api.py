@@ -45,7 +45,7 @@ def python(code: str, folder: Path) -> str:
 
 def lime(folder: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lime_dist.cli.command_line", *arguments], cwd=folder, capture_output=True, text=True
+        [sys.executable, "-m", "lime_dist.cli", *arguments], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -132,7 +132,7 @@ def test_generation_is_the_commands(here: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_plan_is_the_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = lime_dist.plan(lime_dist.load_config("configs/quickstart.yaml", ["parallel.pp=2"]))
+    plan = lime_dist.build_plan(lime_dist.load_config("configs/quickstart.yaml", ["parallel.pp=2"]))
     main(["plan", "configs/quickstart.yaml", "parallel.pp=2", "--json"])
     assert plan == json.loads(capsys.readouterr().out)
     main(["plan", "configs/quickstart.yaml", "parallel.pp=2"])

@@ -22,7 +22,7 @@ CONFIG = {
     "run": {"device": "cpu", "steps": 3, "timeout_seconds": 20, "log_every": 1},
 }
 TOLERANCE = 1e-5  # the order of fp32 sums
-CLI = f"{sys.executable} -m lime_dist.cli.command_line"
+CLI = f"{sys.executable} -m lime_dist.cli"
 LOCAL = "run.yaml parallel.pp=2"
 PORT = "29500"
 
@@ -74,7 +74,7 @@ def command(folder: Path, rank: int, launcher: str) -> str:
         options = (
             f"--nnodes=3 --nproc-per-node=1 --node-rank={rank} --master-addr=n1 --master-port={PORT} --max-restarts=0"
         )
-        start = f"{sys.executable} -m torch.distributed.run {options} -m lime_dist.cli.command_line"
+        start = f"{sys.executable} -m torch.distributed.run {options} -m lime_dist.cli"
     else:
         start = CLI
     preflight = f"{start} preflight run.yaml parallel.pp=3 && " if launcher == "srun" else ""

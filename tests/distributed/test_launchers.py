@@ -58,7 +58,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[float]:
     """The losses of `lime-dist train` alone."""
-    assert_done([start(folder, [sys.executable, "-m", "lime_dist.cli.command_line", "train"], "run.dir=alone")])
+    assert_done([start(folder, [sys.executable, "-m", "lime_dist.cli", "train"], "run.dir=alone")])
     return losses(folder / "alone")
 
 

@@ -179,7 +179,7 @@ def test_good_hosts_pass_and_each_boundary_is_measured(folder: Path) -> None:
 
 
 def plan_output(*overrides: str) -> str:
-    command = [sys.executable, "-m", "lime_dist.cli.command_line", "plan", "run.yaml", "--json", *overrides]
+    command = [sys.executable, "-m", "lime_dist.cli", "plan", "run.yaml", "--json", *overrides]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -236,7 +236,7 @@ def start_rank(rank: int, world_size: int, port: int, command: str, *overrides: 
         "MASTER_PORT": port,
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "lime_dist.cli.command_line", command, "run.yaml", *overrides],
+        [sys.executable, "-m", "lime_dist.cli", command, "run.yaml", *overrides],
         env={**os.environ, **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

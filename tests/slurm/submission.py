@@ -14,7 +14,7 @@ from training import TP2_PP2, curve, steps_done
 from lime_dist.checkpoint.reader import find_latest, read_meta
 from lime_dist.lifecycle.ending import read_outcome
 
-LIME_DIST = (sys.executable, "-m", "lime_dist.cli.command_line")
+LIME_DIST = (sys.executable, "-m", "lime_dist.cli")
 SITE = {
     "nodes": 2, "tasks_per_node": 2, "cpus_per_task": 1, "time": "00:10:00", "partition": "low", "gpu_request": "none",
     "preflight": False,  # two of the tests have it on: it costs a start of all ranks

@@ -11,7 +11,7 @@ from cluster import Cluster, ClusterError
 from training import STEPS, TP2_PP2, curve
 
 pytestmark = pytest.mark.slurm
-TRAIN = ("-m", "lime_dist.cli.command_line", "train", "run.yaml", *TP2_PP2)
+TRAIN = ("-m", "lime_dist.cli", "train", "run.yaml", *TP2_PP2)
 MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "21000"}
 
 
