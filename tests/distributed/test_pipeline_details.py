@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from lime_dist.lifecycle.local import RankFailed
 from lime_dist.lime.model import model_logits, model_loss
 from lime_dist.lime.values import gather_logical
+from lime_dist.pipeline.executor import _Passes
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
 from lime_dist.training.rank import Rank, TrafficDiffers
 
@@ -94,6 +96,8 @@ EVALUATED = (
     "dp=2 tp=2 sp zero=2 seq=5",
     "dp=2 zero=3 micro=3",
     "pp=4 gpipe micro=6",
+    "pp=2 v=2 layers=6 micro=3",
+    "pp=3 v=2 layers=6 micro=4 relay gpipe",
 )
 
 
@@ -114,10 +118,19 @@ def test_evaluation_is_the_plain_loss_on_every_rank_and_changes_nothing(text: st
 
 
 def train_losses(rank: Rank, batches: list[Tensor], with_evaluation: bool) -> tuple[list[float], float, list[str]]:
-    """Losses of steps, the loss over all batches before them, and what that left: gradients, passes that wait for one."""
+    """Losses of steps, the loss over all batches before them, and what that left: gradients, memories of microbatches."""
+    made, begin = [], _Passes.__init__
+
+    def begin_and_note(passes: _Passes, *args: Any) -> None:
+        begin(passes, *args)
+        made.append(passes)
+
+    _Passes.__init__ = begin_and_note
     evaluated = rank.evaluate(batches) if with_evaluation else 0.0
+    _Passes.__init__ = begin
+    assert bool(made) == with_evaluation
     left = [name for name, parameter in rank.stage.named_parameters() if parameter.grad is not None]
-    left += [f"microbatch {index}" for index in rank._executor._in_flight]
+    left += [f"chunk, microbatch {place}" for passes in made for place in passes._memories]
     left += [] if rank.stage.training else ["evaluation mode"]
     return [rank.train_step(batch, 1.0).loss for batch in batches], evaluated, left
 
@@ -200,8 +213,13 @@ def test_bytes_other_than_planned_are_an_error() -> None:
 
 
 def step_against_another_plan(rank: Rank, batch: Tensor) -> str:
-    """The check's plan has one element more to a head than what the stages send."""
-    rank.plan = replace(rank.plan, shape=replace(rank.plan.shape, head_dim=rank.plan.shape.head_dim + 1))
+    """The check's plan has messages that are one byte longer than what the stages send."""
+    (chunk,) = rank.plan.chunks
+    longer = {
+        kind: tuple(replace(message, num_bytes=message.num_bytes + 1) for message in messages)
+        for kind, messages in chunk.sent.items()
+    }
+    rank.plan = replace(rank.plan, chunks=(replace(chunk, sent=longer),))
     with pytest.raises(TrafficDiffers) as error:
         rank.train_step(batch, 1.0)
     return str(error.value)
