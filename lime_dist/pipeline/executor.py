@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class _InFlight:
     chain: Tensor  # the end of the memory's
 
 
+@dataclass(frozen=True, kw_only=True)
 class Executor:
     """One stage's passes over the microbatches of a step.
 
@@ -40,20 +42,18 @@ class Executor:
     await_input: `Incoming.wait`, or what wraps that.
     """
 
-    def __init__(
-        self,
-        stage: LimeStage,
-        plan: StagePlan,
-        transport: Transport,
-        residual_share: ResidualShare,
-        *,
-        call: Callable[..., tuple[Tensor, Tensor]],
-        backward: Backward,
-        await_input: AwaitInput = lambda kind, incoming: incoming.wait(),
-    ):
-        self._stage, self._plan, self._transport, self._share = stage, plan, transport, residual_share
-        self._call, self._backward_roots, self._await_input = call, backward, await_input
-        self._chunks = {chunk.chunk: chunk for chunk in plan.chunks}
+    stage: LimeStage
+    plan: StagePlan
+    transport: Transport
+    residual_share: ResidualShare
+    call: Callable[..., tuple[Tensor, Tensor]]
+    backward: Backward
+    await_input: AwaitInput = lambda kind, incoming: incoming.wait()
+
+    @cached_property
+    def chunks(self) -> dict[int, ChunkPlan]:
+        """By chunk."""
+        return {chunk.chunk: chunk for chunk in self.plan.chunks}
 
     def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True) -> list[Tensor]:
         """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
@@ -63,9 +63,9 @@ class Executor:
         Collective: pp and tp groups.
         """
         passes = _Passes(self, microbatches, with_loss)
-        for operation in self._plan.operations(actions):
+        for operation in self.plan.operations(actions):
             passes.carry_out(operation)
-        self._transport.flush()
+        self.transport.flush()
         return [passes.outputs[index] for index in sorted(passes.outputs)]
 
 
@@ -73,7 +73,7 @@ class _Passes:
     """The passes over the microbatches of one step or evaluation, and what is under way between them."""
 
     def __init__(self, executor: Executor, microbatches: Sequence[Tensor], with_loss: bool):
-        self._of, self._microbatches, self._with_loss = executor, microbatches, with_loss
+        self._executor, self._microbatches, self._with_loss = executor, microbatches, with_loss
         self.outputs: dict[int, Tensor] = {}
         self._memories: dict[tuple[int, int], DepthMemory] = {}  # by chunk, microbatch
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
@@ -88,12 +88,14 @@ class _Passes:
         elif operation.verb is Verb.RECEIVE:
             self._incoming[action, message] = self._link(action.kind, sends=False).receive(self._room(action, message))
         elif operation.verb is Verb.AWAIT:
-            self._take_in(action, message, self._of._await_input(action.kind, self._incoming.pop((action, message))))
+            self._take_in(
+                action, message, self._executor.await_input(action.kind, self._incoming.pop((action, message)))
+            )
         else:
             self._link(action.kind, sends=True).send(self._outgoing(action, message), message.cargo.value)
 
     def _link(self, kind: Kind, *, sends: bool) -> Link:
-        transport = self._of._transport
+        transport = self._executor.transport
         forward, backward = (
             (transport.to_next, transport.to_previous) if sends else (transport.from_previous, transport.from_next)
         )
@@ -107,17 +109,19 @@ class _Passes:
         """Made when it is first asked for."""
         place = chunk, microbatch_index
         if place not in self._memories:
-            earlier = self._of._chunks[chunk].transfer.kept
-            kept = {chunk: self._memory(chunk, microbatch_index) for chunk in earlier}
+            kept = {
+                earlier: self._memory(earlier, microbatch_index)
+                for earlier in self._executor.chunks[chunk].transfer.kept
+            }
             num_tokens = _num_tokens(self._microbatches[microbatch_index])
-            self._memories[place] = self._of._stage.chunk(chunk).new_memory(num_tokens, kept)
+            self._memories[place] = self._executor.stage.chunk(chunk).new_memory(num_tokens, kept)
         return self._memories[place]
 
     def _room(self, action: Action, message: Message) -> Tensor:
         """Where to receive the message: its place in the depth memory where it has one."""
         memory = self._memory(action.chunk, action.microbatch_index)
         if message.cargo is Cargo.RESIDUAL:
-            module, shape = self._of._stage.chunk(action.chunk), self._of._chunks[action.chunk].shape
+            module, shape = self._executor.stage.chunk(action.chunk), self._executor.chunks[action.chunk].shape
             return torch.empty(shape.rows, shape.hidden_size, dtype=module.dtype, device=module.device)
         buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
         return buffer.new_rows(len(message.layers)) if message.is_gradient else buffer.room_for(message.layers)
@@ -141,7 +145,7 @@ class _Passes:
         assert self._left is not None
         memory = self._left.memory
         if message.cargo is Cargo.RESIDUAL:
-            return self._of._share.share(self._outgoing_residual(message))
+            return self._executor.residual_share.share(self._outgoing_residual(message))
         buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
         if message.is_gradient:
             return buffer.select_gradients(message.layers)
@@ -158,13 +162,15 @@ class _Passes:
         return self._left.received_residual.grad
 
     def _release_sums(self, action: Action, memory: DepthMemory) -> None:
-        if not self._of._stage.chunk(action.chunk).recompute:  # else the layers read them again in the backward pass
+        if not self._executor.stage.chunk(
+            action.chunk
+        ).recompute:  # else the layers read them again in the backward pass
             memory.sums.release_values()
 
     # ---- computing
 
     def _run(self, action: Action) -> None:
-        chunk = self._of._chunks[action.chunk]
+        chunk = self._executor.chunks[action.chunk]
         self._left = self._forward(chunk, action) if action.kind is Kind.FORWARD else self._backward(chunk, action)
 
     def _forward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
@@ -174,9 +180,11 @@ class _Passes:
             None,
         )
         if not chunk.is_first:
-            residual = self._of._share.whole(self._residuals.pop(action)).requires_grad_(torch.is_grad_enabled())
+            residual = self._executor.residual_share.whole(self._residuals.pop(action)).requires_grad_(
+                torch.is_grad_enabled()
+            )
         inputs, targets = tokens[:, :-1], tokens[:, 1:] if self._with_loss else None
-        output, chain = self._of._call(
+        output, chain = self._executor.call(
             action.chunk, inputs if residual is None else residual, *inputs.shape, memory, targets
         )
         left = _InFlight(memory, residual, output, chain)
@@ -192,7 +200,7 @@ class _Passes:
 
     def _forget(self, action: Action) -> None:
         """Without a backward pass a memory serves until the last chunk that reads it."""
-        for chunk in self._of._plan.chunks:
+        for chunk in self._executor.plan.chunks:
             if chunk.last_use == action.chunk:
                 del self._memories[chunk.chunk, action.microbatch_index]
 
@@ -202,14 +210,14 @@ class _Passes:
         del self._memories[place]
         if chunk.is_last:
             # The last layer reads the end of the memory's chain, so the loss is the only root.
-            self._of._backward_roots([held.output / len(self._microbatches)], [None])
+            self._executor.backward([held.output / len(self._microbatches)], [None])
             return held
         roots: list[Tensor] = [held.output]
-        gradients: list[Tensor | None] = [self._of._share.whole(self._residuals.pop(action))]
+        gradients: list[Tensor | None] = [self._executor.residual_share.whole(self._residuals.pop(action))]
         if held.chain.requires_grad:
             roots.append(held.chain)
             gradients.append(torch.zeros_like(held.chain))
-        self._of._backward_roots(roots, gradients)
+        self._executor.backward(roots, gradients)
         return held
 
 

@@ -65,10 +65,10 @@ class Rank:
         self.optimizer = ZeroOptimizer(self.stage, config, groups, device)
         self._transport = Transport.connect(groups, device)
         self._executor = Executor(
-            self.stage,
-            self.plan,
-            self._transport,
-            ResidualShare(groups.tp, config.parallel.sequence_parallel),
+            stage=self.stage,
+            plan=self.plan,
+            transport=self._transport,
+            residual_share=ResidualShare(groups.tp, config.parallel.sequence_parallel),
             call=self.pulse.around("forward", self.optimizer.call),
             backward=self.pulse.around("backward", self.optimizer.backward),
             await_input=self._await_input,
