@@ -260,7 +260,10 @@ def _least(
         for hops in range(1, distance + 1):
             graph.add_edge(("sum", reader_group, distance + 1 - hops), ("raw", group, hops))
     # Of several minimum cuts networkx gives the one with the smallest end side: raw entries, where it makes no difference.
-    _, (start_side, end_side) = networkx.minimum_cut(graph, "start", "end")
+    # Any maximum flow gives the same one; this way to it takes half the time of networkx's own choice.
+    _, (start_side, end_side) = networkx.minimum_cut(
+        graph, "start", "end", flow_func=networkx.algorithms.flow.shortest_augmenting_path
+    )
     raw_until, sum_from = list(chunk_of), list(chunk_of)
     for group, members in source_groups.items():
         for source in members:

@@ -161,6 +161,7 @@ def test_one_communicator_for_both_neighbours_hangs_where_the_checker_says_so(mo
         run_ranks(config, Rank.accumulate, make_batches(config)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ("pp=3 micro=1", "pp=3 micro=2", "pp=4 micro=2", "pp=2 micro=4 gpipe", "pp=3 v=2 layers=6 micro=2 gpipe")
 )

@@ -158,6 +158,7 @@ def test_an_evaluation_left_at_a_switch_measures_the_model_before_it(tmp_path: P
 # ---- one rank decides
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [2, 0])
 def test_a_disk_that_lags_does_not_split_the_ranks(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 sees the newest checkpoint late: at first it finds the one before, or none."""

@@ -134,6 +134,7 @@ def test_a_rank_that_waits_for_the_others_to_come_leaves_at_once(command: str, c
     assert read_outcome(config.parent / "outcome") == (REQUEUE, "SIGUSR1 before the ranks had met")
 
 
+@pytest.mark.slow
 def test_launched_ranks_name_the_one_that_was_killed(config: Path) -> None:
     """Their launcher says only that a task was killed, and the others only that a connection broke."""
     environment = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

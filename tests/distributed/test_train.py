@@ -377,6 +377,7 @@ def test_one_rank_that_is_asked_stops_all(folder: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"(SIGUSR1|stop asked of another rank) at step \d+ of 100000", reason)
 
 
+@pytest.mark.slow
 def test_another_signal_is_no_second_one(folder: Path, tmp_path: Path) -> None:
     """At a time limit that is near SIGUSR1 comes, and SIGTERM at the limit, when ranks may be saving."""
     process = start(tmp_path, *LONG)
@@ -408,6 +409,7 @@ def test_a_run_folder_that_cannot_be_written(folder: Path, capfd: pytest.Capture
     assert re.search(r"^lime-dist: run\.dir: /proc/run: .*; name a folder", capfd.readouterr().err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(folder: Path, tmp_path: Path) -> None:
     """Even a rank that stands in a collective, which no Python signal handler reaches."""
     process = start(tmp_path, *LONG)
@@ -423,6 +425,7 @@ def test_a_second_signal_leaves_at_once(folder: Path, tmp_path: Path) -> None:
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+@pytest.mark.slow
 def test_a_start_that_was_replaced_does_not_save(folder: Path, tmp_path: Path) -> None:
     process = start(tmp_path, *LONG)
     Ownership(tmp_path)

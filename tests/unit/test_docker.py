@@ -68,6 +68,7 @@ def test_a_bad_dockerfile_is_found_out(good: str, bad: str, problem: str) -> Non
     assert problem in problems(spoilt)
 
 
+@pytest.mark.slow
 def test_the_health_check_trains_here(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": PATH, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", ROOT / "docker" / "health.sh"], env=environment, capture_output=True, text=True)
