@@ -1,4 +1,4 @@
-"""Every pattern under every policy, split, tp, dp and kind of entry: the whole product, some 700 runs in about half an hour.
+"""Every pattern under every policy, split, tp, dp, kind of entry and virtual stages: the whole product, a thousand runs.
 
 Not part of a plain test run, where `test_layouts` crosses the same axes in a tenth of the time:
     bash tests/run.sh product --timeout 300
