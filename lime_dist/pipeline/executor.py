@@ -79,7 +79,8 @@ class _Passes:
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
         self._incoming: dict[tuple[Action, Message], Incoming] = {}
         self._residuals: dict[Action, Tensor] = {}  # received, or the gradient of one that was sent
-        self._left: _InFlight | None = None  # by the pass that ran last, for what is sent behind it
+        self._left: _InFlight | None = None  # by the pass that ran last, until all is sent that goes behind it
+        self._unsent = 0
 
     def carry_out(self, operation: Operation) -> None:
         action, message = operation.action, operation.message
@@ -93,6 +94,7 @@ class _Passes:
             )
         else:
             self._link(action.kind, sends=True).send(self._outgoing(action, message), message.cargo.value)
+            self._let_go(0 if message.passes_by else 1)
 
     def _link(self, kind: Kind, *, sends: bool) -> Link:
         transport = self._executor.transport
@@ -172,6 +174,14 @@ class _Passes:
     def _run(self, action: Action) -> None:
         chunk = self._executor.chunks[action.chunk]
         self._left = self._forward(chunk, action) if action.kind is Kind.FORWARD else self._backward(chunk, action)
+        self._unsent = sum(not message.passes_by for message in chunk.sent[action.kind])
+        self._let_go(0)
+
+    def _let_go(self, num_sent: int) -> None:
+        """Of what the last pass has left, as soon as nothing more of it is to be sent."""
+        self._unsent -= num_sent
+        if self._unsent == 0:
+            self._left = None
 
     def _forward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
         tokens, memory, residual = (
