@@ -103,7 +103,9 @@ def test_a_stopped_rank_is_named_by_the_others(stopped: int, config: Path) -> No
     line = rf"no progress for 6 s; first silent: {silent} on \S+, stage {stopped}, since step \d+ [a-z]+.*; no sign of life for \d+ s.*"
     for rank in set(range(4)) - {stopped}:
         assert re.search(
-            rf"^stacks of rank {rank}:\nThread (.|\n)*?, in (_train_step|accumulate|_evaluate_and_agree)\n", errors, re.MULTILINE
+            rf"^stacks of rank {rank}:\nThread (.|\n)*?, in (_train_step|accumulate|_evaluate_and_agree)\n",
+            errors,
+            re.MULTILINE,
         )
     assert len(re.findall(rf"^lime-dist: {line}$", errors, re.MULTILINE)) == 3
     assert f"stacks of rank {stopped}:" not in errors
