@@ -3,7 +3,7 @@
 #   bash tests/run.sh [TIER] [pytest arguments]
 # TIER: none, lint, format, types and the quick tests; then by name slow, slurm (a real cluster on this machine; needs
 # slurm-wlm, munge and root), campaign (random cases: --cases N --seed S), product (every pattern under every layout,
-# half an hour), gpu (on this machine's GPUs; says what it skips), all (all but product).
+# most of an hour), gpu (on this machine's GPUs; says what it skips), all (all but product).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -79,22 +79,21 @@ class _Passes:
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
         self._incoming: dict[tuple[Action, Message], Incoming] = {}
         self._residuals: dict[Action, Tensor] = {}  # received, or the gradient of one that was sent
-        self._left: _InFlight | None = None  # by the pass that ran last, until all is sent that goes behind it
-        self._unsent = 0
+        self._left: tuple[Action, _InFlight] | None = None  # by the pass that ran last, until another action's turn
 
     def carry_out(self, operation: Operation) -> None:
         action, message = operation.action, operation.message
+        if self._left is not None and self._left[0] != action:
+            self._left = None
         if message is None:
             self._run(action)
         elif operation.verb is Verb.RECEIVE:
             self._incoming[action, message] = self._link(action.kind, sends=False).receive(self._room(action, message))
         elif operation.verb is Verb.AWAIT:
-            self._take_in(
-                action, message, self._executor.await_input(action.kind, self._incoming.pop((action, message)))
-            )
+            incoming = self._incoming.pop((action, message))
+            self._take_in(action, message, self._executor.await_input(action.kind, incoming))
         else:
             self._link(action.kind, sends=True).send(self._outgoing(action, message), message.cargo.value)
-            self._let_go(0 if message.passes_by else 1)
 
     def _link(self, kind: Kind, *, sends: bool) -> Link:
         transport = self._executor.transport
@@ -144,58 +143,38 @@ class _Passes:
     def _outgoing(self, action: Action, message: Message) -> Tensor:
         if message.passes_by:
             return self._memory(action.chunk, action.microbatch_index).entries.select(message.layers)
-        assert self._left is not None
-        memory = self._left.memory
+        assert self._left is not None  # the plan sends behind the pass, before any other action
+        _, left = self._left
         if message.cargo is Cargo.RESIDUAL:
-            return self._executor.residual_share.share(self._outgoing_residual(message))
-        buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
+            return self._executor.residual_share.share(_residual_gradient(left) if message.is_gradient else left.output)
+        buffer = left.memory.entries if message.cargo is Cargo.ENTRIES else left.memory.sums
         if message.is_gradient:
             return buffer.select_gradients(message.layers)
         selected = buffer.select(message.layers)
         if message.cargo is Cargo.SUMS:
-            self._release_sums(action, memory)
+            self._release_sums(action, left.memory)
         return selected
 
-    def _outgoing_residual(self, message: Message) -> Tensor:
-        assert self._left is not None
-        if not message.is_gradient:
-            return self._left.output
-        assert self._left.received_residual is not None and self._left.received_residual.grad is not None
-        return self._left.received_residual.grad
-
     def _release_sums(self, action: Action, memory: DepthMemory) -> None:
-        if not self._executor.stage.chunk(
-            action.chunk
-        ).recompute:  # else the layers read them again in the backward pass
+        """Unless the layers read them again in the backward pass."""
+        if not self._executor.stage.chunk(action.chunk).recompute:
             memory.sums.release_values()
 
     # ---- computing
 
     def _run(self, action: Action) -> None:
-        chunk = self._executor.chunks[action.chunk]
-        self._left = self._forward(chunk, action) if action.kind is Kind.FORWARD else self._backward(chunk, action)
-        self._unsent = sum(not message.passes_by for message in chunk.sent[action.kind])
-        self._let_go(0)
-
-    def _let_go(self, num_sent: int) -> None:
-        """Of what the last pass has left, as soon as nothing more of it is to be sent."""
-        self._unsent -= num_sent
-        if self._unsent == 0:
-            self._left = None
+        chunk, is_forward = self._executor.chunks[action.chunk], action.kind is Kind.FORWARD
+        self._left = action, self._forward(chunk, action) if is_forward else self._backward(chunk, action)
 
     def _forward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
-        tokens, memory, residual = (
-            self._microbatches[action.microbatch_index],
-            self._memory(action.chunk, action.microbatch_index),
-            None,
-        )
-        if not chunk.is_first:
-            residual = self._executor.residual_share.whole(self._residuals.pop(action)).requires_grad_(
-                torch.is_grad_enabled()
-            )
+        tokens, memory = self._microbatches[action.microbatch_index], self._memory(chunk.chunk, action.microbatch_index)
         inputs, targets = tokens[:, :-1], tokens[:, 1:] if self._with_loss else None
+        residual = None
+        if not chunk.is_first:
+            residual = self._executor.residual_share.whole(self._residuals.pop(action))
+            residual.requires_grad_(torch.is_grad_enabled())
         output, chain = self._executor.call(
-            action.chunk, inputs if residual is None else residual, *inputs.shape, memory, targets
+            chunk.chunk, inputs if residual is None else residual, *inputs.shape, memory, targets
         )
         left = _InFlight(memory, residual, output, chain)
         if torch.is_grad_enabled():
@@ -229,6 +208,11 @@ class _Passes:
             gradients.append(torch.zeros_like(held.chain))
         self._executor.backward(roots, gradients)
         return held
+
+
+def _residual_gradient(left: _InFlight) -> Tensor:
+    assert left.received_residual is not None and left.received_residual.grad is not None  # behind a backward pass
+    return left.received_residual.grad
 
 
 def joint_backward(roots: list[Tensor], gradients: list[Tensor | None]) -> None:

@@ -97,7 +97,7 @@ class _Ranks:
         pairs: Mapping[_Place, tuple[Channel, _Place]],
         by_pair: bool,
     ):
-        self._operations, self._by_pair = operations, by_pair
+        self._operations = operations
         self._partner = {place: partner for place, (_, partner) in pairs.items()}
         self._queue_of: dict[_Place, deque[int]] = {}
         queues: dict[tuple[int, Hashable], deque[int]] = {}

@@ -1,7 +1,7 @@
-"""The plan of a run: all that is known before it starts. Pure data, made once from a checked config.
+"""The plan of a run: all that is known before it starts. Pure data, which follows from a checked config alone.
 
-The executor, the transport, the stage table, the picture, preflight, submit and the tests read it; nobody computes a part of
-it again.
+The executor, the transport, the stage table, the picture, preflight, submit and the tests read it; nobody works out a part
+of it in another way.
 """
 
 from __future__ import annotations
@@ -62,11 +62,10 @@ def plan_run(config: Config) -> RunPlan:
     `pipeline.warmup: auto` takes the most forwards, up to those of eager 1F1B, with which every stage fits `run.memory`.
     """
     transfer = plan_transfer_of(config)
-    plans = (_plan_run(config, transfer, warmup) for warmup in _warmups(config))
-    plan = next((plan for plan in plans if _fits(plan, config)), None)
-    if plan is not None:
-        return plan
-    plan = _plan_run(config, transfer, _warmups(config)[-1])
+    for warmup in _warmups(config):
+        plan = _plan_run(config, transfer, warmup)
+        if _fits(plan, config):
+            return plan
     needs = [memory.total_bytes for memory in plan.memory]
     worst = needs.index(max(needs))
     raise LayoutError(

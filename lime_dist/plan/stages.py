@@ -18,9 +18,8 @@ from lime_dist.plan.schedule import Action, Kind, in_flight_counts, plan_forward
 from lime_dist.plan.shape import DTYPE_BYTES, BundleShape, plan_shape
 from lime_dist.plan.transfer import ChunkTransfer, TransferPlan, plan_transfer
 
-RECEIVES_AHEAD = (
-    2  # where the warm-up leaves time between a message's leaving and its use; plain schedules have none to use
-)
+# Where the warm-up leaves time between a message's leaving and its use; plain schedules have none.
+RECEIVES_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,11 +173,11 @@ class Rank:
         return found
 
     def _check_sent(self, sent: Sent, kind: Kind) -> None:
-        messages = [
-            message for chunk in self.plan.chunks for message in chunk.sent[kind]
-        ] * self.run_plan.num_microbatches
+        messages, times = [m for chunk in self.plan.chunks for m in chunk.sent[kind]], self.run_plan.num_microbatches
+        counted = Counter(message.cargo.value for message in messages)
         planned = Sent(
-            sum(message.num_bytes for message in messages), Counter(message.cargo.value for message in messages)
+            times * sum(message.num_bytes for message in messages),
+            Counter({cargo: times * number for cargo, number in counted.items()}),
         )
         if sent != planned:
             raise TrafficDiffers(f"stage {self.plan.stage_index} sent {sent} ({kind.name.lower()}), planned {planned}")

@@ -6,8 +6,11 @@ import pytest
 
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.errors import ConfigError, LayoutError
+from lime_dist.plan.messages import Cargo
+from lime_dist.plan.operations import Operation, Verb
 from lime_dist.plan.run_plan import RunPlan, plan_run
-from lime_dist.plan.schedule import Kind
+from lime_dist.plan.schedule import Action, Kind
+from lime_dist.plan.stages import StagePlan
 
 BASE = {
     "model": {"num_layers": 8, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
@@ -97,3 +100,38 @@ def test_messages_are_addressed_and_mirrored() -> None:
             assert {(message.from_chunk, message.to_chunk) for message in messages} == {ends}
             carried = [(message.cargo, layer) for message in messages for layer in message.layers or (None,)]
             assert len(carried) == len(set(carried))
+
+
+def operations_of(stage: StagePlan, action: Action) -> list[Operation]:
+    return [operation for operation in stage.operations(stage.actions) if operation.action == action]
+
+
+def test_what_passes_by_leaves_before_the_rest_is_awaited_and_the_residual_goes_ahead() -> None:
+    stage = make_plan("depth.policy=relay").stages[2]
+    _, *rest = operations_of(stage, stage.actions[0])  # behind the first posted receive
+    told = [(one.verb, one.message and (one.message.cargo, one.message.passes_by)) for one in rest]
+    received, passing, made = (Cargo.ENTRIES, True), (Cargo.ENTRIES, True), (Cargo.ENTRIES, False)
+    residual = Cargo.RESIDUAL, False
+    assert told == [
+        (Verb.RECEIVE, residual),
+        (Verb.RECEIVE, made),
+        (Verb.AWAIT, received),
+        (Verb.AWAIT, made),  # the layers of the chunk before, which pass by here
+        (Verb.SEND, passing),
+        (Verb.AWAIT, residual),
+        (Verb.RUN, None),
+        (Verb.SEND, residual),
+        (Verb.SEND, made),
+    ]
+
+
+@pytest.mark.parametrize(("overrides", "ahead"), [("", 1), ("pipeline.warmup=auto", 2)])
+def test_receives_are_posted_ahead(overrides: str, ahead: int) -> None:
+    """When an action runs, those of as many actions behind it are posted, and no more."""
+    stage = make_plan(*overrides.split()).stages[1]
+    posted: set[Action] = set()
+    for operation in stage.operations(stage.actions):
+        if operation.verb is Verb.RECEIVE:
+            posted.add(operation.action)
+        elif operation.verb is Verb.RUN:
+            assert posted == set(stage.actions[: stage.actions.index(operation.action) + 1 + ahead])
