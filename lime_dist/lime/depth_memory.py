@@ -24,7 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lime_dist.plan.schedule import Kind
 from lime_dist.plan.transfer import ChunkTransfer
+
+Reach = Callable[[Kind, int], None]  # the kind of pass, the layer that it is at
 
 _CACHE_LINE_BYTES = 64
 
@@ -165,8 +168,13 @@ class DepthMemory:
         sum_dtype: torch.dtype,
         device: torch.device,
         kept: Mapping[int, DepthMemory] | None = None,
+        reach: Reach = lambda kind, layer: None,
     ):
-        """kept: the memories of those earlier chunks of this stage, by chunk, whose entries this chunk reads."""
+        """kept: the memories of those earlier chunks of this stage, by chunk, whose entries this chunk reads.
+
+        reach: called whenever a pass is at a layer that leaves an entry, for what arrives or leaves at that moment:
+        forward behind the layer's writing and before its read, backward in between the other way round.
+        """
         self.received, self.own = transfer.received.raw_entries, tuple(own_entries)
         # What the last layer of a block leaves is the block's sum, in that layer's slot; its own entry lies apart.
         self._blocks = {block[-1]: block for block in blocks}
@@ -176,6 +184,7 @@ class DepthMemory:
         self.sums = Buffer(transfer.summed_readers, num_kv_heads, row_size, sum_dtype, device)
         self._kept = {layer: (kept or {})[chunk].entries for chunk, layers in transfer.kept.items() for layer in layers}
         self._begun = set(transfer.received.partial_sums)  # rows that hold a sum already
+        self._reach = reach
 
     def start(self) -> Tensor:
         """The beginning of the chain."""
@@ -184,10 +193,10 @@ class DepthMemory:
     def write(self, layer: int, entry: Tensor, chain: Tensor) -> Tensor:
         """Put `entry` (of an entry's elements, any strides) in its slot; returns the chain behind it."""
         chain = _Write.apply(entry, chain, self.entries, self.entries.slot_of[self._own_key(layer)])
-        if layer not in self._blocks:
-            return chain
-        members = [self.entries.slot_of[self._own_key(member)] for member in self._blocks[layer]]
-        return _SumBlock.apply(chain, self.entries, members, self.entries.slot_of[layer])
+        if layer in self._blocks:
+            members = [self.entries.slot_of[self._own_key(member)] for member in self._blocks[layer]]
+            chain = _SumBlock.apply(chain, self.entries, members, self.entries.slot_of[layer])
+        return _Reach.apply(chain, self._reach, layer)
 
     def runs_read(self, reader: int, sources: tuple[int, ...]) -> tuple[Run, ...]:
         """Where a layer's `sources` lie; of a block that it ends it reads its own entry."""
@@ -277,6 +286,21 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx, chain_gradient: Tensor):
         return ctx.entries.gradients[ctx.slot].view(ctx.entry_shape), chain_gradient, None, None
+
+
+class _Reach(torch.autograd.Function):
+    """Tells both passes that they are at a layer. A layer computed again in the backward pass says so again."""
+
+    @staticmethod
+    def forward(ctx, chain: Tensor, reach: Reach, layer: int) -> Tensor:
+        ctx.reach, ctx.layer = reach, layer
+        reach(Kind.FORWARD, layer)
+        return chain.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, chain_gradient: Tensor):
+        ctx.reach(Kind.BACKWARD, ctx.layer)
+        return chain_gradient, None, None
 
 
 class _SumBlock(torch.autograd.Function):

@@ -90,8 +90,8 @@ class LimeChunk(nn.Module):
         tp = self._parts.tp_size
         return (num_tokens + tp - 1) // tp * tp
 
-    def new_memory(self, num_tokens: int, kept: Mapping[int, DepthMemory] | None = None) -> DepthMemory:
-        """An empty depth memory for one microbatch of `num_tokens` tokens; `kept`: see `DepthMemory`."""
+    def new_memory(self, num_tokens: int, **links: Any) -> DepthMemory:
+        """An empty depth memory for one microbatch of `num_tokens` tokens; links: `kept` and `reach` of `DepthMemory`."""
         rows = self.rows(num_tokens) // self._parts.tp_size
         heads, row_size = self.transfer.pattern.routing.entry_shape(self.config, rows)
         return DepthMemory(
@@ -103,7 +103,7 @@ class LimeChunk(nn.Module):
             dtype=self.dtype,
             sum_dtype=self._sum_dtype,
             device=self.device,
-            kept=kept,
+            **links,
         )
 
     def forward(

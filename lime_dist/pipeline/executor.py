@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from lime_dist.plan.stages import ChunkPlan, StagePlan
 
 # Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]
-# Waits for a message that a pass of this kind reads.
+# Waits for a message that a pass of this kind reads, before the pass or within it.
 AwaitInput = Callable[[Kind, Incoming], Tensor]
 
 
@@ -62,38 +62,62 @@ class Executor:
         each microbatch, or its residual if not `with_loss`, on the last stage and nothing elsewhere.
         Collective: pp and tp groups.
         """
-        passes = _Passes(self, microbatches, with_loss)
-        for operation in self.plan.operations(actions):
-            passes.carry_out(operation)
+        passes = _Passes(self, microbatches, with_loss, self.plan.operations(actions))
+        passes.carry_out()
         self.transport.flush()
         return [passes.outputs[index] for index in sorted(passes.outputs)]
 
 
 class _Passes:
-    """The passes over the microbatches of one step or evaluation, and what is under way between them."""
+    """The passes over the microbatches of one step or evaluation, and what is under way between them.
 
-    def __init__(self, executor: Executor, microbatches: Sequence[Tensor], with_loss: bool):
+    A pass that is running calls `_reach` at each layer that leaves an entry, and the operations that the plan has for that
+    point are carried out from within it.
+    """
+
+    def __init__(
+        self, executor: Executor, microbatches: Sequence[Tensor], with_loss: bool, operations: Iterator[Operation]
+    ):
         self._executor, self._microbatches, self._with_loss = executor, microbatches, with_loss
+        self._operations = operations
         self.outputs: dict[int, Tensor] = {}
         self._memories: dict[tuple[int, int], DepthMemory] = {}  # by chunk, microbatch
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
         self._incoming: dict[tuple[Action, Message], Incoming] = {}
         self._residuals: dict[Action, Tensor] = {}  # received, or the gradient of one that was sent
+        self._running: Operation | None = None  # how far the pass that runs is to go
         self._left: tuple[Action, _InFlight] | None = None  # by the pass that ran last, until another action's turn
 
-    def carry_out(self, operation: Operation) -> None:
-        action, message = operation.action, operation.message
-        if self._left is not None and self._left[0] != action:
-            self._left = None
-        if message is None:
-            self._run(action)
-        elif operation.verb is Verb.RECEIVE:
+    def carry_out(self) -> None:
+        for operation in self._operations:
+            if self._left is not None and self._left[0] != operation.action:
+                self._let_go()
+            if operation.message is None:
+                self._run(operation)
+            else:
+                self._move(operation, operation.message)
+        self._let_go()
+
+    def _move(self, operation: Operation, message: Message) -> None:
+        action = operation.action
+        if operation.verb is Verb.RECEIVE:
             self._incoming[action, message] = self._link(action.kind, sends=False).receive(self._room(action, message))
         elif operation.verb is Verb.AWAIT:
             incoming = self._incoming.pop((action, message))
             self._take_in(action, message, self._executor.await_input(action.kind, incoming))
         else:
             self._link(action.kind, sends=True).send(self._outgoing(action, message), message.cargo.value)
+
+    def _reach(self, kind: Kind, layer: int) -> None:
+        """Carry out what is planned for this point of the pass. A layer computed again in a backward pass has nothing to do."""
+        running = self._running
+        if running is None or running.action.kind is not kind or running.until != layer:
+            return
+        for operation in self._operations:
+            if operation.message is None:
+                self._running = operation
+                return
+            self._move(operation, operation.message)
 
     def _link(self, kind: Kind, *, sends: bool) -> Link:
         transport = self._executor.transport
@@ -115,7 +139,8 @@ class _Passes:
                 for earlier in self._executor.chunks[chunk].transfer.kept
             }
             num_tokens = _num_tokens(self._microbatches[microbatch_index])
-            self._memories[place] = self._executor.stage.chunk(chunk).new_memory(num_tokens, kept)
+            module = self._executor.stage.chunk(chunk)
+            self._memories[place] = module.new_memory(num_tokens, kept=kept, reach=self._reach)
         return self._memories[place]
 
     def _room(self, action: Action, message: Message) -> Tensor:
@@ -141,30 +166,35 @@ class _Passes:
     # ---- sending
 
     def _outgoing(self, action: Action, message: Message) -> Tensor:
-        if message.passes_by:
-            return self._memory(action.chunk, action.microbatch_index).entries.select(message.layers)
-        assert self._left is not None  # the plan sends behind the pass, before any other action
-        _, left = self._left
         if message.cargo is Cargo.RESIDUAL:
+            assert self._left is not None  # the plan sends it behind the pass, before any other action
+            left = self._left[1]
             return self._executor.residual_share.share(_residual_gradient(left) if message.is_gradient else left.output)
-        buffer = left.memory.entries if message.cargo is Cargo.ENTRIES else left.memory.sums
-        if message.is_gradient:
-            return buffer.select_gradients(message.layers)
-        selected = buffer.select(message.layers)
-        if message.cargo is Cargo.SUMS:
-            self._release_sums(action, left.memory)
-        return selected
-
-    def _release_sums(self, action: Action, memory: DepthMemory) -> None:
-        """Unless the layers read them again in the backward pass."""
-        if not self._executor.stage.chunk(action.chunk).recompute:
-            memory.sums.release_values()
+        memory = self._memory(action.chunk, action.microbatch_index)
+        buffer = memory.entries if message.cargo is Cargo.ENTRIES else memory.sums
+        return buffer.select_gradients(message.layers) if message.is_gradient else buffer.select(message.layers)
 
     # ---- computing
 
-    def _run(self, action: Action) -> None:
+    def _run(self, operation: Operation) -> None:
+        """A pass from its beginning to its end."""
+        self._running, action = operation, operation.action
         chunk, is_forward = self._executor.chunks[action.chunk], action.kind is Kind.FORWARD
         self._left = action, self._forward(chunk, action) if is_forward else self._backward(chunk, action)
+        assert self._running.until == "behind", f"{self._running} is planned, and the pass did not come to that layer"
+        self._running = None
+
+    def _let_go(self) -> None:
+        """Of what no later pass reads and what has been given to be sent."""
+        if self._left is None:
+            return
+        (action, left), self._left = self._left, None
+        if action.kind is Kind.BACKWARD:
+            del self._memories[action.chunk, action.microbatch_index]
+        elif not torch.is_grad_enabled():
+            self._forget(action)
+        elif not self._executor.stage.chunk(action.chunk).recompute:
+            left.memory.sums.release_values()  # else the layers read them again
 
     def _forward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
         tokens, memory = self._microbatches[action.microbatch_index], self._memory(chunk.chunk, action.microbatch_index)
@@ -179,12 +209,8 @@ class _Passes:
         left = _InFlight(memory, residual, output, chain)
         if torch.is_grad_enabled():
             self._in_flight[action.chunk, action.microbatch_index] = left
-        else:
-            self._forget(action)
         if chunk.is_last:
             self.outputs[action.microbatch_index] = output.detach()
-        if not chunk.transfer.sent.partial_sums:
-            self._release_sums(action, memory)
         return left
 
     def _forget(self, action: Action) -> None:
@@ -194,9 +220,7 @@ class _Passes:
                 del self._memories[chunk.chunk, action.microbatch_index]
 
     def _backward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
-        place = action.chunk, action.microbatch_index
-        held = self._in_flight.pop(place)
-        del self._memories[place]
+        held = self._in_flight.pop((action.chunk, action.microbatch_index))
         if chunk.is_last:
             # The last layer reads the end of the memory's chain, so the loss is the only root.
             self._executor.backward([held.output / len(self._microbatches)], [None])

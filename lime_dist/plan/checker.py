@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from lime_dist.plan.deadlock import PlanDefect, check_operations
 from lime_dist.plan.messages import Cargo, Message
-from lime_dist.plan.operations import Operation, Verb
+from lime_dist.plan.operations import Operation, Verb, parts_of, stops
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Action, Kind
 from lime_dist.plan.stages import ChunkPlan, StagePlan
@@ -128,23 +128,29 @@ def check_stage(stage: StagePlan, operations: Sequence[Operation]) -> None:
     Raises: PlanDefect.
     """
     chunks = {chunk.chunk: chunk for chunk in stage.chunks}
-    seen: set[tuple[Verb, Action, Message | None]] = set()
-    ran: Action | None = None
+    seen: set[Operation] = set()
+    running: Operation | None = None  # or where the pass that ran last stands
     for operation in operations:
-        verb, action, message = operation.verb, operation.action, operation.message
-        needed = _needed(operation, chunks[action.chunk])
-        missing = next((other for other in needed if (other.verb, other.action, other.message) not in seen), None)
+        missing = next(
+            (other for other in _needed(operation, chunks[operation.action.chunk]) if other not in seen), None
+        )
         if missing is not None:
             raise PlanDefect(f"stage {stage.stage_index}: {operation} comes before {missing}")
-        if (verb, action, message) in seen:
+        if operation in seen:
             raise PlanDefect(f"stage {stage.stage_index}: {operation} comes twice")
-        if verb is Verb.SEND and message is not None and not message.passes_by and ran != action:
-            raise PlanDefect(
-                f"stage {stage.stage_index}: {operation} comes after run {ran}, whose output it would take"
-            )
-        seen.add((verb, action, message))
-        ran = action if verb is Verb.RUN else ran
+        if (made_by := _made_by(operation)) not in (None, running):
+            raise PlanDefect(f"stage {stage.stage_index}: {operation} comes after {running}, not right after {made_by}")
+        seen.add(operation)
+        running = operation if operation.verb is Verb.RUN else running
     _check_all_sent(stage, operations)
+
+
+def _made_by(operation: Operation) -> Operation | None:
+    """The part of a pass behind which a message leaves that does not only pass by."""
+    message = operation.message
+    if operation.verb is not Verb.SEND or message is None or message.passes_by:
+        return None
+    return Operation(Verb.RUN, operation.action, until=message.leaves)
 
 
 def _check_all_sent(stage: StagePlan, operations: Sequence[Operation]) -> None:
@@ -162,15 +168,25 @@ def _needed(operation: Operation, chunk: ChunkPlan) -> Iterable[Operation]:
     """What the same stage must have done before."""
     action, message = operation.action, operation.message
     received = chunk.received[action.kind]
-    if operation.verb is Verb.AWAIT:
+    if message is None:
+        yield from _needed_by_run(operation, chunk)
+    elif operation.verb is Verb.AWAIT:
         yield Operation(Verb.RECEIVE, action, message)
-    elif operation.verb is Verb.RUN:
-        yield from (Operation(Verb.AWAIT, action, other) for other in received)
-        if action.kind is Kind.BACKWARD:
-            forward = Action(kind=Kind.FORWARD, chunk=action.chunk, microbatch_index=action.microbatch_index)
-            yield Operation(Verb.RUN, forward)
-    elif operation.verb is Verb.SEND and message is not None:
-        passing = {*message.layers} if message.passes_by else set()
-        yield from (Operation(Verb.AWAIT, action, other) for other in received if passing & {*other.layers})
-        if not message.passes_by:
-            yield Operation(Verb.RUN, action)
+    elif operation.verb is Verb.SEND:
+        yield from (Operation(Verb.AWAIT, action, other) for other in parts_of(message, received))
+        if (made_by := _made_by(operation)) is not None:
+            yield made_by
+
+
+def _needed_by_run(run: Operation, chunk: ChunkPlan) -> Iterable[Operation]:
+    action, planned = run.action, stops(chunk, run.action.kind)
+    before = planned[: planned.index(run.until)] if run.until in planned else planned
+    yield from (
+        Operation(Verb.AWAIT, action, message)
+        for message in chunk.received[action.kind]
+        if message.needed in ("before", *before)
+    )
+    yield from (Operation(Verb.RUN, action, until=stop) for stop in before)
+    if action.kind is Kind.BACKWARD:
+        forward = Action(kind=Kind.FORWARD, chunk=action.chunk, microbatch_index=action.microbatch_index)
+        yield Operation(Verb.RUN, forward, until="behind")

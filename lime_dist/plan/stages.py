@@ -12,7 +12,7 @@ from functools import cached_property
 
 from lime_dist.config import Config
 from lime_dist.plan.flops import routing_flops_per_token
-from lime_dist.plan.messages import Message, backward_messages, forward_messages
+from lime_dist.plan.messages import HopEnd, Message, backward_messages, forward_messages
 from lime_dist.plan.operations import Operation, plan_operations
 from lime_dist.plan.schedule import Action, Kind, in_flight_counts, plan_forward_only, plan_schedule
 from lime_dist.plan.shape import DTYPE_BYTES, BundleShape, plan_shape
@@ -183,7 +183,7 @@ def _plan_stage(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | Non
 def _plan_chunk(config: Config, transfer: TransferPlan, shape: BundleShape, chunk: int) -> ChunkPlan:
     of_stage = range(chunk % config.parallel.pp, len(transfer.chunks), config.parallel.pp)
     own, layers = transfer.chunk(chunk), transfer.chunks[chunk]
-    before, behind = chunk > 0, chunk < len(transfer.hops)
+    here, before, behind = HopEnd(layers, own), _hop_end(transfer, chunk - 1), _hop_end(transfer, chunk + 1)
     return ChunkPlan(
         chunk=chunk,
         num_chunks=len(transfer.chunks),
@@ -191,13 +191,19 @@ def _plan_chunk(config: Config, transfer: TransferPlan, shape: BundleShape, chun
         transfer=own,
         shape=shape,
         received={
-            Kind.FORWARD: forward_messages(own.received, transfer.chunks[chunk - 1].start, shape) if before else (),
-            Kind.BACKWARD: backward_messages(own.sent, shape) if behind else (),
+            Kind.FORWARD: forward_messages(own.received, before, here, shape) if before else (),
+            Kind.BACKWARD: backward_messages(own.sent, behind, here, shape) if behind else (),
         },
         sent={
-            Kind.FORWARD: forward_messages(own.sent, layers.start, shape) if behind else (),
-            Kind.BACKWARD: backward_messages(own.received, shape) if before else (),
+            Kind.FORWARD: forward_messages(own.sent, here, behind, shape) if behind else (),
+            Kind.BACKWARD: backward_messages(own.received, here, before, shape) if before else (),
         },
         last_use=max(later for later in of_stage if later == chunk or chunk in transfer.chunk(later).kept),
         routing_flops_per_token=routing_flops_per_token(config.model, own),
     )
+
+
+def _hop_end(transfer: TransferPlan, chunk: int) -> HopEnd | None:
+    """None where there is no such chunk."""
+    inside = 0 <= chunk < len(transfer.chunks)
+    return HopEnd(transfer.chunks[chunk], transfer.chunk(chunk)) if inside else None

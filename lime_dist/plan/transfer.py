@@ -74,9 +74,18 @@ class ChunkTransfer:
         """
         if not self.pattern.routing.presummable:
             return ()
+        return tuple(sorted({*self.received.partial_sums, *self.sent.partial_sums, *self.added_before}))
+
+    @property
+    def added(self) -> frozenset[int]:
+        """The sources that the chunk adds into sums of readers."""
+        return frozenset(source for sources in self.reads.values() for source in sources)
+
+    @property
+    def added_before(self) -> frozenset[int]:
+        """The readers to whose sums entries are added before the chunk's layers run: those received or kept."""
         not_own = {*self.received.raw_entries, *(entry for entries in self.kept.values() for entry in entries)}
-        reading = {reader for reader, sources in self.reads.items() if not_own & set(sources)}
-        return tuple(sorted({*self.received.partial_sums, *self.sent.partial_sums, *reading}))
+        return frozenset(reader for reader, sources in self.reads.items() if not_own & set(sources))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,13 +53,13 @@ def test_bundle_bytes(
     assert [plan.received_bytes for plan in plans] == [0, *expected]
 
 
-def test_entries_are_split_into_those_passed_on_and_those_made() -> None:
+def test_entries_passed_on_are_one_message_and_those_made_leave_at_their_layers() -> None:
     plans = plan_run(make_config("depth.policy=relay")).chunks
     sent = [
-        [(message.passes_by, message.layers) for message in plan.sent[Kind.FORWARD] if message.cargo is Cargo.ENTRIES]
+        [(message.leaves, message.layers) for message in plan.sent[Kind.FORWARD] if message.cargo is Cargo.ENTRIES]
         for plan in plans
     ]
-    assert sent == [[(False, (0,))], [(True, (0,)), (False, (1, 2, 3, 4))], []]
+    assert sent == [[(0, (0,))], [("before", (0,)), (1, (1,)), (2, (2,)), (3, (3,)), (4, (4,))], []]
     entry_bytes = plans[0].shape.entry_bytes
     assert [plan.held_bytes for plan in plans] == [1 * entry_bytes, 5 * entry_bytes, 6 * entry_bytes]
 

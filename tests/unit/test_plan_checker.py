@@ -204,8 +204,8 @@ def make_relay() -> RunPlan:
 # Chunk, "sent" or "received", kind, change, words.
 DAMAGED_MESSAGES = [
     (
-        0,
-        "sent",
+        1,
+        "received",
         Kind.FORWARD,
         swapped,
         "pp_forward from stage 0 to 1: send entries of layers 0 from chunk 0 to 1, microbatch 0 (1536 bytes) "
@@ -224,17 +224,17 @@ DAMAGED_MESSAGES = [
         "sent",
         Kind.FORWARD,
         lambda messages: messages[:-1],
-        "hop 1: entries of layer 1 crosses with 0 bytes, its gradient with 1536",
+        "hop 1: residual crosses with 0 bytes, its gradient with 768",
     ),
     (
         1,
         "received",
         Kind.FORWARD,
         lambda messages: messages[:-1],
-        "pp_forward from stage 0 to 1: send entries of layers 0 from chunk 0 to 1, microbatch 0 (1536 bytes) meets receive residual",
+        "pp_forward from stage 0 to 1: send residual from chunk 0 to 1, microbatch 0 (768 bytes) meets receive entries",
     ),
     (2, "received", Kind.FORWARD, larger, "bytes) meets receive "),
-    (0, "sent", Kind.FORWARD, larger, "hop 0: residual crosses with 772 bytes, its gradient with 768"),
+    (0, "sent", Kind.FORWARD, larger, "hop 0: entries of layer 0 crosses with 1540 bytes, its gradient with 1536"),
     (2, "sent", Kind.BACKWARD, larger, "hop 1: residual crosses with 768 bytes, its gradient with 772"),
     (
         2,
@@ -273,7 +273,7 @@ DAMAGED_ACTIONS = [  # stage, change, words
     (
         1,
         other_microbatch_first,
-        "microbatch 0 (768 bytes) meets receive residual from chunk 0 to 1, microbatch 1 (768 bytes)",
+        "microbatch 0 (1536 bytes) meets receive entries of layers 0 from chunk 0 to 1, microbatch 1 (1536 bytes)",
     ),
     (0, lambda stage: replace(stage, actions=stage.actions[1:]), "stage 0: 0F0 is planned 0 times, not 1"),
     (0, lambda stage: replace(stage, evaluation=stage.evaluation * 2), "stage 0: 0F0 is planned 2 times, not 1"),
@@ -295,8 +295,8 @@ def test_orders_of_which_each_stage_waits_for_the_other_are_a_deadlock() -> None
     plan = with_stage(plan, 0, lambda stage: replace(stage, actions=tuple(waiting)))
     plan = with_stage(plan, 1, lambda stage: replace(stage, actions=tuple(every)))
     words = (
-        "deadlock: stage 0 hangs in await gradient of residual from chunk 1 to 0, microbatch 0, which waits for send "
-        "gradient of residual from chunk 1 to 0, microbatch 0 of stage 1; stage 1 hangs in await residual from chunk 0 to 1, "
+        "deadlock: stage 0 hangs in await gradient of sums of layers 2 from chunk 1 to 0, microbatch 0, which waits for send "
+        "gradient of sums of layers 2 from chunk 1 to 0, microbatch 0 of stage 1; stage 1 hangs in await residual from chunk 0 to 1, "
         "microbatch 1, which waits for send residual from chunk 0 to 1, microbatch 1 of stage 0"
     )
     with pytest.raises(PlanDefect, match=re.escape(words)):
@@ -322,20 +322,29 @@ def test_an_operation_too_early_or_lacking_is_refused() -> None:
     stage = make_relay().stages[1]
     whole = [*stage.operations(stage.actions)]
     check_stage(stage, whole)
-    run, sent = place_of(whole, Verb.RUN, "1F0"), place_of(whole, Verb.SEND, "residual from chunk 1 to 2")
+    part, end = (
+        next(at for at, one in enumerate(whole) if str(one) == run) for run in ("run 1F0 to layer 1", "run 1F0")
+    )
+    sent, made = place_of(whole, Verb.SEND, "residual from chunk 1 to 2"), place_of(whole, Verb.SEND, "layers 1 from")
     passing = place_of(whole, Verb.SEND, "entries of layers 0 from")
     received = place_of(whole, Verb.RECEIVE, "residual from chunk 0 to 1")
     behind = place_of(whole, Verb.RUN, "1F1")
     for damaged, words in (
-        (moved(whole, sent, run), "send residual from chunk 1 to 2, microbatch 0 comes before run 1F0"),
-        (moved(whole, run, 0), "run 1F0 comes before await "),
+        (moved(whole, sent, end), "send residual from chunk 1 to 2, microbatch 0 comes before run 1F0"),
+        (moved(whole, part, 0), "run 1F0 to layer 1 comes before await "),
+        (moved(whole, end, part), "run 1F0 comes before run 1F0 to layer 1"),
+        (
+            moved(whole, made, part),
+            "send entries of layers 1 from chunk 1 to 2, microbatch 0 comes before run 1F0 to layer 1",
+        ),
         (
             moved(whole, passing, 0),
             "send entries of layers 0 from chunk 1 to 2, microbatch 0 comes before await entries",
         ),
-        (moved(whole, received, run), "await residual from chunk 0 to 1, microbatch 0 comes before receive residual"),
-        (moved(whole, sent, behind), "comes after run 1F1, whose output it would take"),
-        ([*whole[:sent], *whole[sent + 1 :]], "run 1F0 sends 2 of its 3 messages"),
+        (moved(whole, received, part), "await residual from chunk 0 to 1, microbatch 0 comes before receive residual"),
+        (moved(whole, sent, behind), "comes after run 1F1 to layer 1, not right after run 1F0"),
+        (moved(whole, made, end), "comes after run 1F0, not right after run 1F0 to layer 1"),
+        ([*whole[:sent], *whole[sent + 1 :]], "run 1F0 to layer 1 sends 3 of its 4 messages"),
         ([*whole, whole[sent]], "comes twice"),
     ):
         with pytest.raises(PlanDefect, match=re.escape(words)):
@@ -348,14 +357,14 @@ def test_an_operation_too_early_or_lacking_is_refused() -> None:
         (
             2,
             Verb.RECEIVE,
-            "send entries of layers 1, 2 from chunk 1 to 2, microbatch 3 has no receive on the other side",
+            "send residual from chunk 1 to 2, microbatch 3 has no receive on the other side",
         ),
-        (1, Verb.SEND, "receive entries of layers 1, 2 from chunk 1 to 2, microbatch 3 has no send on the other side"),
+        (1, Verb.SEND, "receive residual from chunk 1 to 2, microbatch 3 has no send on the other side"),
     ),
 )
 def test_a_message_without_its_other_side_is_refused(stage_index: int, verb: Verb, words: str) -> None:
     operations = operations_of(make_relay())
-    last = place_of(operations[stage_index], verb, "entries of layers 1, 2 from chunk 1 to 2, microbatch 3")
+    last = place_of(operations[stage_index], verb, "residual from chunk 1 to 2, microbatch 3")
     del operations[stage_index][last]
     with pytest.raises(PlanDefect, match=re.escape(f"pp_forward from stage 1 to 2: {words}")):
         check_operations(operations)

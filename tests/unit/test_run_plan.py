@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.errors import ConfigError, LayoutError
-from lime_dist.plan.messages import Cargo
 from lime_dist.plan.operations import Operation, Verb
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import Action, Kind
@@ -106,22 +107,98 @@ def operations_of(stage: StagePlan, action: Action) -> list[Operation]:
     return [operation for operation in stage.operations(stage.actions) if operation.action == action]
 
 
-def test_what_passes_by_leaves_before_the_rest_is_awaited_and_the_residual_goes_ahead() -> None:
-    stage = make_plan("depth.policy=relay").stages[2]
-    _, *rest = operations_of(stage, stage.actions[0])  # behind the first posted receive
-    told = [(one.verb, one.message and (one.message.cargo, one.message.passes_by)) for one in rest]
-    received, passing, made = (Cargo.ENTRIES, True), (Cargo.ENTRIES, True), (Cargo.ENTRIES, False)
-    residual = Cargo.RESIDUAL, False
-    assert told == [
-        (Verb.RECEIVE, residual),
-        (Verb.RECEIVE, made),
-        (Verb.AWAIT, received),
-        (Verb.AWAIT, made),  # the layers of the chunk before, which pass by here
-        (Verb.SEND, passing),
-        (Verb.AWAIT, residual),
-        (Verb.RUN, None),
-        (Verb.SEND, residual),
-        (Verb.SEND, made),
+def told(operations: Sequence[Operation]) -> list[str]:
+    """Without the microbatch, which is the same in all."""
+    return [str(operation).partition(", microbatch")[0] for operation in operations]
+
+
+def of_first_pass(stage: StagePlan, kind: Kind) -> list[str]:
+    action = next(action for action in stage.actions if action.kind is kind)
+    return [one for one in told(operations_of(stage, action)) if not one.startswith("receive")]
+
+
+def test_entries_leave_as_they_are_made_and_what_passes_by_before() -> None:
+    """Relay, two layers a stage: forward of the third stage, then backward of the second."""
+    plan = make_plan("depth.policy=relay")
+    assert of_first_pass(plan.stages[2], Kind.FORWARD) == [
+        "await entries of layers 0, 1 from chunk 1 to 2",
+        "await entries of layers 2 from chunk 1 to 2",
+        "await entries of layers 3 from chunk 1 to 2",
+        "send entries of layers 0, 1, 2, 3 from chunk 2 to 3",
+        "await residual from chunk 1 to 2",
+        "run 2F0 to layer 4",
+        "send entries of layers 4 from chunk 2 to 3",
+        "run 2F0 to layer 5",
+        "send entries of layers 5 from chunk 2 to 3",
+        "run 2F0",
+        "send residual from chunk 2 to 3",
+    ]
+    assert of_first_pass(plan.stages[1], Kind.BACKWARD) == [
+        "await gradient of residual from chunk 2 to 1",
+        "run 1B0 to layer 3",
+        "await gradient of entries of layers 3 from chunk 2 to 1",
+        "run 1B0 to layer 2",
+        "await gradient of entries of layers 2 from chunk 2 to 1",
+        "run 1B0",
+        "send gradient of residual from chunk 1 to 0",
+        "await gradient of entries of layers 0, 1 from chunk 2 to 1",
+        "send gradient of entries of layers 1 from chunk 1 to 0",
+        "send gradient of entries of layers 0 from chunk 1 to 0",
+    ]
+
+
+def test_a_sum_is_awaited_by_its_reader_and_its_gradient_leaves_behind_it() -> None:
+    """Least, two layers a stage: the last stage, and the backward pass of the one before it."""
+    plan = make_plan()
+    assert of_first_pass(plan.stages[3], Kind.FORWARD) == [
+        "await residual from chunk 2 to 3",
+        "run 3F0 to layer 6",
+        "await sums of layers 6 from chunk 2 to 3",
+        "run 3F0 to layer 7",
+        "await sums of layers 7 from chunk 2 to 3",
+        "run 3F0",
+    ]
+    assert of_first_pass(plan.stages[3], Kind.BACKWARD) == [
+        "run 3B0 to layer 7",
+        "send gradient of sums of layers 7 from chunk 3 to 2",
+        "run 3B0 to layer 6",
+        "send gradient of sums of layers 6 from chunk 3 to 2",
+        "run 3B0",
+        "send gradient of residual from chunk 3 to 2",
+    ]
+
+
+def test_what_a_stage_adds_nothing_to_passes_by_both_ways() -> None:
+    """Of two layers at each end only the last read, and only the first are read: relayed entries, then one sum."""
+    relayed = make_plan("depth.pattern={7: [0, 1], 6: [0, 1]}").stages[2]
+    assert of_first_pass(relayed, Kind.FORWARD)[:2] == [
+        "await entries of layers 0, 1 from chunk 1 to 2",
+        "send entries of layers 0, 1 from chunk 2 to 3",
+    ]
+    assert of_first_pass(relayed, Kind.BACKWARD)[:2] == [
+        "await gradient of entries of layers 0, 1 from chunk 3 to 2",
+        "send gradient of entries of layers 0, 1 from chunk 2 to 1",
+    ]
+    summed = make_plan("depth.pattern={7: [0, 1, 2, 3]}").stages[2]
+    for kind, what, behind in ((Kind.FORWARD, "sums", 3), (Kind.BACKWARD, "gradient of sums", 1)):
+        assert of_first_pass(summed, kind)[:2] == [
+            f"await {what} of layers 7 from chunk {4 - behind} to 2",
+            f"send {what} of layers 7 from chunk 2 to {behind}",
+        ]
+
+
+def test_a_sum_that_is_added_to_is_awaited_before_its_reader_where_its_chunk_adds_to_it() -> None:
+    """The gradient needs nothing of that chunk, and goes on at once."""
+    stage = make_plan("depth.pattern={7: [0, 1, 2, 3, 4, 5]}").stages[1]
+    assert of_first_pass(stage, Kind.FORWARD)[:4] == [
+        "await residual from chunk 0 to 1",
+        "run 1F0 to layer 3",
+        "await sums of layers 7 from chunk 0 to 1",
+        "run 1F0",
+    ]
+    assert of_first_pass(stage, Kind.BACKWARD)[:2] == [
+        "await gradient of sums of layers 7 from chunk 2 to 1",
+        "send gradient of sums of layers 7 from chunk 1 to 0",
     ]
 
 
