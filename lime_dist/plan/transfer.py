@@ -67,7 +67,7 @@ class ChunkTransfer:
         """The blocks whose sum the chunk makes."""
         return tuple(block for block in self.pattern.blocks if block[-1] in layers)
 
-    @property
+    @cached_property
     def summed_readers(self) -> tuple[int, ...]:
         """The readers, ascending, that have a sum here.
 
@@ -123,13 +123,17 @@ class TransferPlan:
         return first + (self.chunk_of[source] - first) % self.num_stages  # the next chunk of the stage that made it
 
     def chunk(self, chunk_index: int) -> ChunkTransfer:
+        return self._chunk_transfers[chunk_index]
+
+    @cached_property
+    def _chunk_transfers(self) -> tuple[ChunkTransfer, ...]:
         nothing = HopPlan(hop=-1)
-        return ChunkTransfer(
-            pattern=self.pattern,
-            received=self.hops[chunk_index - 1] if chunk_index > 0 else nothing,
-            sent=self.hops[chunk_index] if chunk_index < len(self.hops) else nothing,
-            reads=self._reads[chunk_index],
-            kept=self._kept(chunk_index),
+        received, sent = (nothing, *self.hops), (*self.hops, nothing)
+        return tuple(
+            ChunkTransfer(
+                pattern=self.pattern, received=received[index], sent=sent[index], reads=reads, kept=self._kept(index)
+            )
+            for index, reads in enumerate(self._reads)
         )
 
     @cached_property
