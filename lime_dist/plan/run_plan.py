@@ -7,7 +7,7 @@ of it in another way.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from lime_dist.config import Config
@@ -29,7 +29,7 @@ class RunPlan:
     the schedule's own number. stages, memory (of one rank of each): by pipeline rank.
     """
 
-    config: Config
+    config: Config = field(compare=False)  # two may come out as the same plan
     warmup: int | None
     transfer: TransferPlan
     stages: tuple[StagePlan, ...]
