@@ -108,7 +108,9 @@ class _StageEstimate:
                     entries=sum(number * self._held[chunk] for chunk, number in in_flight.items()),
                     sums=self._sums_in_flight(in_flight),
                     logits=FP32 * in_flight[self._last.chunk] * self._logit_elements(),
-                    buffers=self._always + self._received(stage.receives_ahead, sum(in_flight.values())),
+                    buffers=self._always
+                    + self._received(stage.receives_ahead, sum(in_flight.values()))
+                    + self._sent(in_flight),
                     update=max(0, self._update(count) - gradients),
                 )
                 for in_flight in stage.moments
@@ -212,11 +214,10 @@ class _StageEstimate:
     # ---- what waits and travels: `pipeline/executor.py`
 
     def _buffers(self) -> Iterator[int]:
-        """All but what `_received` counts."""
+        """All but what `_received` and `_sent` count."""
         yield self._element * max(self._parameters)  # a parameter's gradient, before it is added to the sum
         yield self._element * self._logit_elements()  # the logits, then their gradient, beside the softmax
         yield self._gradients_of_entries()
-        yield self._sent()
         if self._config.parallel.sequence_parallel and self._tp > 1:
             yield self._rows * self._model.hidden_size * self._element  # Megatron's buffer of gathered rows
         if self._config.zero_stage >= 2:
@@ -241,20 +242,28 @@ class _StageEstimate:
         forwards = min((actions_ahead + 1) // 2, passes - num_in_flight)
         return forwards * ahead + (actions_ahead // 2 + 1) * max(chunk.sent_bytes for chunk in self._chunks)
 
-    def _sent(self) -> int:
-        """Views keep whole buffers until the next send finds that they have left; gloo tells only at the step's end."""
+    def _sent(self, in_flight: Mapping[int, int]) -> int:
+        """Views keep whole buffers until the next send finds that they have left; gloo tells only at the step's end.
+
+        What is in flight has its backward pass, and what that sends, before it: so it is most at the last such moment.
+        """
         sent = [self._sent_of(chunk) for chunk in self._chunks]
         if self._on_gpu:
-            return max(sent)
-        return sum(sent) * self._config.pipeline.num_microbatches - max(sent)
+            return max(map(sum, sent))
+        forwards = backwards = self._config.pipeline.num_microbatches
+        return sum(
+            forwards * forward + (backwards - in_flight[chunk.chunk]) * backward
+            for chunk, (forward, backward) in zip(self._chunks, sent)
+        ) - max(forward for forward, _ in sent)
 
-    def _sent_of(self, chunk: ChunkPlan) -> int:
+    def _sent_of(self, chunk: ChunkPlan) -> tuple[int, int]:
+        """By a forward and by a backward pass."""
         held, sums = self._held[chunk.chunk], self._sums[chunk.chunk]
         forward = self._residual + (held if chunk.transfer.sent.raw_entries else 0)
         forward += sums if chunk.transfer.sent.partial_sums else 0
         backward = self._residual + (held if chunk.transfer.received.raw_entries else 0)
         backward += sums if chunk.transfer.received.partial_sums else 0
-        return (0 if chunk.is_last else forward) + (0 if chunk.is_first else backward)
+        return (0 if chunk.is_last else forward), (0 if chunk.is_first else backward)
 
     def _buckets(self) -> int:
         """DeepSpeed makes them of full size however few gradients there are; two under ZeRO 2 with `overlap_comm`."""
