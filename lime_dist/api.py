@@ -15,7 +15,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from lime_dist.checkpoint.edges import ready_config, resolve_pattern
+from lime_dist.checkpoint.edges import ready_plan, resolve_pattern
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config import load_config as read_config
 from lime_dist.errors import ConfigError
@@ -23,6 +23,7 @@ from lime_dist.generate import Sampling, checkpoint_folder, continue_text, load_
 from lime_dist.generate import load_model as load_checkpoint
 from lime_dist.lime.model import LimeChunk, model_logits, model_loss
 from lime_dist.lime.values import initialize
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.table import plan_report, stage_table
 
 
@@ -39,12 +40,12 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 class Plan(dict[str, Any]):
     """What `lime-dist plan --json` prints, by the same keys; as text, the table of stages and boundaries."""
 
-    def __init__(self, config: Config):
-        super().__init__(plan_report(config))
-        self._config = config
+    def __init__(self, plan: RunPlan):
+        super().__init__(plan_report(plan))
+        self._plan = plan
 
     def __str__(self) -> str:
-        return stage_table(self._config)
+        return stage_table(self._plan)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What a notebook shows."""
@@ -56,7 +57,7 @@ def build_plan(config: Config) -> Plan:
 
     Raises: ConfigError, PlanError, and CheckpointError where the run has a checkpoint that `config` does not fit.
     """
-    return Plan(ready_config(config))
+    return Plan(ready_plan(config))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,6 +14,7 @@ from lime_dist.config import Config
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.lifecycle.local import run_local
 from lime_dist.lime.values import slices, specified_parameters
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.training.rank import Rank
 from lime_dist.training.world import join_world
 
@@ -38,7 +39,7 @@ def run_ranks(config: Config, work: Callable[..., Any], *args: Any, timeout: tim
 def on_rank(config: Config, work: Callable[..., Any], *args: Any) -> Any:
     """`work(rank, *args)` on this rank, begun by `local`. Collective: world."""
     groups, device = join_world(config, own_place())
-    result = work(Rank(config, groups, device), *args)
+    result = work(Rank(plan_run(config), groups, device), *args)
     dist.barrier()  # no rank leaves while another still talks to it
     return result
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.config import Config, load_config
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.lifecycle.local_ranks import run_local_ranks
 from lime_dist.lifecycle.stopping import stop_request
-from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.preflight.input_files import check_files
 
 _WARM_UP_STEPS = 5  # not timed
@@ -44,8 +44,8 @@ def pattern_table(path: Path, overrides: Sequence[str], patterns: Sequence[str],
     outcomes = run_variants(path, overrides, variants, seeds)
     rows = []
     for pattern, runs in outcomes.items():
-        config = _config(path, (*overrides, *variants[pattern]))
-        largest = max(plan_run(config).chunks, key=lambda chunk: chunk.sent_bytes)
+        plan = _plan(path, (*overrides, *variants[pattern]))
+        largest = max(plan.chunks, key=lambda chunk: chunk.sent_bytes)
         sent = largest.transfer.sent
         first = outcomes[patterns[0]]
         rows.append(
@@ -116,19 +116,19 @@ def run_variants(
     return outcomes
 
 
-def _config(path: Path, overrides: Sequence[str]) -> Config:
-    return ready_config(load_config(path, overrides))
+def _plan(path: Path, overrides: Sequence[str]) -> RunPlan:
+    return ready_plan(load_config(path, overrides))
 
 
 def _run(path: Path, overrides: Sequence[str], name: str, seed: int) -> Outcome:
-    base = _config(path, overrides)
+    base = load_config(path, overrides)
     folder = Path(base.run.dir) / "bench" / f"{_file_name(name)}-seed{seed}"
     own = (f"run.seed={seed}", f"run.dir={folder}", "checkpoint.resume=never", f"run.log_every={base.run.steps}")
-    config = _config(path, (*overrides, *own))
-    check_files(config)
+    plan = _plan(path, (*overrides, *own))
+    check_files(plan.config)
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    run_local_ranks(_train, config, shared_import="lime_dist.training.run")
+    run_local_ranks(_train, plan, shared_import="lime_dist.training.run")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     return Outcome(
@@ -142,7 +142,7 @@ def _train(config: Config) -> None:
     stop_request()  # before the slow imports of a fresh interpreter
     from lime_dist.training.run import train
 
-    train(config, own_place())
+    train(plan_run(config), own_place())
 
 
 def _file_name(name: str) -> str:

@@ -22,15 +22,15 @@ from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
 from lime_dist.formats import parse_bytes
 from lime_dist.plan.checker import check_run
 from lime_dist.plan.parameters import logical_tensors
-from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p
 from lime_dist.plan.shape import plan_shape
 
 _Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
 
 
-def ready_config(config: Config, world_size: int | None = None) -> Config:
-    """`check_config`, and the edges with which a start of this run would begin: chosen now, or those of its checkpoint.
+def ready_plan(config: Config, world_size: int | None = None) -> RunPlan:
+    """`check_config`, and the plan of the run as it would start: its edges are chosen now, or those of its checkpoint.
 
     Raises: ConfigError, PlanError, LayoutError, CheckpointError; PlanDefect for a mistake of ours.
     """
@@ -39,11 +39,10 @@ def ready_config(config: Config, world_size: int | None = None) -> Config:
     folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
     check_switches(config, started.pattern if folder is None else None)
-    check_run(plan_run(started))  # raises what is left: patterns, costs and memory that do not fit the stages
-    return started
+    return _checked_plan(started)  # raises what is left: patterns, costs and memory that do not fit the stages
 
 
-def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoint: Path | None = None) -> Config:
+def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoint: Path | None = None) -> RunPlan:
     """The same for an evaluation of `checkpoint`, or of the one that a start would go on from: with its own edges.
 
     Raises: ConfigError, PlanError, LayoutError, CheckpointError; PlanDefect for a mistake of ours.
@@ -53,9 +52,13 @@ def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoi
     folder = checkpoint or resume_folder(config)
     if folder is None:
         raise no_checkpoint(config)
-    evaluated = evaluated_config(config, folder)
-    check_run(plan_run(evaluated))
-    return evaluated
+    return _checked_plan(evaluated_config(config, folder))
+
+
+def _checked_plan(config: Config) -> RunPlan:
+    plan = plan_run(config)
+    check_run(plan)
+    return plan
 
 
 def checkpoints_of(config: Config) -> Path:
@@ -158,7 +161,7 @@ def check_switches(config: Config, before: Pattern | None) -> None:
                 continue  # which edges is not known yet; they are among those that are there
             resolved = resolve_pattern(after)
             known = resolved.pattern
-            check_run(plan_run(resolved))
+            _checked_plan(resolved)
         except PlanError as error:
             raise PlanError(str(error).replace("depth.pattern", f"depth.switch_at.{step}", 1)) from None
         added = lost_edges(known, before) if before else 0

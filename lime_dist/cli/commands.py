@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lime_dist.checkpoint.edges import ready_config, ready_to_evaluate
+from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate
 from lime_dist.config import Config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LimeDistError, one_line
@@ -27,6 +27,7 @@ from lime_dist.lifecycle.launcher import (
     warn,
 )
 from lime_dist.lifecycle.stopping import leaving_when_asked, stop_request
+from lime_dist.plan.run_plan import RunPlan, plan_run
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -122,24 +123,24 @@ def _seconds(text: str) -> float:
 def _plan(args: argparse.Namespace) -> int:
     from lime_dist.plan.table import compare_report, compare_table, plan_report, stage_table
 
-    config = ready_config(load_config(args.config, args.overrides))
-    warn(find_warnings(config))
+    plan = ready_plan(load_config(args.config, args.overrides))
+    warn(find_warnings(plan.config))
     if args.plot is not None:
-        _plot(config, args.plot)
+        _plot(plan, args.plot)
     if args.json:
-        print(json.dumps(plan_report(config) | ({"compare": compare_report(config)} if args.compare else {})))
+        print(json.dumps(plan_report(plan) | ({"compare": compare_report(plan.config)} if args.compare else {})))
     else:
-        print(stage_table(config) + (f"\n\n{compare_table(config)}" if args.compare else ""))
+        print(stage_table(plan) + (f"\n\n{compare_table(plan.config)}" if args.compare else ""))
     return 0
 
 
-def _plot(config: Config, path: Path) -> None:
+def _plot(plan: RunPlan, path: Path) -> None:
     from lime_dist.plan.drawing import draw_plan
 
     if path.suffix != ".svg":
         raise ConfigError(f"--plot: {path} must end in .svg")
     try:
-        path.write_text(draw_plan(config), encoding="utf-8")
+        path.write_text(draw_plan(plan), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--plot: {path}: {error.strerror or error}; give a file that can be written") from None
 
@@ -147,10 +148,10 @@ def _plot(config: Config, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    return _ended(_ready_on_ranks(args, ready_config, "train"))
+    return _ended(_ready_on_ranks(args, ready_plan, "train"))
 
 
-_Ready = Callable[[Config, int | None], Config]  # `ready_config`, or what makes a config ready for an evaluation
+_Ready = Callable[[Config, int | None], RunPlan]  # `ready_plan`, or the same for an evaluation
 
 
 def _ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more: Any) -> Any:
@@ -158,10 +159,10 @@ def _ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *mor
     with _signals_heard():
         from lime_dist.preflight.input_files import check_files
 
-        config = _resolve(args, ready)
-        check_files(config)
-        warn(find_warnings(config))
-        return _on_ranks(config, function, *more)
+        plan = _resolve(args, ready)
+        check_files(plan.config)
+        warn(find_warnings(plan.config))
+        return _on_ranks(plan, function, *more)
 
 
 @contextmanager
@@ -186,10 +187,10 @@ def _ended(code: int) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     from lime_dist.plan.table import stage_table
 
-    config = ready_config(load_config(args.config, args.overrides), args.nproc)
-    warn(find_warnings(config))
-    print(dump_yaml(config))
-    print(stage_table(config))
+    plan = ready_plan(load_config(args.config, args.overrides), args.nproc)
+    warn(find_warnings(plan.config))
+    print(dump_yaml(plan.config))
+    print(stage_table(plan))
     return 0
 
 
@@ -201,8 +202,8 @@ def _eval(args: argparse.Namespace) -> int:
     return _ended(code)
 
 
-def _resolve(args: argparse.Namespace, ready: _Ready) -> Config:
-    """The checked config for the ranks that a launcher has started, or for --nproc."""
+def _resolve(args: argparse.Namespace, ready: _Ready) -> RunPlan:
+    """The plan for the ranks that a launcher has started, or for --nproc."""
     place = find_place()
     if place is not None and args.nproc is not None:
         raise ConfigError("--nproc: a launcher has started this already; leave --nproc out")
@@ -210,42 +211,42 @@ def _resolve(args: argparse.Namespace, ready: _Ready) -> Config:
     return ready(load_config(args.config, args.overrides), world_size)
 
 
-def _on_ranks(config: Config, function: str, *args: Any) -> Any:
-    """Run `training.run.<function>(config, place, *args)` here if a launcher started this, else on local ranks; rank 0's result."""
+def _on_ranks(plan: RunPlan, function: str, *args: Any) -> Any:
+    """Run `training.run.<function>(plan, place, *args)` here if a launcher started this, else on local ranks; rank 0's result."""
     place = find_place()
     if place is not None:
         require_rendezvous()
         require_address(place)
-        if config.run.device != "cpu":
-            launch_kernels_in_order(config.layout)
+        if plan.config.run.device != "cpu":
+            launch_kernels_in_order(plan.layout)
         from lime_dist.training import run
 
-        return _as_launched_rank(getattr(run, function), config, place, args)
+        return _as_launched_rank(getattr(run, function), plan, place, args)
     from lime_dist.lifecycle.local_ranks import run_local_ranks
 
-    return run_local_ranks(_as_local_rank, config, function, *args, shared_import="lime_dist.training.run")[0]
+    return run_local_ranks(_as_local_rank, plan, function, *args, shared_import="lime_dist.training.run")[0]
 
 
 def _as_local_rank(config: Config, function: str, *args: Any) -> Any:
     stop_request()  # before the slow imports of a fresh interpreter
     from lime_dist.training import run
 
-    return getattr(run, function)(config, find_place(), *args)
+    return getattr(run, function)(plan_run(config), find_place(), *args)
 
 
-def _as_launched_rank(function: Callable[..., Any], config: Config, place: Place, args: tuple) -> Any:
+def _as_launched_rank(function: Callable[..., Any], plan: RunPlan, place: Place, args: tuple) -> Any:
     """An error ends the process at once, so that the launcher sees it and stops the other ranks."""
     from lime_dist.lifecycle.local import leave
 
     try:
-        return function(config, place, *args)
+        return function(plan, place, *args)
     except LimeDistError as error:
         print(f"lime-dist: {one_line(error)}", file=sys.stderr)
         write_outcome(NEVER_RESTART, error)
         leave(NEVER_RESTART)
     except Exception as error:
         traceback.print_exc()
-        reason = f"rank {place.rank} ({config.layout.coordinate(place.rank)}) failed: {one_line(error)}"
+        reason = f"rank {place.rank} ({plan.layout.coordinate(place.rank)}) failed: {one_line(error)}"
         print(f"lime-dist: {reason}", file=sys.stderr)
         write_outcome(FAILED, reason)
         leave(FAILED)

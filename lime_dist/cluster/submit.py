@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.checkpoint.reader import find_latest, step_of
 from lime_dist.cluster.history import append_submitted, read_history
 from lime_dist.cluster.lead import bound_lead, measure_lead
@@ -25,6 +25,7 @@ from lime_dist.cluster.script import Submission, check_paths, render_script
 from lime_dist.config import Config, dump_yaml, load_config
 from lime_dist.errors import ConfigError, LayoutError, one_line
 from lime_dist.formats import format_bytes
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.preflight.input_files import check_files
 
 _CLIENT_TIMEOUT_SECONDS = 60  # SLURM's clients wait for ever for a controller that is away
@@ -46,9 +47,10 @@ def prepare(config_file: Path, cluster_file: Path, overrides: Sequence[str]) -> 
     cluster = load_cluster(cluster_file, [text for text in overrides if text.startswith("cluster.")])
     config = load_config(config_file, [text for text in overrides if not text.startswith("cluster.")])
     check_world(config, cluster)
-    config = ready_config(config, cluster.world_size)
+    plan = ready_plan(config, cluster.world_size)
+    config = plan.config
     check_fit(config, cluster)
-    check_memory(config, cluster)
+    check_memory(plan, cluster)
     check_files(config)
     submission, lead_source = _plan_submission(config, cluster)
     check_mounts(cluster, submission)
@@ -101,13 +103,11 @@ def check_fit(config: Config, cluster: ClusterConfig) -> None:
         raise LayoutError(f"cluster.tasks_per_node: {ranks} ranks for gpus_per_node={gpus}; set it to {gpus}")
 
 
-def check_memory(config: Config, cluster: ClusterConfig) -> None:
+def check_memory(plan: RunPlan, cluster: ClusterConfig) -> None:
     """Raises: LayoutError when a stage is estimated to need more than `cluster.gpu_memory`."""
     if cluster.gpu_memory_bytes is None or not cluster.gpus_per_node:
         return
-    from lime_dist.plan.run_plan import plan_run
-
-    needs = [stage.total_bytes for stage in plan_run(config).memory]
+    needs = [stage.total_bytes for stage in plan.memory]
     worst = max(range(len(needs)), key=needs.__getitem__)
     if needs[worst] > cluster.gpu_memory_bytes:
         raise LayoutError(

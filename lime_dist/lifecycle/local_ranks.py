@@ -8,26 +8,27 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from lime_dist.config import Config
 from lime_dist.lifecycle.launcher import launch_kernels_in_order, warn
 from lime_dist.lifecycle.local import run_local
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.preflight import devices
 
 
 def run_local_ranks(
     function: Callable[..., Any],
-    config: Config,
+    plan: RunPlan,
     *args: Any,
     shared_import: str | None = None,
     timeout: timedelta | None = None,
 ) -> list[Any]:
-    """`function(config, *args)` on every rank of a checked config's layout; results by rank.
+    """`function(plan.config, *args)` on every rank of the layout; results by rank.
 
-    function: a module's own; arguments and results are what `wire` can pack. shared_import: a module that
+    function: a module's own, which plans again, as a plan cannot go to another interpreter; arguments and results are what `wire` can pack. shared_import: a module that
     `function` imports slowly; forks get it from this process. Raises: LayoutError, and as `run_local`.
     """
+    config = plan.config
     devices.check_devices(config)
-    warn(filter(None, [devices.check_memory(config)]))
+    warn(filter(None, [devices.check_memory(plan)]))
     fresh = devices.needs_fresh_interpreters(config, devices.count_gpus())
     layout = config.layout
     if fresh:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
 
-from lime_dist.config import Config
 from lime_dist.formats import format_bytes
 from lime_dist.plan import svg
-from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.stages import ChunkPlan, plan_transfer_of
 from lime_dist.plan.table import format_layers
 from lime_dist.plan.transfer import HopPlan, TransferPlan
@@ -68,18 +67,17 @@ def plan_rows(transfer: TransferPlan) -> tuple[Row, ...]:
     return tuple(Row(tuple(layers), *fate[:3]) for fate, layers in groups.items())
 
 
-def draw_plan(config: Config) -> str:
-    """The plan of a checked config as an SVG document."""
-    return _Drawing(config).document()
+def draw_plan(plan: RunPlan) -> str:
+    """An SVG document."""
+    return _Drawing(plan).document()
 
 
 class _Drawing:
-    def __init__(self, config: Config):
-        self.config = config
-        self.plan = plan_run(config)
+    def __init__(self, plan: RunPlan):
+        self.config, self.plan = plan.config, plan
         self.chunks, self.shape = self.plan.chunks, self.plan.shape
         self.is_virtual = self.plan.virtual_stages > 1
-        self.transfer, self.relay = self.plan.transfer, plan_transfer_of(config, "relay")
+        self.transfer, self.relay = self.plan.transfer, plan_transfer_of(plan.config, "relay")
         self.rows = plan_rows(self.transfer)
         self.row_of = {layer: index for index, row in enumerate(self.rows) for layer in row.layers}
         self.panel_bottom = ROWS_TOP + len(self.rows) * ROW_HEIGHT + 12

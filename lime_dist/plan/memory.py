@@ -61,15 +61,26 @@ class StageMemory:
         return {part.name: getattr(self, part.name) for part in fields(self)} | {"total": self.total_bytes}
 
 
-def estimate_memory(config: Config, stages: Sequence[StagePlan]) -> tuple[StageMemory, ...]:
-    """One for each stage of a checked config. `run.device: auto` is taken for a GPU."""
-    return tuple(_StageEstimate(config, stage).memory() for stage in stages)
+class MemoryEstimate:
+    """Of one rank of each stage of a checked config, under any warm-up. `run.device: auto` is taken for a GPU.
+
+    chunks: all of them, in model order.
+    """
+
+    def __init__(self, config: Config, chunks: Sequence[ChunkPlan]):
+        num_stages = config.parallel.pp
+        self._stages = [_StageEstimate(config, chunks[index::num_stages]) for index in range(num_stages)]
+
+    def of(self, stages: Sequence[StagePlan]) -> tuple[StageMemory, ...]:
+        return tuple(estimate.memory(stage) for estimate, stage in zip(self._stages, stages, strict=True))
 
 
 class _StageEstimate:
-    def __init__(self, config: Config, stage: StagePlan):
-        self._config, self._model, self._stage = config, config.model, stage
-        self._chunks, self._shape = {chunk.chunk: chunk for chunk in stage.chunks}, stage.chunks[0].shape
+    """What the chunks alone say is worked out once, here."""
+
+    def __init__(self, config: Config, chunks: Sequence[ChunkPlan]):
+        self._config, self._model, self._chunks = config, config.model, chunks
+        self._shape = chunks[0].shape
         self._element, self._tp, self._dp = self._shape.element_bytes, config.parallel.tp, config.layout.dp
         self._rows = self._shape.rows * self._tp  # tokens of a microbatch, padded
         self._residual_rows = self._shape.rows if config.parallel.sequence_parallel else self._rows
@@ -77,8 +88,13 @@ class _StageEstimate:
         self._recomputes = config.parallel.recompute == "layer"
         self._on_gpu = config.run.device != "cpu"
         self._parameters = self._parameter_sizes()
+        self._layers = {chunk.chunk: [sum(self._layer(chunk, layer)) for layer in chunk.layers] for chunk in chunks}
+        self._kept = {chunk.chunk: self._kept_of(chunk) for chunk in chunks}
+        self._held = {chunk.chunk: chunk.held_bytes for chunk in chunks}
+        self._sums = {chunk.chunk: len(chunk.transfer.summed_readers) * self._shape.sum_bytes for chunk in chunks}
+        self._always = sum(self._buffers())
 
-    def memory(self) -> StageMemory:
+    def memory(self, stage: StagePlan) -> StageMemory:
         """At the moment when it is most."""
         count, zero = sum(self._parameters), self._config.zero_stage
         gradients = FP32 * count // (self._dp if zero >= 2 else 1)
@@ -89,20 +105,22 @@ class _StageEstimate:
                     gradients=gradients,
                     optimizer=self._optimizer(count),
                     activations=self._activations(in_flight),
-                    entries=sum(number * self._chunks[chunk].held_bytes for chunk, number in in_flight.items()),
+                    entries=sum(number * self._held[chunk] for chunk, number in in_flight.items()),
                     sums=self._sums_in_flight(in_flight),
-                    logits=FP32 * in_flight.get(self._last.chunk, 0) * self._logit_elements(),
-                    buffers=sum(self._buffers(sum(in_flight.values()))),
+                    logits=FP32 * in_flight[self._last.chunk] * self._logit_elements(),
+                    buffers=self._always
+                    + self._received(stage.receives_ahead, sum(in_flight.values()))
+                    + self._sent(in_flight),
                     update=max(0, self._update(count) - gradients),
                 )
-                for in_flight in self._stage.moments
+                for in_flight in stage.moments
             ),
             key=lambda memory: memory.total_bytes,
         )
 
     @property
     def _last(self) -> ChunkPlan:
-        return self._stage.chunks[-1]
+        return self._chunks[-1]
 
     # ---- weights to moments: `backends/deepspeed.py`
 
@@ -111,7 +129,7 @@ class _StageEstimate:
         vocab_rows = padded_vocab_size(self._model.vocab_size, self._tp)
         return [
             prod(spec.shape)
-            for chunk in self._stage.chunks
+            for chunk in self._chunks
             for spec in plan_parameters(
                 self._model, chunk.transfer, chunk.layers, tp=self._tp, tp_rank=0, vocab_rows=vocab_rows
             )
@@ -150,17 +168,17 @@ class _StageEstimate:
     # ---- what autograd keeps of one microbatch: `lime/`
 
     def _activations(self, in_flight: Mapping[int, int]) -> int:
-        kept = sum(number * self._kept_of(self._chunks[chunk]) for chunk, number in in_flight.items())
+        kept = sum(number * self._kept[chunk] for chunk, number in in_flight.items())
         if not self._recomputes:
             return kept
-        return kept + max(sum(self._layer(chunk, layer)) for chunk in self._stage.chunks for layer in chunk.layers)
+        return kept + max(map(max, self._layers.values()))
 
     def _kept_of(self, chunk: ChunkPlan) -> int:
         """Of one microbatch; with `recompute` the input of each layer."""
         ends = self._norm() if chunk.is_last else self._residual  # the final norm, or the output
         if self._recomputes:
             return len(chunk.layers) * self._residual + ends
-        return sum(sum(self._layer(chunk, layer)) for layer in chunk.layers) + ends
+        return sum(self._layers[chunk.chunk]) + ends
 
     def _layer(self, chunk: ChunkPlan, layer: int) -> Iterator[int]:
         yield 2 * self._norm()
@@ -195,12 +213,11 @@ class _StageEstimate:
 
     # ---- what waits and travels: `pipeline/executor.py`
 
-    def _buffers(self, num_in_flight: int) -> Iterator[int]:
+    def _buffers(self) -> Iterator[int]:
+        """All but what `_received` and `_sent` count."""
         yield self._element * max(self._parameters)  # a parameter's gradient, before it is added to the sum
         yield self._element * self._logit_elements()  # the logits, then their gradient, beside the softmax
         yield self._gradients_of_entries()
-        yield self._received(num_in_flight)
-        yield self._sent()
         if self._config.parallel.sequence_parallel and self._tp > 1:
             yield self._rows * self._model.hidden_size * self._element  # Megatron's buffer of gathered rows
         if self._config.zero_stage >= 2:
@@ -208,42 +225,45 @@ class _StageEstimate:
 
     def _gradients_of_entries(self) -> int:
         """Of the microbatch that goes back, and of those entries to which its later chunks have added already."""
-        sums = max(self._sums(chunk) for chunk in self._stage.chunks)
-        return sum(chunk.held_bytes for chunk in self._stage.chunks) + sums
-
-    def _sums(self, chunk: ChunkPlan) -> int:
-        return len(chunk.transfer.summed_readers) * self._shape.sum_bytes
+        return sum(self._held.values()) + max(self._sums.values())
 
     def _sums_in_flight(self, in_flight: Mapping[int, int]) -> int:
         if self._recomputes:
-            return sum(number * self._sums(self._chunks[chunk]) for chunk, number in in_flight.items())
-        return max(self._sums(chunk) for chunk in self._stage.chunks)
+            return sum(number * self._sums[chunk] for chunk, number in in_flight.items())
+        return max(self._sums.values())
 
-    def _received(self, num_in_flight: int) -> int:
+    def _received(self, actions_ahead: int, num_in_flight: int) -> int:
         """Of the actions ahead: depth memories and residuals of forwards to come, gradients of what was sent for backwards."""
-        actions_ahead = self._stage.receives_ahead
-        passes = self._config.pipeline.num_microbatches * len(self._stage.chunks)
+        passes = self._config.pipeline.num_microbatches * len(self._chunks)
         ahead = max(
-            chunk.held_bytes + self._sums(chunk) + (0 if chunk.is_first else self._shape.residual_bytes)
-            for chunk in self._stage.chunks
+            self._held[chunk.chunk] + self._sums[chunk.chunk] + (0 if chunk.is_first else self._shape.residual_bytes)
+            for chunk in self._chunks
         )
         forwards = min((actions_ahead + 1) // 2, passes - num_in_flight)
-        return forwards * ahead + (actions_ahead // 2 + 1) * max(chunk.sent_bytes for chunk in self._stage.chunks)
+        return forwards * ahead + (actions_ahead // 2 + 1) * max(chunk.sent_bytes for chunk in self._chunks)
 
-    def _sent(self) -> int:
-        """Views keep whole buffers until the next send finds that they have left; gloo tells only at the step's end."""
-        sent = [self._sent_of(chunk) for chunk in self._stage.chunks]
+    def _sent(self, in_flight: Mapping[int, int]) -> int:
+        """Views keep whole buffers until the next send finds that they have left; gloo tells only at the step's end.
+
+        What is in flight has its backward pass, and what that sends, before it: so it is most at the last such moment.
+        """
+        sent = [self._sent_of(chunk) for chunk in self._chunks]
         if self._on_gpu:
-            return max(sent)
-        return sum(sent) * self._config.pipeline.num_microbatches - max(sent)
+            return max(map(sum, sent))
+        forwards = backwards = self._config.pipeline.num_microbatches
+        return sum(
+            forwards * forward + (backwards - in_flight[chunk.chunk]) * backward
+            for chunk, (forward, backward) in zip(self._chunks, sent)
+        ) - max(forward for forward, _ in sent)
 
-    def _sent_of(self, chunk: ChunkPlan) -> int:
-        held, sums = chunk.held_bytes, self._sums(chunk)
+    def _sent_of(self, chunk: ChunkPlan) -> tuple[int, int]:
+        """By a forward and by a backward pass."""
+        held, sums = self._held[chunk.chunk], self._sums[chunk.chunk]
         forward = self._residual + (held if chunk.transfer.sent.raw_entries else 0)
         forward += sums if chunk.transfer.sent.partial_sums else 0
         backward = self._residual + (held if chunk.transfer.received.raw_entries else 0)
         backward += sums if chunk.transfer.received.partial_sums else 0
-        return (0 if chunk.is_last else forward) + (0 if chunk.is_first else backward)
+        return (0 if chunk.is_last else forward), (0 if chunk.is_first else backward)
 
     def _buckets(self) -> int:
         """DeepSpeed makes them of full size however few gradients there are; two under ZeRO 2 with `overlap_comm`."""

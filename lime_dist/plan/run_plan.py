@@ -6,17 +6,18 @@ of it in another way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from lime_dist.config import Config
 from lime_dist.errors import LayoutError
 from lime_dist.formats import format_bytes
 from lime_dist.layout import Layout
-from lime_dist.plan.memory import StageMemory, estimate_memory
+from lime_dist.plan.memory import MemoryEstimate, StageMemory
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
 from lime_dist.plan.shape import BundleShape
-from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_stages, plan_transfer_of
+from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_chunks, plan_stages, plan_transfer_of
 from lime_dist.plan.transfer import TransferPlan
 
 
@@ -24,17 +25,27 @@ from lime_dist.plan.transfer import TransferPlan
 class RunPlan:
     """The whole plan of a run.
 
-    warmup: forwards of the first stage before its first backward, None for the schedule's own number. stages, memory (of one
-    rank of each): by pipeline rank.
+    config: checked, and what the plan follows from. warmup: forwards of the first stage before its first backward, None for
+    the schedule's own number. stages, memory (of one rank of each): by pipeline rank.
     """
 
-    layout: Layout
-    schedule: str
+    config: Config = field(compare=False)  # two may come out as the same plan
     warmup: int | None
-    num_microbatches: int
     transfer: TransferPlan
     stages: tuple[StagePlan, ...]
     memory: tuple[StageMemory, ...]
+
+    @property
+    def layout(self) -> Layout:
+        return self.config.layout
+
+    @property
+    def schedule(self) -> str:
+        return self.config.pipeline.schedule
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.config.pipeline.num_microbatches
 
     @property
     def virtual_stages(self) -> int:
@@ -62,9 +73,8 @@ def plan_run(config: Config) -> RunPlan:
     `pipeline.warmup: auto` takes the most forwards, up to those of eager 1F1B, with which every stage fits `run.memory`.
     """
     transfer = plan_transfer_of(config)
-    for warmup in _warmups(config):
-        plan = _plan_run(config, transfer, warmup)
-        if _fits(plan, config):
+    for plan in _plan_warmups(config, transfer, plan_chunks(config, transfer), _warmups(config)):
+        if _fits(plan):
             return plan
     needs = [memory.total_bytes for memory in plan.memory]
     worst = needs.index(max(needs))
@@ -72,6 +82,21 @@ def plan_run(config: Config) -> RunPlan:
         f"run.memory: {config.run.memory}, but a rank of stage {worst} needs about {format_bytes(needs[worst])}; lower "
         "data.seq_length or data.global_batch_size, or raise pipeline.num_microbatches, parallel.pp, parallel.tp or run.memory"
     )
+
+
+def replan_warmups(plan: RunPlan, warmups: Iterable[int | None]) -> Iterator[RunPlan]:
+    """The same run with each of them, whether or not it fits `run.memory`."""
+    return _plan_warmups(plan.config, plan.transfer, plan.chunks, warmups)
+
+
+def _plan_warmups(
+    config: Config, transfer: TransferPlan, chunks: tuple[ChunkPlan, ...], warmups: Iterable[int | None]
+) -> Iterator[RunPlan]:
+    """Only the order of passes and what they hold at a time differ."""
+    estimate = MemoryEstimate(config, chunks)
+    for warmup in warmups:
+        stages = plan_stages(config, chunks, warmup)
+        yield RunPlan(config=config, warmup=warmup, transfer=transfer, stages=stages, memory=estimate.of(stages))
 
 
 def _warmups(config: Config) -> list[int | None]:
@@ -89,19 +114,6 @@ def _warmups(config: Config) -> list[int | None]:
     return [*range(eager_warmup(**sizes), plain_warmup(**sizes), -1), None]
 
 
-def _fits(plan: RunPlan, config: Config) -> bool:
-    allowed = config.run.memory_bytes
+def _fits(plan: RunPlan) -> bool:
+    allowed = plan.config.run.memory_bytes
     return allowed is None or all(memory.total_bytes <= allowed for memory in plan.memory)
-
-
-def _plan_run(config: Config, transfer: TransferPlan, warmup: int | None) -> RunPlan:
-    stages = plan_stages(config, transfer, warmup)
-    return RunPlan(
-        layout=config.layout,
-        schedule=config.pipeline.schedule,
-        warmup=warmup,
-        num_microbatches=config.pipeline.num_microbatches,
-        transfer=transfer,
-        stages=stages,
-        memory=estimate_memory(config, stages),
-    )

@@ -7,11 +7,12 @@ With `virtual_stages` v, stage r of P runs the chunks r, r + P, r + 2P, ..., v o
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate, count
+from itertools import accumulate, count, islice, repeat
+from typing import NamedTuple, overload
 
 from lime_dist.errors import ConfigError, shown
 
@@ -21,12 +22,7 @@ class Kind(Enum):
     BACKWARD = "B"
 
 
-# What a pass of each kind adds to the microbatches whose activations are held.
-_ADDS_IN_FLIGHT = {Kind.FORWARD: 1, Kind.BACKWARD: -1}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One pass of one microbatch through one chunk, which is numbered in the order of the model."""
 
     kind: Kind
@@ -37,6 +33,117 @@ class Action:
         return f"{self.chunk}{self.kind.value}{self.microbatch_index}"
 
 
+class _Actions(Sequence[Action], ABC):
+    """Actions that are made when they are asked for: those of all stages of a long step would fill the memory."""
+
+    @overload
+    def __getitem__(self, index: int) -> Action: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Action, ...]: ...
+    def __getitem__(self, index: int | slice) -> Action | tuple[Action, ...]:
+        places = range(len(self))[index]
+        return self._at(places) if isinstance(places, int) else tuple(map(self._at, places))
+
+    @abstractmethod
+    def _at(self, place: int) -> Action: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes(_Actions):
+    """Of one kind, of all microbatches through a stage's chunks in their order: a round through one chunk after another.
+
+    backwards: the last microbatch of a round first.
+    """
+
+    kind: Kind
+    chunks: range
+    num_microbatches: int
+    num_rounds: int = 1
+    backwards: bool = False
+
+    @property
+    def round_size(self) -> int:
+        """Microbatches of a round, which the first rounds have one more of where they cannot be equal."""
+        return self.num_microbatches // self.num_rounds
+
+    @property
+    def _num_longer(self) -> int:
+        return self.num_microbatches % self.num_rounds
+
+    def __len__(self) -> int:
+        return len(self.chunks) * self.num_microbatches
+
+    def __iter__(self) -> Iterator[Action]:
+        ends = [*accumulate(self.round_size + (index < self._num_longer) for index in range(self.num_rounds))]
+        for start, end in zip([0, *ends], ends):
+            microbatches = range(start, end)[::-1] if self.backwards else range(start, end)
+            for chunk in self.chunks:
+                yield from map(Action, repeat(self.kind), repeat(chunk), microbatches)
+
+    def _at(self, place: int) -> Action:
+        start, size = 0, self.round_size + 1
+        if place >= (longer := len(self.chunks) * self._num_longer * size):
+            start, size, place = self._num_longer * size, size - 1, place - longer
+        round_index, place = divmod(place, len(self.chunks) * size)
+        chunk_index, place = divmod(place, size)
+        index = start + round_index * size + (size - 1 - place if self.backwards else place)
+        return Action(self.kind, self.chunks[chunk_index], index)
+
+    def counts(self, number: int) -> dict[int, int]:
+        """How many of the first `number` are of each chunk. Only where rounds are equal."""
+        size = self.round_size
+        rounds, rest = divmod(number, len(self.chunks) * size)
+        return {
+            chunk: rounds * size + min(size, max(0, rest - index * size)) for index, chunk in enumerate(self.chunks)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(_Actions):
+    """What a stage does in a training step: `warmup` forwards, then a backward and a forward in turn, then the backwards left."""
+
+    forwards: Passes
+    backwards: Passes
+    warmup: int
+
+    def __len__(self) -> int:
+        return len(self.forwards) + len(self.backwards)
+
+    def __iter__(self) -> Iterator[Action]:
+        forwards, backwards = iter(self.forwards), iter(self.backwards)
+        yield from islice(forwards, self.warmup)
+        for forward, backward in zip(forwards, backwards):
+            yield backward
+            yield forward
+        yield from backwards
+
+    def _at(self, place: int) -> Action:
+        num_forwards = len(self.forwards)
+        if place < self.warmup:
+            return self.forwards[place]
+        if place >= 2 * num_forwards - self.warmup:
+            return self.backwards[place - num_forwards]
+        turn, is_forward = divmod(place - self.warmup, 2)
+        return self.forwards[self.warmup + turn] if is_forward else self.backwards[turn]
+
+    def peaks(self) -> tuple[dict[int, int], ...]:
+        """The numbers of microbatches that chunks hold when the stage holds most, by chunk.
+
+        After each forward from the last of the warm-up on it holds as many, of chunks that change from round to round alike.
+        Between those moments at which a forward or a backward comes to the next chunk, which these are, the numbers
+        change evenly: whatever is linear in them is largest at one of these.
+        """
+        size = self.forwards.round_size
+        turns = min(len(self.forwards) - self.warmup, size * len(self.forwards.chunks))
+        corners = {0, turns, *range(0, turns, size), *range(-self.warmup % size, turns, size)}
+        moments = (self._held_after(turn) for turn in sorted(corners))
+        return tuple({tuple(held.items()): held for held in moments}.values())
+
+    def _held_after(self, turn: int) -> dict[int, int]:
+        forward, back = self.forwards.counts(self.warmup + turn), self.backwards.counts(turn)
+        return {chunk: number - back[chunk] for chunk, number in forward.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Pipeline:
     num_stages: int
@@ -45,7 +152,8 @@ class _Pipeline:
 
     @property
     def num_rounds(self) -> int:
-        """Of microbatches: a stage runs a round through one of its chunks after another, as torch does."""
+        """Of microbatches: a stage runs a round through one of its chunks after another, as torch does. None is smaller than the
+        pipeline if it can be."""
         return max(1, self.num_microbatches // self.num_stages)
 
     @property
@@ -53,15 +161,18 @@ class _Pipeline:
         """The number where rounds are equal."""
         return self.num_microbatches // self.num_rounds
 
-    @property
-    def rounds(self) -> list[range]:
-        """The first have a microbatch more where rounds cannot be equal; none is smaller than the pipeline if it can be."""
-        size, rest = divmod(self.num_microbatches, self.num_rounds)
-        ends = [*accumulate(size + (index < rest) for index in range(self.num_rounds))]
-        return [range(start, end) for start, end in zip([0, *ends], ends)]
-
     def chunks(self, stage_index: int) -> range:
         return range(stage_index, self.num_stages * self.virtual_stages, self.num_stages)
+
+    def passes(self, kind: Kind, stage_index: int) -> Passes:
+        """With one chunk a stage rounds make no difference."""
+        chunks, num_rounds = self.chunks(stage_index), self.num_rounds if self.virtual_stages > 1 else 1
+        return Passes(
+            kind=kind,
+            chunks=chunks if kind is Kind.FORWARD else chunks[::-1],
+            num_microbatches=self.num_microbatches,
+            num_rounds=num_rounds,
+        )
 
     def plain_warmup(self, stage_index: int) -> int:
         """Forwards before the first backward, of which a stage runs no more than it has."""
@@ -80,35 +191,26 @@ class _Pipeline:
         return min(raised, self.eager_warmup(stage_index)) if self.virtual_stages == 1 else raised
 
 
-def _passes(kind: Kind, rounds: Iterable[Sequence[int]], chunks: Sequence[int]) -> list[Action]:
-    return [
-        Action(kind=kind, chunk=chunk, microbatch_index=index)
-        for microbatches in rounds
-        for chunk in chunks
-        for index in microbatches
-    ]
-
-
-def _gpipe(pipeline: _Pipeline, stage_index: int, warmup: int | None) -> list[Action]:
+def _gpipe(pipeline: _Pipeline, stage_index: int, warmup: int | None) -> Step:
     """All forwards before all backwards; with virtual stages breadth-first (Lamy-Poirier 2022, arXiv 2211.05953).
 
     The backwards of torch's ScheduleGPipe begin with the first microbatch, those of its ScheduleLoopedBFS with the last.
     """
-    microbatches, chunks = range(pipeline.num_microbatches), pipeline.chunks(stage_index)
-    back = microbatches if pipeline.virtual_stages == 1 else microbatches[::-1]
-    return _passes(Kind.FORWARD, [microbatches], chunks) + _passes(Kind.BACKWARD, [back], chunks[::-1])
+    chunks, number, is_virtual = pipeline.chunks(stage_index), pipeline.num_microbatches, pipeline.virtual_stages > 1
+    forwards = Passes(kind=Kind.FORWARD, chunks=chunks, num_microbatches=number)
+    backwards = Passes(kind=Kind.BACKWARD, chunks=chunks[::-1], num_microbatches=number, backwards=is_virtual)
+    return Step(forwards=forwards, backwards=backwards, warmup=len(forwards))
 
 
-def _one_forward_one_backward(pipeline: _Pipeline, stage_index: int, warmup: int | None) -> list[Action]:
+def _one_forward_one_backward(pipeline: _Pipeline, stage_index: int, warmup: int | None) -> Step:
     """PipeDream-flush, and interleaved 1F1B with virtual stages (Narayanan et al. 2021, section 2.2)."""
-    rounds, chunks = pipeline.rounds, pipeline.chunks(stage_index)
-    forwards, backwards = _passes(Kind.FORWARD, rounds, chunks), _passes(Kind.BACKWARD, rounds, chunks[::-1])
+    forwards = pipeline.passes(Kind.FORWARD, stage_index)
+    backwards = pipeline.passes(Kind.BACKWARD, stage_index)
     first = min(len(forwards), pipeline.warmup(stage_index, warmup))
-    steady = [action for pair in zip(backwards, forwards[first:]) for action in pair]
-    return forwards[:first] + steady + backwards[len(forwards) - first :]
+    return Step(forwards=forwards, backwards=backwards, warmup=first)
 
 
-_SCHEDULES: dict[str, Callable[[_Pipeline, int, int | None], list[Action]]] = {
+_SCHEDULES: dict[str, Callable[[_Pipeline, int, int | None], Step]] = {
     "1f1b": _one_forward_one_backward,
     "gpipe": _gpipe,
 }
@@ -123,7 +225,7 @@ def plan_schedule(
     num_microbatches: int,
     virtual_stages: int = 1,
     warmup: int | None = None,
-) -> list[Action]:
+) -> Step:
     """The actions of one stage in order.
 
     warmup: forwards of the first stage before its first backward; None for the plain order. Up to
@@ -199,20 +301,7 @@ def eager_warmup(*, num_stages: int, num_microbatches: int, virtual_stages: int 
 
 def plan_forward_only(
     num_microbatches: int, *, stage_index: int = 0, num_stages: int = 1, virtual_stages: int = 1
-) -> list[Action]:
+) -> Passes:
     """Evaluation: every microbatch forward, nothing back, in the order of interleaved 1F1B, for any number of them."""
     pipeline = _Pipeline(num_stages=num_stages, num_microbatches=num_microbatches, virtual_stages=virtual_stages)
-    return _passes(Kind.FORWARD, pipeline.rounds, pipeline.chunks(stage_index))
-
-
-def peak_in_flight(actions: Iterable[Action]) -> int:
-    """The largest number of (chunk, microbatch) pairs whose activations a stage holds at once."""
-    return max(accumulate(_ADDS_IN_FLIGHT[action.kind] for action in actions), default=0)
-
-
-def in_flight_counts(actions: Iterable[Action]) -> Iterator[Counter[int]]:
-    """After each action, for each chunk with any, the number of microbatches whose activations it holds."""
-    held: Counter[int] = Counter()
-    for action in actions:
-        held[action.chunk] += _ADDS_IN_FLIGHT[action.kind]
-        yield +held
+    return pipeline.passes(Kind.FORWARD, stage_index)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from lime_dist.config import Config
 from lime_dist.plan.flops import routing_flops_per_token
 from lime_dist.plan.messages import HopEnd, Message, backward_messages, forward_messages
 from lime_dist.plan.operations import Operation, plan_operations
-from lime_dist.plan.schedule import Action, Kind, in_flight_counts, plan_forward_only, plan_schedule
+from lime_dist.plan.schedule import Action, Kind, plan_forward_only, plan_schedule
 from lime_dist.plan.shape import DTYPE_BYTES, BundleShape, plan_shape
 from lime_dist.plan.transfer import ChunkTransfer, TransferPlan, plan_transfer
 
@@ -70,15 +69,17 @@ class ChunkPlan:
 class StagePlan:
     """Everything that one stage of the pipeline is to do.
 
-    chunks: ascending. actions, evaluation: of a training step and of a batch that is only evaluated. receives_ahead: of how
-    many actions behind the running one the receives are posted already.
+    chunks: ascending. actions, evaluation: of a training step and of a batch that is only evaluated. moments: the numbers of
+    microbatches that the chunks hold in a step when the stage holds most, see `Step.peaks`. receives_ahead: of how many
+    actions behind the running one the receives are posted already.
     """
 
     stage_index: int
     num_stages: int
     chunks: tuple[ChunkPlan, ...]
-    actions: tuple[Action, ...]
-    evaluation: tuple[Action, ...]
+    actions: Sequence[Action]
+    evaluation: Sequence[Action]
+    moments: tuple[Mapping[int, int], ...]
     receives_ahead: int
 
     @property
@@ -106,15 +107,7 @@ class StagePlan:
         """What `actions` of this stage ask of it, in order."""
         return plan_operations({chunk.chunk: chunk for chunk in self.chunks}, actions, self.receives_ahead)
 
-    @cached_property
-    def moments(self) -> tuple[dict[int, int], ...]:
-        """The different numbers of microbatches that the chunks hold between two actions of a step, by chunk.
-
-        Moments are left out at which no chunk holds more than at another one.
-        """
-        return _largest([dict(counts) for counts in in_flight_counts(self.actions)])
-
-    @cached_property
+    @property
     def peak_in_flight(self) -> int:
         """The largest number of passes whose activations the stage holds at once."""
         return max(sum(counts.values()) for counts in self.moments)
@@ -137,15 +130,6 @@ class StagePlan:
         return sum(chunk.sent_bytes for chunk in self.chunks)
 
 
-def _largest(moments: Sequence[dict[int, int]]) -> tuple[dict[int, int], ...]:
-    different = list({tuple(sorted(counts.items())): counts for counts in moments}.values())
-    return tuple(one for one in different if not any(other is not one and _covers(other, one) for other in different))
-
-
-def _covers(larger: dict[int, int], smaller: dict[int, int]) -> bool:
-    return all(larger.get(chunk, 0) >= count for chunk, count in smaller.items())
-
-
 def plan_transfer_of(config: Config, policy: str | None = None) -> TransferPlan:
     """The transfer plan of a checked config, by its own policy or another."""
     return plan_transfer(
@@ -158,24 +142,28 @@ def plan_transfer_of(config: Config, policy: str | None = None) -> TransferPlan:
     )
 
 
-def plan_stages(config: Config, transfer: TransferPlan, warmup: int | None) -> tuple[StagePlan, ...]:
-    """By pipeline rank, of a checked config. warmup: see `plan_schedule`."""
+def plan_chunks(config: Config, transfer: TransferPlan) -> tuple[ChunkPlan, ...]:
+    """In model order, of a checked config."""
     shape = plan_shape(config)
-    chunks = tuple(_plan_chunk(config, transfer, shape, chunk) for chunk in range(len(transfer.chunks)))
+    return tuple(_plan_chunk(config, transfer, shape, chunk) for chunk in range(len(transfer.chunks)))
+
+
+def plan_stages(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | None) -> tuple[StagePlan, ...]:
+    """By pipeline rank, of a checked config. warmup: see `plan_schedule`."""
     return tuple(_plan_stage(config, chunks, warmup, index) for index in range(config.parallel.pp))
 
 
 def _plan_stage(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | None, stage_index: int) -> StagePlan:
     pipeline, num_stages, virtual_stages = config.pipeline, config.parallel.pp, config.parallel.virtual_stages
     place = {"stage_index": stage_index, "num_stages": num_stages, "virtual_stages": virtual_stages}
+    step = plan_schedule(pipeline.schedule, num_microbatches=pipeline.num_microbatches, warmup=warmup, **place)
     return StagePlan(
         stage_index=stage_index,
         num_stages=num_stages,
         chunks=chunks[stage_index::num_stages],
-        actions=tuple(
-            plan_schedule(pipeline.schedule, num_microbatches=pipeline.num_microbatches, warmup=warmup, **place)
-        ),
-        evaluation=tuple(plan_forward_only(pipeline.num_microbatches, **place)),
+        actions=step,
+        evaluation=plan_forward_only(pipeline.num_microbatches, **place),
+        moments=step.peaks(),
         receives_ahead=1 if warmup is None else RECEIVES_AHEAD,
     )
 

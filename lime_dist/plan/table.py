@@ -5,7 +5,6 @@ Bytes are those of one microbatch on one tensor rank, forward, unless a name say
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -24,12 +23,12 @@ from lime_dist.plan.parameters import (
     plan_parameters,
 )
 from lime_dist.plan.record import plan_record
-from lime_dist.plan.run_plan import RunPlan, plan_run
+from lime_dist.plan.run_plan import RunPlan, replan_warmups
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
 from lime_dist.plan.shape import plan_shape
 from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
 from lime_dist.plan.tensors import Role
-from lime_dist.plan.transfer import plan_transfer
+from lime_dist.plan.transfer import HopPlan, TransferPlan, plan_transfer
 
 MAX_WIDTH, MAX_LAYERS_WIDTH = 120, 22  # of a line; of a column, so that lines stay within it
 POLICIES = ("least", "relay")
@@ -47,62 +46,54 @@ COMPARED_PATTERNS = (
 )
 
 
-def plan_report(config: Config) -> dict[str, Any]:
-    """Stages, hops and totals of a checked config.
+def plan_report(plan: RunPlan) -> dict[str, Any]:
+    """Stages, hops and totals, and all of the plan.
 
     totals: entries and partial sums over all hops, under each policy. proven_minimum: what no plan can go below; without
-    virtual stages by the matchings of all boundaries, with them by the minimum cut. warmups: what `pipeline.warmup` costs.
+    virtual stages by the vertex covers of all boundaries, with them by the minimum cut. warmups: what `pipeline.warmup` costs.
     """
-    plan = plan_run(config)
-    transfers = {policy: plan_transfer_of(config, policy) for policy in POLICIES}
-    fewest = _fewest(plan)
+    return {"plan": plan_record(plan), **_table_report(plan)}
+
+
+def _table_report(plan: RunPlan) -> dict[str, Any]:
+    config = plan.config
+    fewest = _fewest(plan.transfer)
     return {
-        "plan": plan_record(plan),
         "layout": {"tp": config.layout.tp, "pp": config.layout.pp, "dp": config.layout.dp},
         "virtual_stages": plan.virtual_stages,
         "pattern": plan.transfer.pattern.name,
         "policy": config.depth.policy,
         "stages": [_stage_report(config, stage, memory) for stage, memory in zip(plan.stages, plan.memory)],
-        "hops": [_hop_report(plan, chunk, least) for chunk, least in zip(plan.chunks, fewest)],
-        "totals": {policy: transfer.num_crossings for policy, transfer in transfers.items()},
-        "proven_minimum": _proven_minimum(plan, fewest),
-        "warmups": _warmup_reports(config, plan),
+        "hops": [_hop_report(plan, chunk, least) for chunk, least in zip(plan.chunks, fewest.hops)],
+        "totals": {policy: _transfer_by(plan, policy).num_crossings for policy in POLICIES},
+        "proven_minimum": fewest.num_crossings,
+        "warmups": _warmup_reports(plan),
     }
 
 
-def _fewest(plan: RunPlan) -> list[int | None]:
-    """Of each hop. With virtual stages what a hop must carry depends on the others, and only the sum has a minimum."""
-    if plan.virtual_stages > 1:
-        return [None] * (len(plan.chunks) - 1)
-    return [least_crossings(plan.transfer.pattern, following.layers.start) for following in plan.chunks[1:]]
+def _fewest(transfer: TransferPlan) -> TransferPlan:
+    """As few tensors as can be, whatever their bytes."""
+    return plan_transfer(transfer.pattern, transfer.chunks, num_stages=transfer.num_stages, policy="least")
 
 
-def _proven_minimum(plan: RunPlan, fewest: Sequence[int | None]) -> int:
-    if plan.virtual_stages == 1:
-        return sum(filter(None, fewest))
-    pattern, chunks = plan.transfer.pattern, plan.transfer.chunks
-    return plan_transfer(pattern, chunks, num_stages=len(plan.stages), policy="least").num_crossings
+def _transfer_by(plan: RunPlan, policy: str) -> TransferPlan:
+    return plan.transfer if policy == plan.config.depth.policy else plan_transfer_of(plan.config, policy)
 
 
-def _warmup_reports(config: Config, plan: RunPlan) -> list[dict[str, Any]]:
+def _warmup_reports(plan: RunPlan) -> list[dict[str, Any]]:
     """The plain warm-up, the eager one and the run's own, ascending; none where there is no choice to make."""
-    if config.pipeline.schedule != "1f1b" or len(plan.stages) == 1 or plan.virtual_stages > 1:
+    if plan.schedule != "1f1b" or len(plan.stages) == 1 or plan.virtual_stages > 1:
         return []
     sizes = {"num_stages": len(plan.stages), "num_microbatches": plan.num_microbatches}
     plain, eager = plain_warmup(**sizes), eager_warmup(**sizes)
     own = plan.warmup or plain
-    plans = {
-        warmup: plan if warmup == own else _with_warmup(config, None if warmup == plain else warmup)
-        for warmup in sorted({plain, eager, own})
-    }
+    others = sorted({plain, eager} - {own})
+    plans = dict(zip(others, replan_warmups(plan, [None if warmup == plain else warmup for warmup in others])))
     names = {plain: "plain", eager: "eager"}
-    return [_warmup_report(one, warmup, names.get(warmup), warmup == own) for warmup, one in plans.items()]
-
-
-def _with_warmup(config: Config, warmup: int | None) -> RunPlan:
-    """Whether or not it fits `run.memory`."""
-    pipeline, run = replace(config.pipeline, warmup=warmup), replace(config.run, memory=None)
-    return plan_run(replace(config, pipeline=pipeline, run=run))
+    return [
+        _warmup_report(one, warmup, names.get(warmup), warmup == own)
+        for warmup, one in sorted({**plans, own: plan}.items())
+    ]
 
 
 def _warmup_report(plan: RunPlan, warmup: int, name: str | None, is_own: bool) -> dict[str, Any]:
@@ -141,31 +132,11 @@ def _parameters_per_tp_rank(config: Config, stage: StagePlan) -> int:
     )
 
 
-def least_crossings(pattern: Pattern, first_layer: int) -> int:
-    """Entries and partial sums that any plan must take over the boundary before `first_layer`.
+def _hop_report(plan: RunPlan, chunk: ChunkPlan, fewest: HopPlan) -> dict[str, Any]:
+    """tensors, fewest_tensors: with the residual.
 
-    Without partial sums these are the entries that are read behind it. With them, of every edge that spans it, the raw entry or the partial sum crosses: a vertex cover of the bipartite graph
-    of these edges, and the smallest has as many vertices as the largest matching has edges (König), which is a flow.
+    With virtual stages what a hop must carry depends on the others, and only the sum has a minimum.
     """
-    import networkx  # slow to import
-
-    spanning = Counter(
-        frozenset(source for source in pattern.sources[reader] if source < first_layer)
-        for reader in range(first_layer, pattern.num_layers)
-    )
-    entries = frozenset().union(*spanning)
-    if not pattern.routing.presummable:
-        return len(entries)
-    graph = networkx.DiGraph()  # readers with the same sources are one node
-    graph.add_edges_from((("start", source) for source in entries), capacity=1)
-    for sources, count in spanning.items():
-        graph.add_edge(sources, "end", capacity=count)
-        graph.add_edges_from((source, sources) for source in sources)
-    return networkx.maximum_flow_value(graph, "start", "end") if entries else 0
-
-
-def _hop_report(plan: RunPlan, chunk: ChunkPlan, fewest: int | None) -> dict[str, Any]:
-    """tensors, fewest_tensors: with the residual."""
     shape, sent, num_stages = chunk.shape, chunk.transfer.sent, len(plan.stages)
     return {
         "hop": chunk.chunk,
@@ -173,8 +144,8 @@ def _hop_report(plan: RunPlan, chunk: ChunkPlan, fewest: int | None) -> dict[str
         "stages": [chunk.chunk % num_stages, (chunk.chunk + 1) % num_stages],
         "raw_entries": list(sent.raw_entries),
         "partial_sums": list(sent.partial_sums),
-        "tensors": 1 + len(sent.raw_entries) + len(sent.partial_sums),
-        "fewest_tensors": None if fewest is None else 1 + fewest,
+        "tensors": _num_tensors(sent),
+        "fewest_tensors": None if plan.virtual_stages > 1 else _num_tensors(fewest),
         "entry_bytes": shape.entry_bytes,
         "sum_bytes": shape.sum_bytes,
         "residual_bytes": shape.residual_bytes,
@@ -182,6 +153,10 @@ def _hop_report(plan: RunPlan, chunk: ChunkPlan, fewest: int | None) -> dict[str
         "bytes_per_step": chunk.sent_bytes * plan.num_microbatches,
         "ratio_to_residual": chunk.sent_bytes / shape.residual_bytes,
     }
+
+
+def _num_tensors(hop: HopPlan) -> int:
+    return 1 + len(hop.raw_entries) + len(hop.partial_sums)
 
 
 # ---- other patterns, side by side
@@ -223,9 +198,10 @@ def _router_parameters(model: ModelConfig, pattern: Pattern) -> int:
 # ---- text
 
 
-def stage_table(config: Config) -> str:
+def stage_table(plan: RunPlan) -> str:
     """For people: a line a stage, a line a hop."""
-    report, pipeline = plan_report(config), config.pipeline
+    config, report = plan.config, _table_report(plan)
+    pipeline = config.pipeline
     tokens = f"{config.microbatch_size} x {config.data.seq_length} tokens"
     lines = [
         f"{_layout(config)}, pattern {report['pattern']}, policy {config.depth.policy}",

@@ -11,12 +11,12 @@ c(i) - t(i) to c(i) the stage has both, and at the first such chunk the source i
 `least` minimises the total that crosses.
 
 `least` is a minimum cut. With x[j, a] = "h(j) >= a" and y[i, b] = "t(i) >= b" it minimises the weighted sum of all x
-and y under x[j, a] or y[i, b] for every edge and all a + b = d + 1 (a, b >= 1), x falling with a and y with b. All
-constraints are differences of two variables, so the cut is exact. x[j, a] and y[i, b] with a + b = d + 1 cross the
-same boundary, and the plan is the least over every boundary by itself, hence in total, at the largest, and under any
-boundary costs: from a boundary to the next one the sources of the stage between come and its readers go, which only
-ever turns raw entries into partial sums (minimum cuts are monotone in such changes: Gallo, Grigoriadis and Tarjan
-1989), so the minimum vertex covers of all boundaries (Koenig) fit into one plan.
+and y under x[j, a] or y[i, b] for every edge and all a + b = d + 1 (a, b >= 1), x falling with a and y with b.
+x[j, a] and y[i, b] with a + b = d + 1 cross the same boundary, so that but for the falling each boundary asks for a
+vertex cover of its own. These fit into one plan: from a boundary to the next one the sources of the stage between come
+and its readers go, which only ever turns raw entries into partial sums (of minimum cuts the one with the smallest end
+side is monotone in such changes: Gallo, Grigoriadis and Tarjan 1989). So the plan is the least over every boundary by
+itself, hence in total, at the largest, and under any boundary costs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property, lru_cache
-from math import lcm
+from functools import cached_property
+from itertools import accumulate
+from operator import or_
 
 from lime_dist.depth.pattern import Pattern
 from lime_dist.errors import PlanError, shown
+from lime_dist.plan.vertex_cover import bits, least_cover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class ChunkTransfer:
         """The blocks whose sum the chunk makes."""
         return tuple(block for block in self.pattern.blocks if block[-1] in layers)
 
-    @property
+    @cached_property
     def summed_readers(self) -> tuple[int, ...]:
         """The readers, ascending, that have a sum here.
 
@@ -131,13 +132,17 @@ class TransferPlan:
         return first + (self.chunk_of[source] - first) % self.num_stages  # the next chunk of the stage that made it
 
     def chunk(self, chunk_index: int) -> ChunkTransfer:
+        return self._chunk_transfers[chunk_index]
+
+    @cached_property
+    def _chunk_transfers(self) -> tuple[ChunkTransfer, ...]:
         nothing = HopPlan(hop=-1)
-        return ChunkTransfer(
-            pattern=self.pattern,
-            received=self.hops[chunk_index - 1] if chunk_index > 0 else nothing,
-            sent=self.hops[chunk_index] if chunk_index < len(self.hops) else nothing,
-            reads=self._reads[chunk_index],
-            kept=self._kept(chunk_index),
+        received, sent = (nothing, *self.hops), (*self.hops, nothing)
+        return tuple(
+            ChunkTransfer(
+                pattern=self.pattern, received=received[index], sent=sent[index], reads=reads, kept=self._kept(index)
+            )
+            for index, reads in enumerate(self._reads)
         )
 
     @cached_property
@@ -192,9 +197,8 @@ def plan_transfer(
     if policy == "relay" or (policy == "least" and not pattern.routing.presummable):
         raw_until, sum_from = _relay(pattern, chunk_of, num_stages)
     elif policy == "least":
-        costs = _integer_costs(boundary_cost, _num_boundaries(num_stages, len(chunks) - 1))
-        hop_costs = tuple(costs[hop % num_stages] for hop in range(len(chunks) - 1))
-        raw_until, sum_from = _least(pattern, chunk_of, num_stages, hop_costs, sum_cost)
+        _check_costs(boundary_cost, _num_boundaries(num_stages, len(chunks) - 1))
+        raw_until, sum_from = _least(pattern, chunk_of, num_stages, sum_cost)
     else:
         raise PlanError(f"depth.policy: {shown(policy)} is unknown; use least or relay")
     return TransferPlan(pattern=pattern, chunks=chunks, num_stages=num_stages, raw_until=raw_until, sum_from=sum_from)
@@ -214,17 +218,13 @@ def _num_boundaries(num_stages: int, num_hops: int) -> int:
     return min(num_stages, num_hops)
 
 
-def _integer_costs(boundary_cost: Sequence[float] | None, num_boundaries: int) -> tuple[int, ...]:
-    """Whole numbers in the same proportions, so that the cut is exact."""
+def _check_costs(boundary_cost: Sequence[float] | None, num_boundaries: int) -> None:
     if boundary_cost is None:
-        return (1,) * num_boundaries
+        return
     if len(boundary_cost) != num_boundaries or any(cost <= 0 for cost in boundary_cost):
         raise PlanError(
             f"pipeline.boundary_cost: {shown(list(boundary_cost))} must be {num_boundaries} numbers above 0, one for each boundary"
         )
-    fractions = [Fraction(str(cost)) for cost in boundary_cost]
-    scale = lcm(*(fraction.denominator for fraction in fractions))
-    return tuple(int(fraction * scale) for fraction in fractions)
 
 
 def _crossing_edges(pattern: Pattern, chunk_of: tuple[int, ...], num_stages: int) -> Iterator[tuple[int, int, int]]:
@@ -242,103 +242,49 @@ def _relay(pattern: Pattern, chunk_of: tuple[int, ...], num_stages: int) -> tupl
     return tuple(made_at + hops for made_at, hops in zip(chunk_of, num_hops)), chunk_of
 
 
-# Entries of one chunk with the same readers, and readers of one chunk with the same sources, fare alike:
-# the cut is over such groups, which makes a full pattern of any depth a problem of the size of its chunks.
-_Group = tuple[int, frozenset[int]]
-
-
-MAX_CUT_EDGES = 120_000  # which networkx cuts in a few seconds
-
-
-@lru_cache(maxsize=8)  # a config's plan is asked for in several places
 def _least(
-    pattern: Pattern, chunk_of: tuple[int, ...], num_stages: int, hop_costs: tuple[int, ...], sum_cost: int
+    pattern: Pattern, chunk_of: tuple[int, ...], num_stages: int, sum_cost: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    import networkx  # slow to import, and not needed to relay
-
-    source_groups, reader_groups = _groups(pattern, chunk_of, num_stages)
-    meetings = _meetings(source_groups, reader_groups, num_stages)
-    _check_size(meetings, pattern.num_layers, _num_boundaries(num_stages, len(hop_costs)))
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(("start", "end"))
-    for group, members in source_groups.items():
-        _add_source(graph, group, len(members), hop_costs[group[0] :][: num_stages - 1])
-    for group, members in reader_groups.items():
-        _add_reader(graph, group, len(members) * sum_cost, hop_costs[: group[0]][::-1][: num_stages - 1])
-    for group, reader_group, distance in meetings:
-        for hops in range(1, distance + 1):
-            graph.add_edge(("sum", reader_group, distance + 1 - hops), ("raw", group, hops))
-    # Of several minimum cuts networkx gives the one with the smallest end side: raw entries, where it makes no difference.
-    # Any maximum flow gives the same one; this way to it takes half the time of networkx's own choice.
-    _, (start_side, end_side) = networkx.minimum_cut(
-        graph, "start", "end", flow_func=networkx.algorithms.flow.shortest_augmenting_path
-    )
+    """The least over each boundary by itself; raw entries, where it makes no difference."""
     raw_until, sum_from = list(chunk_of), list(chunk_of)
-    for group, members in source_groups.items():
-        for source in members:
-            raw_until[source] += sum(("raw", group, hops) in start_side for hops in range(1, num_stages))
-    for group, members in reader_groups.items():
-        for reader in members:
-            sum_from[reader] -= sum(("sum", group, hops) in end_side for hops in range(1, num_stages))
+    edges = _Edges(pattern, chunk_of, num_stages)
+    for boundary in range(_num_boundaries(num_stages, chunk_of[-1])):
+        sources_of = edges.over(boundary)
+        cover = least_cover({readers: len(sources) for readers, sources in sources_of.items()}, sum_cost)
+        for readers in cover.left:
+            for source in sources_of[readers]:
+                raw_until[source] += 1
+        for reader in bits(cover.right):
+            sum_from[reader] -= 1
     return tuple(raw_until), tuple(sum_from)
 
 
-def _groups(
-    pattern: Pattern, chunk_of: tuple[int, ...], num_stages: int
-) -> tuple[dict[_Group, list[int]], dict[_Group, list[int]]]:
-    """Sources and readers of the edges between stages."""
-    readers_of, sources_of = defaultdict(set), defaultdict(set)
-    for reader, source, _ in _crossing_edges(pattern, chunk_of, num_stages):
-        readers_of[source].add(reader)
-        sources_of[reader].add(source)
-    return _group(readers_of, chunk_of), _group(sources_of, chunk_of)
+class _Edges:
+    """Those between stages, by boundary. Sets of readers are bit masks."""
 
+    def __init__(self, pattern: Pattern, chunk_of: tuple[int, ...], num_stages: int):
+        self._stage_of = [chunk % num_stages for chunk in chunk_of]
+        self._num_stages = num_stages
+        self._readers = [0] * pattern.num_layers
+        for reader, source, _ in _crossing_edges(pattern, chunk_of, num_stages):
+            self._readers[source] |= 1 << reader
+        on = [0] * num_stages
+        for layer, stage in enumerate(self._stage_of):
+            on[stage] |= 1 << layer
+        self._before = [0, *accumulate(on, or_)]  # the layers on stages below each number
 
-def _group(partners_of: dict[int, set[int]], chunk_of: tuple[int, ...]) -> dict[_Group, list[int]]:
-    groups: dict[_Group, list[int]] = defaultdict(list)
-    for layer, partners in partners_of.items():
-        groups[chunk_of[layer], frozenset(partners)].append(layer)
-    return groups
+    def over(self, boundary: int) -> dict[int, list[int]]:
+        """The sources whose edges cross the boundary behind stage `boundary`, by the readers of these edges."""
+        found: dict[int, list[int]] = {}
+        first = (boundary + 1) % self._num_stages
+        behind = [self._between(first, stage) for stage in range(self._num_stages)]
+        for source, readers in enumerate(self._readers):
+            if crossing := readers & behind[self._stage_of[source]]:
+                found.setdefault(crossing, []).append(source)
+        return found
 
-
-def _meetings(
-    source_groups: dict[_Group, list[int]], reader_groups: dict[_Group, list[int]], num_stages: int
-) -> list[tuple[_Group, _Group, int]]:
-    """(sources, readers, d) for each two groups with edges between them."""
-    group_of_reader = {reader: group for group, members in reader_groups.items() for reader in members}
-    return [
-        (group, other, (other[0] - group[0]) % num_stages)
-        for group in source_groups
-        for other in {group_of_reader[reader] for reader in group[1]}
-    ]
-
-
-def _check_size(meetings: Sequence[tuple[_Group, _Group, int]], num_layers: int, num_boundaries: int) -> None:
-    size = sum(distance for *_, distance in meetings)
-    if size > MAX_CUT_EDGES:
-        raise PlanError(
-            f"depth.pattern: too large to plan, {size} edges over {num_boundaries} boundaries of {num_layers} layers, "
-            f"at most {MAX_CUT_EDGES}; lower parallel.pp or choose a smaller depth.pattern"
-        )
-
-
-def _add_source(graph, group: _Group, size: int, costs: Sequence[int]) -> None:
-    """x = 1 where a node is on the start's side: then its edge to the end is cut.
-
-    costs: of the hops after the chunk, in order.
-    """
-    for hops, cost in enumerate(costs, start=1):
-        graph.add_edge(("raw", group, hops), "end", capacity=size * cost)
-        if hops > 1:
-            graph.add_edge(("raw", group, hops), ("raw", group, hops - 1))
-
-
-def _add_reader(graph, group: _Group, size: int, costs: Sequence[int]) -> None:
-    """y = 1 where a node is on the end's side: then its edge from the start is cut.
-
-    costs: of the hops before the chunk, from the nearest.
-    """
-    for hops, cost in enumerate(costs, start=1):
-        graph.add_edge("start", ("sum", group, hops), capacity=size * cost)
-        if hops > 1:
-            graph.add_edge(("sum", group, hops - 1), ("sum", group, hops))
+    def _between(self, first: int, stop: int) -> int:
+        """The layers on stages `first`, ... up to `stop`, which is left out, round the loop."""
+        if first <= stop:
+            return self._before[stop] & ~self._before[first]
+        return self._before[-1] & ~self._before[first] | self._before[stop]

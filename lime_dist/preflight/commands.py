@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.config import Config, load_config
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.lifecycle.ending import write_outcome
 from lime_dist.lifecycle.launcher import Place, find_place, host_name, own_place, require_address, require_rendezvous
+from lime_dist.plan.run_plan import RunPlan, plan_run
 
 if TYPE_CHECKING:
     from lime_dist.preflight.run import Findings
@@ -53,8 +54,8 @@ def _preflight(args: argparse.Namespace) -> int:
     return _as_launched_rank(args, place)
 
 
-def _load(args: argparse.Namespace, world_size: int | None) -> Config:
-    return ready_config(load_config(args.config, args.overrides), world_size)
+def _load(args: argparse.Namespace, world_size: int | None) -> RunPlan:
+    return ready_plan(load_config(args.config, args.overrides), world_size)
 
 
 def _on_local_ranks(args: argparse.Namespace) -> int:
@@ -66,15 +67,15 @@ def _on_local_ranks(args: argparse.Namespace) -> int:
 
 
 def _as_local_rank(config: Config, options: dict[str, Any]) -> int:
-    return _run(argparse.Namespace(**options), config, own_place())
+    return _run(argparse.Namespace(**options), plan_run(config), own_place())
 
 
-def _run(args: argparse.Namespace, config: Config | None, place: Place) -> int:
-    """config: as this host reads it, when None."""
+def _run(args: argparse.Namespace, plan: RunPlan | None, place: Place) -> int:
+    """plan: as this host reads the config, when None."""
     from lime_dist.preflight.run import run_preflight
 
-    def load() -> Config:
-        return _load(args, place.world_size) if config is None else config
+    def load() -> RunPlan:
+        return _load(args, place.world_size) if plan is None else plan
 
     return run_preflight(load, place, args.timeout, lambda findings: _finish(findings, args)).exit_code
 

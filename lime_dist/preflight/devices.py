@@ -11,7 +11,8 @@ import torch
 from lime_dist.config import Config
 from lime_dist.errors import LayoutError
 from lime_dist.formats import format_bytes
-from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.memory import MemoryEstimate
+from lime_dist.plan.run_plan import RunPlan
 
 _SMALLER = (
     "lower data.seq_length or data.global_batch_size, or raise pipeline.num_microbatches, parallel.pp or parallel.tp"
@@ -44,25 +45,26 @@ def check_devices(config: Config) -> None:
         )
 
 
-def check_memory(config: Config) -> str | None:
+def check_memory(plan: RunPlan) -> str | None:
     """A warning where the ranks that are to start here may not fit its memory. An evaluation needs no more than training.
 
     Raises: LayoutError where they cannot.
     """
-    if config.run.device == "cpu" or torch.cuda.device_count() == 0:
+    if plan.config.run.device == "cpu" or torch.cuda.device_count() == 0:
         memory = psutil.virtual_memory()
         return compare_memory(
-            [all_ranks_bytes(config)], memory.total, memory.available, "all ranks need", "this machine has"
+            [all_ranks_bytes(plan)], memory.total, memory.available, "all ranks need", "this machine has"
         )
     sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-    needs = [stage.total_bytes for stage in plan_run(config).memory]
+    needs = [stage.total_bytes for stage in plan.memory]
     return compare_memory(needs, min(sizes), min(sizes), "a rank needs", "its GPU has")
 
 
-def all_ranks_bytes(config: Config) -> int:
+def all_ranks_bytes(plan: RunPlan) -> int:
     """What the tensors of all ranks take on CPUs, by the estimate."""
-    on_cpu = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cpu"))
-    return config.parallel.tp * config.layout.dp * sum(stage.total_bytes for stage in plan_run(on_cpu).memory)
+    on_cpu = dataclasses.replace(plan.config, run=dataclasses.replace(plan.config.run, device="cpu"))
+    of_stages = MemoryEstimate(on_cpu, plan.chunks).of(plan.stages)
+    return plan.layout.tp * plan.layout.dp * sum(stage.total_bytes for stage in of_stages)
 
 
 def compare_memory(needs: Sequence[int], total: int, available: int, who: str, where: str) -> str | None:

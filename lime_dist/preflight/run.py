@@ -20,7 +20,7 @@ from lime_dist.config import Config
 from lime_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, LimeDistError, one_line
 from lime_dist.lifecycle.launcher import Place, host_name
 from lime_dist.lifecycle.local import leave
-from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.preflight.fabric import Crossing, time_all_reduce, time_crossings
 from lime_dist.preflight.folder import find_missing, leave_file, make_folder, remove_folder
 from lime_dist.preflight.host import Arrival, Host, blame_missing, judge, read_arrival
@@ -64,15 +64,16 @@ class Findings:
 
 
 def run_preflight(
-    load: Callable[[], Config], place: Place, seconds: float, finish: Callable[[Findings], None]
+    load: Callable[[], RunPlan], place: Place, seconds: float, finish: Callable[[Findings], None]
 ) -> Verdict:
-    """`load`: the checked config, as this host reads it; `seconds`: how long to wait for another rank.
+    """`load`: the plan of the run, as this host reads it; `seconds`: how long to wait for another rank.
 
     `finish` tells the user, on rank 0 alone. Collective: world. Raises: MeetingFailed when this rank and rank 0 do not
     find each other.
     """
     with _bounded(seconds * _HOST_ROUNDS, "the checks of hosts"):
-        config, arrival = _read(load, place)
+        plan, arrival = _read(load, place)
+        config = plan.config if plan is not None else None
         meeting = Meeting.join(place, seconds)
         meeting.put(_ARRIVAL, arrival)
         if place.rank > 0:
@@ -81,9 +82,9 @@ def run_preflight(
             arrivals = meeting.take(_ARRIVAL, range(place.world_size))
             verdict = _lead(meeting, config, place, arrivals, seconds)
     report = _host_report(verdict, config, arrivals)
-    if config is not None and not verdict.exit_code:
-        with _bounded(seconds * (_LINK_ROUNDS + 2 * config.layout.pp), "the checks of links"):
-            report |= _measure_links(meeting, config, place, arrivals, seconds)
+    if plan is not None and not verdict.exit_code:
+        with _bounded(seconds * (_LINK_ROUNDS + 2 * plan.layout.pp), "the checks of links"):
+            report |= _measure_links(meeting, plan, place, arrivals, seconds)
     with meeting.last_word(arrivals):
         if place.rank == 0:
             finish(Findings(verdict, report))
@@ -99,15 +100,15 @@ def _names(arrivals: Mapping[int, Arrival]) -> dict[int, str]:
     return {rank: arrival.host for rank, arrival in arrivals.items()}
 
 
-def _read(load: Callable[[], Config], place: Place) -> tuple[Config | None, Arrival]:
+def _read(load: Callable[[], RunPlan], place: Place) -> tuple[RunPlan | None, Arrival]:
     """An error of every rank is the user's; one of this host alone is the host's, and rank 0 tells which."""
     try:
-        config = load()
+        plan = load()
         if place.local_rank == 0:
-            check_files(config)
+            check_files(plan.config)
     except LimeDistError as error:
         return None, Arrival(host=host_name(), local_rank=place.local_rank, problem=one_line(error))
-    return config, read_arrival(config, place)
+    return plan, read_arrival(plan.config, place)
 
 
 # ---- hosts
@@ -216,10 +217,10 @@ def _host(
 
 
 def _measure_links(
-    meeting: Meeting, config: Config, place: Place, arrivals: Mapping[int, Arrival], seconds: float
+    meeting: Meeting, plan: RunPlan, place: Place, arrivals: Mapping[int, Arrival], seconds: float
 ) -> dict[str, Any]:
     """What the report says of links; empty on all ranks but rank 0. Collective: world."""
-    plan = plan_run(config)
+    config = plan.config
     groups, device = join_world(_with_timeout(config, seconds), place, meeting.store)
     all_reduce_seconds = time_all_reduce(device)
     meeting.put(_CROSSINGS, time_crossings(groups, plan, device))

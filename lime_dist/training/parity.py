@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lime_dist.backends.zero_state import set_weights
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.config import Config, parse_config
 from lime_dist.errors import ConfigError, DataError, one_line
 from lime_dist.lifecycle.local_ranks import run_local_ranks
 from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.tensors import LogicalTensor
 from lime_dist.testing import Pieces, assemble, local_pieces, on_rank
 from lime_dist.training.rank import Rank
@@ -101,19 +102,20 @@ def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def reference_config(reference: Reference, overrides: Sequence[str]) -> Config:
+def reference_plan(reference: Reference, overrides: Sequence[str]) -> RunPlan:
     """The run that made the numbers, with the user's layout on top. Raises: ConfigError."""
     try:
         tree = _reference_tree(reference)
     except KeyError as error:
         raise _incomplete(reference.folder / "config.json", error) from None
-    config = ready_config(parse_config(tree, overrides))
+    plan = ready_plan(parse_config(tree, overrides))
+    config = plan.config
     if (
         config.data.global_batch_size != reference.tokens.shape[1]
         or config.data.seq_length != reference.tokens.shape[2] - 1
     ):
         raise ConfigError("data: the batch and sequence are the reference's; leave data.* out")
-    return config
+    return plan
 
 
 def _reference_tree(reference: Reference) -> dict[str, Any]:
@@ -183,9 +185,10 @@ def run_parity(folder: Path, overrides: Sequence[str], timeout: timedelta) -> di
     Raises: ConfigError, DataError; RankFailed when a rank fails.
     """
     reference = read_reference(folder)
-    config = reference_config(reference, overrides)
+    plan = reference_plan(reference, overrides)
+    config = plan.config
     _check_names(reference, logical_tensors(config.model, config.pattern))
-    reports = run_local_ranks(_report, config, reference, timeout=timeout)
+    reports = run_local_ranks(_report, plan, reference, timeout=timeout)
     differences = _differences(reference, reports)
     layout = {
         **asdict(config.parallel),

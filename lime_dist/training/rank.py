@@ -14,14 +14,13 @@ from torch import Tensor
 
 from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.backends.megatron import Groups, MegatronParts
-from lime_dist.config import Config
 from lime_dist.errors import TrainingDiverged
 from lime_dist.lifecycle.pulse import Pulse
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
 from lime_dist.pipeline.transport import Incoming, ResidualShare, Sent, Transport
-from lime_dist.plan.run_plan import RunPlan, plan_run
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Kind
 from lime_dist.plan.stages import StagePlan
 
@@ -54,12 +53,12 @@ class StepResult:
 class Rank:
     """Everything one rank holds. Collective: the constructor and every method, over all ranks."""
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device, pulse: Pulse | None = None):
+    def __init__(self, run_plan: RunPlan, groups: Groups, device: torch.device, pulse: Pulse | None = None):
         self.pulse = pulse or Pulse()
         self.pulse.beat("load")
-        self.config, self.groups, self.device = config, groups, device
-        self.run_plan: RunPlan = plan_run(config)
-        self.plan: StagePlan = self.run_plan.stages[groups.coordinate.pp_rank]
+        self.run_plan, self.groups, self.device = run_plan, groups, device
+        self.config = config = run_plan.config
+        self.plan: StagePlan = run_plan.stages[groups.coordinate.pp_rank]
         self.stage = self._build_stage()
         initialize(self.stage, config.run.seed)
         self.optimizer = ZeroOptimizer(self.stage, config, groups, device)

@@ -29,6 +29,7 @@ from lime_dist.lifecycle.pulse import Pulse
 from lime_dist.lifecycle.stopping import stop_request
 from lime_dist.lifecycle.watchdog import Watchdog
 from lime_dist.plan.record import FILE_NAME, plan_record
+from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.training.agreement import tell_all
 from lime_dist.training.batches import BatchReader
 from lime_dist.training.joint_stop import JointStop, Stopped
@@ -78,13 +79,13 @@ def _open(config: Config, sources: list, split: Split, key: str, between: Betwee
     )
 
 
-def train(config: Config, place: Place) -> int:
+def train(plan: RunPlan, place: Place) -> int:
     """Train to `run.steps` on this rank, or until a signal asks to stop; returns the exit code (`lifecycle/ending.py`)."""
-    request, pulse = stop_request(), Pulse()
+    config, request, pulse = plan.config, stop_request(), Pulse()
     full_disk = naming_full_disk(Path(config.run.dir), checkpoints_of(config))
     with Watchdog(config, place, pulse) as watchdog, full_disk:
         groups, device = join_world(config, place, compare=check_alike)
-        code, reason = _train_or_stop(config, groups, device, JointStop(request, device), pulse)
+        code, reason = _train_or_stop(plan, groups, device, JointStop(request, device), pulse)
         watchdog.settle(code, reason)  # by every rank, as each node's launcher may have a file of its own
         pulse.beat("leave")
         pulse.finish()
@@ -93,24 +94,24 @@ def train(config: Config, place: Place) -> int:
 
 
 def _train_or_stop(
-    config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse
+    plan: RunPlan, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse
 ) -> tuple[int, str]:
     try:
-        return TrainingRun(config, groups, device, stop, pulse).train()
+        return TrainingRun(plan, groups, device, stop, pulse).train()
     except Stopped as cause:
         return REQUEUE, f"{cause} before the first step"
 
 
-def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> tuple[int, dict[str, Any] | None]:
+def evaluate(plan: RunPlan, place: Place, checkpoint: Path | None = None) -> tuple[int, dict[str, Any] | None]:
     """Held-out loss of a checkpoint (default: what training would resume from): the exit code, and the report on rank 0.
 
     Raises: CheckpointError, ConfigError.
     """
-    request, pulse = stop_request(), Pulse()
+    config, request, pulse = plan.config, stop_request(), Pulse()
     with Watchdog(config, place, pulse, eval_heartbeat_folder(Path(config.run.dir))):
         groups, device = join_world(config, place, compare=check_alike)
         try:
-            found = DONE, _evaluate_checkpoint(config, groups, device, JointStop(request, device), pulse, checkpoint)
+            found = DONE, _evaluate_checkpoint(plan, groups, device, JointStop(request, device), pulse, checkpoint)
         except Stopped as cause:
             if place.rank == 0:
                 print(f"lime-dist: {cause}: the evaluation was stopped; start it again", file=sys.stderr, flush=True)
@@ -122,15 +123,16 @@ def evaluate(config: Config, place: Place, checkpoint: Path | None = None) -> tu
 
 
 def _evaluate_checkpoint(
-    config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse, checkpoint: Path | None
+    plan: RunPlan, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse, checkpoint: Path | None
 ) -> dict[str, Any] | None:
+    config = plan.config
     held_out = open_held_out_data(config, _between(stop, pulse))
     if held_out is None:
         raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
     start = decide_start(config, device, lambda: checkpoint or resume_folder(config), evaluated_config)
     if start.folder is None:
         raise no_checkpoint(config)
-    rank = Rank(start.config, groups, device, pulse)
+    rank = Rank(_plan_of(start.config, plan), groups, device, pulse)
     meta = load_checkpoint(rank, start.folder)
     loss = evaluate_batches(rank, held_out, stop)
     if loss is None:
@@ -138,6 +140,11 @@ def _evaluate_checkpoint(
     if not rank.is_logger:
         return None
     return {"checkpoint": str(start.folder), "step": meta.step, "eval_loss": loss, "perplexity": math.exp(loss)}
+
+
+def _plan_of(config: Config, known: RunPlan) -> RunPlan:
+    """Another one only where the edges are others."""
+    return known if known.config == config else plan_run(config)
 
 
 def _between(stop: JointStop, pulse: Pulse) -> Between:
@@ -153,8 +160,9 @@ def _between(stop: JointStop, pulse: Pulse) -> Between:
 class TrainingRun:
     """One rank's part in the run; counts the steps and samples done. Raises: Stopped when made while asked to stop."""
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse):
-        self.config, self._groups, self._device, self._stop, self._pulse = config, groups, device, stop, pulse
+    def __init__(self, plan: RunPlan, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse):
+        self._groups, self._device, self._stop, self._pulse = groups, device, stop, pulse
+        self.config = config = plan.config
         between = _between(stop, pulse)
         between()
         self._samples = open_training_data(config, between)
@@ -164,9 +172,9 @@ class TrainingRun:
         self._switched_step: int | None = None
         start = agree_on_start(config, device)
         if start.folder is None:
-            self.rank = Rank(config, groups, device, pulse)
+            self.rank = Rank(plan, groups, device, pulse)
         else:
-            self._load(start)
+            self._load(start, plan)
         between()
         self._samples.prepare(self.samples_seen, between)
         self._metrics: Metrics | None = None
@@ -175,10 +183,10 @@ class TrainingRun:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
 
-    def _load(self, start: Start) -> None:
-        """A rank with the checkpoint's weights, and the pattern that the run has reached."""
+    def _load(self, start: Start, plan: RunPlan) -> None:
+        """A rank with the checkpoint's weights, and the pattern that the run has reached. plan: of an earlier pattern, perhaps."""
         assert start.folder is not None
-        self.rank = Rank(start.config, self._groups, self._device, self._pulse)
+        self.rank = Rank(_plan_of(start.config, plan), self._groups, self._device, self._pulse)
         meta = load_checkpoint(self.rank, start.folder)
         self.step = self._saved_step = meta.step
         self._saved = start.folder
@@ -228,8 +236,9 @@ class TrainingRun:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
         folder = self._saved if self._saved is not None and self._saved_step == self.step else self._save()
         self._switched_step = self.step
+        plan = self.rank.run_plan
         del self.rank
-        self._load(decide_start(self.config, self._device, lambda: folder, resumed_config))
+        self._load(decide_start(self.config, self._device, lambda: folder, resumed_config), plan)
         if self._metrics is not None:
             self._write_plan()
             pattern = self.rank.config.pattern

@@ -174,5 +174,4 @@ def peak_of_a_step(rank: Rank, batch: Tensor) -> dict[str, int]:
 def test_the_peak_of_a_step(text: str) -> None:
     for estimate, held in measure(text, peak_of_a_step):
         estimated = estimate.total_bytes - estimate.weights - estimate.optimizer
-        # With virtual stages what waits to leave is most at another moment than what is in flight: the estimate is too high.
-        assert (0.8 if "v=" in text else 1 / 1.2) < estimated / held["peak"] < (1.35 if "v=" in text else 1.2)
+        assert 0.95 < estimated / held["peak"] < 1.2  # 1.01 to 1.17 are found: a pass does not need all at one moment

@@ -24,6 +24,7 @@ from lime_dist.lime.layers import Attention, OwnAttention, Pass
 from lime_dist.lime.model import DEPTHS, model_loss
 from lime_dist.lime.parts import Parts
 from lime_dist.lime.summed import Router, SummedDepth
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.table import plan_report
 from lime_dist.plan.tensors import Cutter, LogicalTensor, Normal, ParameterSpec, Role
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
@@ -118,12 +119,12 @@ def test_the_single_process_reads_what_its_routers_say() -> None:
 
 
 def test_the_plan_is_the_least_with_its_own_sizes() -> None:
-    report = plan_report(make_dense("pp=2 split=[3,1]"))
+    report = plan_report(plan_run(make_dense("pp=2 split=[3,1]")))
     assert report["totals"] == {"least": 1, "relay": 3}
     (hop,) = report["hops"]
     assert hop["entry_bytes"] == hop["residual_bytes"]
     assert sum(stage["routing_flops_per_token"] for stage in report["stages"]) == 2 * 32 * (2 + 3 + 4)
-    (dense,), (key_value,) = (plan_report(config)["stages"] for config in (make_dense(""), make_config("")))
+    (dense,), (key_value,) = (plan_report(plan_run(config))["stages"] for config in (make_dense(""), make_config("")))
     more = dense["memory_bytes"]["activations"] - key_value["memory_bytes"]["activations"]
     assert more == 3 * 12 * 6 * 32 * 4  # readers, sequences, tokens, hidden, fp32
 

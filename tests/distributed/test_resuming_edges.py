@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,16 @@ import yaml
 from common import TOLERANCE
 
 import lime_dist.training.startup as startup
-from lime_dist.checkpoint.edges import saved_config
+from lime_dist.checkpoint.edges import ready_plan, saved_config
 from lime_dist.checkpoint.reader import CheckpointReader, find_latest
 from lime_dist.cli.command_line import main
+from lime_dist.config import Config, load_config
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.lifecycle.local import free_port
+from lime_dist.lifecycle.launcher import own_place
+from lime_dist.lifecycle.local import free_port, run_local
+from lime_dist.plan import run_plan
+from lime_dist.plan.stages import ChunkPlan
+from lime_dist.training import run
 
 BASE = {
     "model": {"num_layers": 6, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": 96},
@@ -265,3 +271,34 @@ def test_ranks_of_other_layouts_or_files_are_refused_before_they_wait_for_each_o
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], errors
     assert all(re.search(f"^lime-dist: {said}", error, re.MULTILINE) for error in errors), errors
+
+
+# ---- the plan
+
+
+def times_planned(config: Config) -> int:
+    """By a rank that trains to its end."""
+    plan_chunks, times = run_plan.plan_chunks, 0
+
+    def count(*args: Any) -> tuple[ChunkPlan, ...]:
+        nonlocal times
+        times += 1
+        return plan_chunks(*args)
+
+    run_plan.plan_chunks = count
+    assert run.train(ready_plan(config, 3), own_place()) == 0
+    run_plan.plan_chunks = plan_chunks
+    return times
+
+
+def test_a_launched_rank_plans_once(tmp_path: Path) -> None:
+    """It reads the config itself. The second start resumes."""
+    for steps in (2, 4):
+        config = load_config(Path("run.yaml"), [f"run.dir={tmp_path}", f"run.steps={steps}"])
+        assert run_local(times_planned, 3, config) == [1, 1, 1]
+
+
+def test_a_launched_rank_plans_again_for_other_edges(tmp_path: Path) -> None:
+    """A pattern to switch to is planned to be checked at the start, and when its turn comes."""
+    config = load_config(Path("run.yaml"), [f"run.dir={tmp_path}", "run.steps=3", "depth.switch_at={2: first:2}"])
+    assert run_local(times_planned, 3, config) == [3, 3, 3]

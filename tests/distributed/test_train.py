@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.checkpoint import save_load
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.checkpoint.reader import CheckpointReader, find_latest, read_meta
 from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
@@ -37,6 +37,7 @@ from lime_dist.lifecycle.ending import DONE, FAILED, NEVER_RESTART, OUTCOME_VARI
 from lime_dist.lifecycle.ownership import Ownership
 from lime_dist.lifecycle.stopping import REPEAT_WINDOW_SECONDS, STOP_SIGNALS
 from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.table import plan_report
 
 # eps lies above most gradients and rates are large, so that weights, moments and losses move visibly (see `common.BASE`).
@@ -202,7 +203,7 @@ def test_all_layouts_see_the_same_batches(whole: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("layout", ["pp=3 zero=1 tp=2 relay", "pp=3 zero=1", "dp=2 zero=3"])
 def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
     run_dir = whole(layout)
-    report = plan_report(load_config(run_dir / "config.yaml"))
+    report = plan_report(plan_run(load_config(run_dir / "config.yaml")))
     planned = [3 * boundary["bundle_bytes"] for boundary in report["hops"]]
     assert len(planned) == (2 if "pp=3" in layout else 0)
     assert [line["step"] for line in steps(run_dir)] == [1, 2, 3, 4, 5]
@@ -228,7 +229,7 @@ def test_tensorboard_holds_the_losses(whole: Callable[[str], Path]) -> None:
 def test_config_reads_back(whole: Callable[[str], Path]) -> None:
     layout = "pp=3 zero=1 tp=2 relay"
     run_dir = whole(layout)
-    started = ready_config(load_config("run.yaml", [*overrides(layout), f"run.dir={run_dir}"]), 6)
+    started = ready_plan(load_config("run.yaml", [*overrides(layout), f"run.dir={run_dir}"]), 6).config
     assert load_config(run_dir / "config.yaml") == started
     assert (started.parallel.dp, started.depth.policy, started.zero_stage) == (1, "relay", 1)
 
@@ -242,7 +243,7 @@ def evaluate(capfd: pytest.CaptureFixture[str], run_dir: Path, layout: str, *mor
 def test_the_plan_is_in_the_run_folder_and_in_each_checkpoint(whole: Callable[[str], Path]) -> None:
     run_dir = whole("pp=2 v=2 zero=1")
     config = load_config(run_dir / "config.yaml", [])
-    expected = plan_report(ready_config(config))["plan"]
+    expected = plan_report(ready_plan(config))["plan"]
     for folder in (run_dir, run_dir / "checkpoints" / "step_000005"):
         assert json.loads((folder / "plan.json").read_text()) == json.loads(json.dumps(expected))
     assert [stage["chunks"] for stage in expected["stages"]] == [[0, 2], [1, 3]]

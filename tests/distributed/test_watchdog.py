@@ -20,7 +20,7 @@ import yaml
 from test_train import BASE
 
 from lime_dist.checkpoint import save_load
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
@@ -253,7 +253,7 @@ def test_a_folder_that_takes_no_heartbeats_does_not_stop_training(
 
 def test_time_in_which_a_job_was_suspended_is_no_silence(config: Path) -> None:
     """The pause is longer than the timeout, the rank's own work shorter."""
-    loaded = ready_config(load_config(config, ["run.timeout_seconds=1"]), 1)
+    loaded = ready_plan(load_config(config, ["run.timeout_seconds=1"]), 1).config
     began = multiprocessing.get_context("fork").Event()
 
     def rank() -> None:

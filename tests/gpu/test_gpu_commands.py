@@ -18,7 +18,7 @@ from common import SHORT
 from fresh_ranks import on_cpu, on_gpu
 from test_train import BASE
 
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.checkpoint.reader import find_latest, read_meta
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
@@ -73,7 +73,7 @@ def test_the_first_steps_of_a_run_that_goes_on_once(text: str, device: str) -> N
     assert [step["step"] for step in found] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "grad_norm"):
         assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=TOLERANCE)
-    config = ready_config(load_config(Path("run/config.yaml"), []))
+    config = ready_plan(load_config(Path("run/config.yaml"), [])).config
     planned = [config.pipeline.num_microbatches * count for count in plan_run(config).boundary_bytes]
     assert all(step["boundary_bytes"] == planned for step in found)
     checkpoint = find_latest(Path("run/checkpoints"))

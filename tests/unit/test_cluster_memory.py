@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.cluster.schema import ClusterConfig
 from lime_dist.cluster.submit import check_memory
 from lime_dist.config import load_config
 from lime_dist.errors import LayoutError
-from lime_dist.plan.run_plan import plan_run
 
-CONFIG = ready_config(load_config(Path(__file__).parents[2] / "configs" / "lime_1b_gqa.yaml"), 8)
-NEEDS = [stage.total_bytes for stage in plan_run(CONFIG).memory]
+PLAN = ready_plan(load_config(Path(__file__).parents[2] / "configs" / "lime_1b_gqa.yaml"), 8)
+NEEDS = [stage.total_bytes for stage in PLAN.memory]
 
 
 def make_cluster(gpu_memory: str | None, gpus: int = 8) -> ClusterConfig:
@@ -26,9 +25,9 @@ def test_a_byte_too_little() -> None:
     with pytest.raises(
         LayoutError, match=rf"^cluster\.gpu_memory: \d+, but a rank of stage {worst} needs about .*; raise"
     ):
-        check_memory(CONFIG, make_cluster(str(max(NEEDS) - 1)))
+        check_memory(PLAN, make_cluster(str(max(NEEDS) - 1)))
 
 
 @pytest.mark.parametrize("cluster", [make_cluster(str(max(NEEDS))), make_cluster(None), make_cluster("1KiB", gpus=0)])
 def test_enough_unknown_or_no_gpus(cluster: ClusterConfig) -> None:
-    check_memory(CONFIG, cluster)
+    check_memory(PLAN, cluster)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.config import load_config
 from lime_dist.errors import MAX_LINE, LimeDistError, one_line
 from lime_dist.plan.table import stage_table
@@ -137,7 +137,7 @@ def outcome(path: Path) -> str:
     """planned, refused, or what is wrong."""
     try:
         with time_limit(CASE_SECONDS):
-            stage_table(ready_config(load_config(path)))
+            stage_table(ready_plan(load_config(path)))
         return "planned"
     except LimeDistError as error:
         line = one_line(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lime_dist.config import Config, check_config, load_config, to_dict
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.table import plan_report, stage_table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,10 +45,10 @@ def test_these_configs_are_shipped() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_can_be_planned(path: Path) -> None:
     config = load(path.stem)
-    report = plan_report(config)
+    report = plan_report(plan_run(config))
     assert [layer for stage in report["stages"] for layer in stage["layers"]] == list(range(config.model.num_layers))
     assert len(report["hops"]) == config.parallel.pp - 1
-    assert stage_table(config).startswith("layout ")
+    assert stage_table(plan_run(config)).startswith("layout ")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -65,8 +66,8 @@ def test_twins_differ_in_the_router_only(size: str) -> None:
     assert (lime.depth.router, lime.depth.pattern, llama.depth.router) == ("static", "full", "none")
     assert lime.run.dir == f"runs/lime_{size}" and llama.run.dir == f"runs/llama_{size}"
     # The twin sends the residual stream alone.
-    assert not any(map(crosses, plan_report(llama)["hops"]))
-    assert all(map(crosses, plan_report(lime)["hops"]))
+    assert not any(map(crosses, plan_report(plan_run(llama))["hops"]))
+    assert all(map(crosses, plan_report(plan_run(lime))["hops"]))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -14,14 +14,13 @@ MODEL = {"num_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads
 
 
 def test_all_ranks_count() -> None:
-    config = check_config(
-        parse_config(
-            {"model": MODEL, "run": {"device": "cpu"}},
-            ["parallel.tp=2", "parallel.dp=3", "parallel.pp=2", "data.global_batch_size=3"],
-        )
-    )
-    stages = plan_run(config).memory
-    assert all_ranks_bytes(config) == 6 * (stages[0].total_bytes + stages[1].total_bytes)
+    layout = ["parallel.tp=2", "parallel.dp=3", "parallel.pp=2", "data.global_batch_size=3"]
+    plans = {
+        device: plan_run(check_config(parse_config({"model": MODEL, "run": {"device": device}}, layout)))
+        for device in ("cpu", "cuda")
+    }
+    needed = 6 * sum(stage.total_bytes for stage in plans["cpu"].memory)
+    assert [all_ranks_bytes(plan) for plan in plans.values()] == [needed, needed]
 
 
 def test_need_against_what_is_there() -> None:
@@ -37,9 +36,11 @@ def test_need_against_what_is_there() -> None:
 
 def test_a_batch_that_cannot_fit_here() -> None:
     run = {"model": MODEL, "run": {"device": "cpu"}}
-    assert check_memory(check_config(parse_config(run))) is None
+    assert check_memory(plan_run(check_config(parse_config(run)))) is None
     tokens = psutil.virtual_memory().total // (4 * MODEL["vocab_size"])  # whose logits fill it
     with pytest.raises(LayoutError, match="^memory: all ranks need about"):
         check_memory(
-            check_config(parse_config(run, [f"data.seq_length={min(tokens, 2**22)}", "data.global_batch_size=64"]))
+            plan_run(
+                check_config(parse_config(run, [f"data.seq_length={min(tokens, 2**22)}", "data.global_batch_size=64"]))
+            )
         )

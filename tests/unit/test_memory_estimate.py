@@ -99,10 +99,10 @@ def test_sequence_parallelism_shares_the_norms() -> None:
 
 def test_the_plan_shows_it() -> None:
     config = make_config(*DEEP, "parallel.pp=2")
-    stages = plan_report(config)["stages"]
+    stages = plan_report(plan_run(config))["stages"]
     for stage, memory in zip(stages, plan_run(config).memory, strict=True):
         parts = dict(stage["memory_bytes"])
         assert parts.pop("total") == memory.total_bytes
         assert StageMemory(**parts) == memory
-    head, *_ = (line for line in stage_table(config).splitlines() if "parameters/rank" in line)
+    head, *_ = (line for line in stage_table(plan_run(config)).splitlines() if "parameters/rank" in line)
     assert head.split("  ")[-1] == "memory/rank"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lime_dist.checkpoint import edges
-from lime_dist.checkpoint.edges import ready_config
+from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.plan import checker
 from lime_dist.plan.checker import check_run, check_stage
@@ -134,7 +134,7 @@ def test_a_config_is_checked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(edges, "plan_run", lambda config: broken)
     with pytest.raises(PlanDefect, match="residual"):
-        ready_config(parse_config(BASE, ["parallel.pp=2"]))
+        ready_plan(parse_config(BASE, ["parallel.pp=2"]))
 
 
 # ---- of large plans the first rounds
@@ -154,7 +154,7 @@ def test_a_schedule_without_its_later_rounds_is_that_of_fewer_microbatches(
     for index, stage in enumerate(plan.stages):
         place = {"stage_index": index, "num_stages": shape[0], "virtual_stages": shape[1]}
         fewer = plan_schedule(plan.schedule, num_microbatches=number, warmup=plan.warmup, **place)
-        assert fewer == [action for action in stage.actions if action.microbatch_index < number]
+        assert [*fewer] == [action for action in stage.actions if action.microbatch_index < number]
     check_run(plan)
 
 
@@ -265,7 +265,7 @@ def other_microbatch_first(stage: StagePlan) -> StagePlan:
 
 def _exchanged(action: Action) -> Action:
     is_forward, index = action.kind is Kind.FORWARD, action.microbatch_index
-    return replace(action, microbatch_index=1 - index) if is_forward and index < 2 else action
+    return action._replace(microbatch_index=1 - index) if is_forward and index < 2 else action
 
 
 DAMAGED_ACTIONS = [  # stage, change, words
@@ -276,7 +276,7 @@ DAMAGED_ACTIONS = [  # stage, change, words
         "microbatch 0 (1536 bytes) meets receive entries of layers 0 from chunk 0 to 1, microbatch 1 (1536 bytes)",
     ),
     (0, lambda stage: replace(stage, actions=stage.actions[1:]), "stage 0: 0F0 is planned 0 times, not 1"),
-    (0, lambda stage: replace(stage, evaluation=stage.evaluation * 2), "stage 0: 0F0 is planned 2 times, not 1"),
+    (0, lambda stage: replace(stage, evaluation=[*stage.evaluation] * 2), "stage 0: 0F0 is planned 2 times, not 1"),
 ]
 
 

@@ -22,6 +22,7 @@ from lime_dist.plan.drawing import (
     draw_plan,
     plan_rows,
 )
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.stages import plan_transfer_of
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def texts(svg: str) -> Counter[str]:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_everything_is_in_the_picture(pattern: str, policy: str) -> None:
     config = make_config("parallel.pp=4", f"depth.pattern={pattern}", f"depth.policy={policy}")
-    hops, found = plan_transfer_of(config).hops, texts(draw_plan(config))
+    hops, found = plan_transfer_of(config).hops, texts(draw_plan(plan_run(config)))
     assert all(found[f"layer {layer}"] == 1 for layer in range(8))
     assert all(found[f"stage {stage}"] == 1 for stage in range(4))
     assert all(found[f"boundary {boundary} > {boundary + 1}"] == 1 for boundary in range(3))
@@ -60,7 +61,7 @@ def test_everything_of_virtual_stages_is_in_the_picture(
     pp: int, virtual_stages: int, pattern: str, policy: str
 ) -> None:
     config = make_virtual(pp, virtual_stages, f"depth.pattern={pattern}", f"depth.policy={policy}")
-    transfer, found = plan_transfer_of(config), texts(draw_plan(config))
+    transfer, found = plan_transfer_of(config), texts(draw_plan(plan_run(config)))
     num_chunks = pp * virtual_stages
     assert all(found[f"layer {layer}"] == 1 for layer in range(16))
     assert all(found[f"stage {stage}"] == virtual_stages for stage in range(pp))
@@ -87,9 +88,12 @@ def make_virtual(pp: int, virtual_stages: int, *overrides: str) -> Config:
 
 
 def test_the_chunks_of_a_stage_share_a_tint_of_their_own() -> None:
-    panels = [panel.attrib["fill"] for panel in rectangles(draw_plan(make_virtual(4, 2)), width=COLUMN_WIDTH)]
+    panels = [panel.attrib["fill"] for panel in rectangles(draw_plan(plan_run(make_virtual(4, 2))), width=COLUMN_WIDTH)]
     assert panels[:4] == panels[4:] and len(set(panels)) == 4
-    panels = [panel.attrib["fill"] for panel in rectangles(draw_plan(make_config("parallel.pp=4")), width=COLUMN_WIDTH)]
+    panels = [
+        panel.attrib["fill"]
+        for panel in rectangles(draw_plan(plan_run(make_config("parallel.pp=4"))), width=COLUMN_WIDTH)
+    ]
     assert len(panels) == 4 and len(set(panels)) == 1
 
 
@@ -113,7 +117,9 @@ def raw_lines(svg: str, height: float) -> list[tuple[float, float, bool]]:
 
 def test_what_is_read_only_where_it_is_kept_is_not_drawn_as_sent() -> None:
     """Two stages of two chunks of two layers: 0 crosses and is kept for chunk 3, 1 is kept for chunk 2, 2 is not read."""
-    svg = draw_plan(make_config("parallel.pp=2", "parallel.virtual_stages=2", "depth.pattern={6: [0], 5: [1]}"))
+    svg = draw_plan(
+        plan_run(make_config("parallel.pp=2", "parallel.virtual_stages=2", "depth.pattern={6: [0], 5: [1]}"))
+    )
     found, heights = texts(svg), [ROWS_TOP + (layer + 0.5) * ROW_HEIGHT for layer in range(3)]
     assert (found["raw 0"], found["raw 1"], found["kept 0"], found["kept 1"]) == (1, 0, 2, 1)
     box_right, column = (COLUMN_WIDTH + LAYER_WIDTH) / 2, COLUMN_WIDTH + GAP
@@ -128,7 +134,7 @@ def test_what_is_read_only_where_it_is_kept_is_not_drawn_as_sent() -> None:
 
 def test_kept_entries_share_rows() -> None:
     config = make_config("parallel.pp=4", "parallel.virtual_stages=4", "model.num_layers=32")
-    found = texts(draw_plan(config))
+    found = texts(draw_plan(plan_run(config)))
     # Chunk c reads what its stage has kept of all chunks that came round before it, until sums take over.
     kept = [sum(map(len, plan_transfer_of(config).chunk(chunk).kept.values())) for chunk in range(16)]
     assert found["2 kept"] == sum(kept) // 2 > 0
@@ -146,7 +152,7 @@ def test_many_layers_share_rows(pattern: str) -> None:
         assert {transfer.chunk_of[layer] for layer in row.layers} == {row.chunk}
         assert {transfer.raw_until[layer] for layer in row.layers} == {row.raw_until}
         assert {transfer.sum_from[layer] for layer in row.layers} == {row.sum_from}
-    found = texts(draw_plan(config))
+    found = texts(draw_plan(plan_run(config)))
     assert all(row.label in found for row in rows)
 
 
@@ -158,7 +164,7 @@ def test_a_row_each_up_to_the_limit() -> None:
 
 @pytest.mark.parametrize("overrides", (["parallel.pp=1"], ["parallel.pp=2", "depth.router=none"]))
 def test_nothing_crosses(overrides: list[str]) -> None:
-    found = texts(draw_plan(make_config(*overrides)))
+    found = texts(draw_plan(plan_run(make_config(*overrides))))
     assert not any(text.startswith(("raw ", "sum ", "partial")) and text.endswith("KiB") for text in found)
 
 

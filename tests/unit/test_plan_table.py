@@ -21,7 +21,6 @@ from lime_dist.plan.table import (
     POLICIES,
     compare_report,
     compare_table,
-    least_crossings,
     plan_report,
     stage_table,
 )
@@ -39,7 +38,7 @@ def make_config(*overrides: str) -> Config:
 @pytest.mark.parametrize("layers_per_stage", (1, 3))
 @pytest.mark.parametrize("pp", FULL_TOTALS)
 def test_totals_of_the_full_pattern(pp: int, layers_per_stage: int) -> None:
-    report = plan_report(make_config(f"parallel.pp={pp}", f"model.num_layers={layers_per_stage * pp}"))
+    report = plan_report(plan_run(make_config(f"parallel.pp={pp}", f"model.num_layers={layers_per_stage * pp}")))
     least, relay = FULL_TOTALS[pp]
     assert report["totals"] == {"least": least * layers_per_stage, "relay": relay * layers_per_stage}
     assert report["proven_minimum"] == report["totals"]["least"]
@@ -47,7 +46,7 @@ def test_totals_of_the_full_pattern(pp: int, layers_per_stage: int) -> None:
 
 def test_keys_and_numbers_of_the_report() -> None:
     config = make_config("parallel.pp=4", "depth.policy=least")
-    report = plan_report(config)
+    report = plan_report(plan_run(config))
     assert report["layout"] == {"tp": 1, "pp": 4, "dp": 1}
     assert (report["pattern"], report["policy"]) == ("full", "least")
     assert [(stage["stage_index"], stage["layers"]) for stage in report["stages"]] == [
@@ -72,7 +71,7 @@ def make_virtual(pp: int, virtual_stages: int, *overrides: str) -> Config:
 
 
 def test_report_of_virtual_stages() -> None:
-    report = plan_report(make_virtual(4, 4))
+    report = plan_report(plan_run(make_virtual(4, 4)))
     assert report["virtual_stages"] == 4 and "boundaries" not in report and report["warmups"] == []
     assert [stage["chunks"] for stage in report["stages"]] == [
         [stage, stage + 4, stage + 8, stage + 12] for stage in range(4)
@@ -89,14 +88,14 @@ def test_report_of_virtual_stages() -> None:
 @pytest.mark.parametrize(("virtual_stages", "least", "relay"), ((1, 32, 48), (2, 60, 72), (4, 78, 84)))
 def test_totals_of_virtual_stages(virtual_stages: int, least: int, relay: int) -> None:
     config = make_virtual(4, virtual_stages)
-    report = plan_report(config)
+    report = plan_report(plan_run(config))
     assert (report["totals"], report["proven_minimum"]) == ({"least": least, "relay": relay}, least)
     where = "boundaries" if virtual_stages == 1 else "hops"
-    assert f"over all {where}: least {least}, relay {relay}; proven minimum {least}" in stage_table(config)
+    assert f"over all {where}: least {least}, relay {relay}; proven minimum {least}" in stage_table(plan_run(config))
 
 
 def test_table_of_virtual_stages() -> None:
-    lines = stage_table(make_virtual(4, 2)).splitlines()
+    lines = stage_table(plan_run(make_virtual(4, 2))).splitlines()
     assert lines[0] == "layout tp=1 pp=4 dp=1, 2 virtual stages, pattern full, policy least"
     (stage,) = (line for line in lines if line.strip().startswith("1    4-7, 20-23  "))
     (hop,) = (line for line in lines if line.strip().startswith("3 > 4   3 > 0  "))
@@ -115,18 +114,18 @@ def test_table_of_virtual_stages() -> None:
 )
 def test_lines_are_at_most_120_wide(overrides: list[str]) -> None:
     config = make_config("model.num_layers=128", *overrides)
-    assert max(map(len, (*stage_table(config).splitlines(), *compare_table(config).splitlines()))) <= 120
+    assert max(map(len, (*stage_table(plan_run(config)).splitlines(), *compare_table(config).splitlines()))) <= 120
 
 
 def test_long_lists_of_layers_are_shortened() -> None:
     config = make_config("parallel.pp=2", "model.num_layers=64", "depth.pattern=stride:3", "depth.policy=relay")
-    assert plan_report(config)["hops"][0]["raw_entries"] == [*range(0, 31, 3), 31]
-    assert " 0, 3, 6, 9, ..., 30-31 " in stage_table(config)
-    assert " 0-3, 16-19 " in stage_table(make_virtual(4, 2))
+    assert plan_report(plan_run(config))["hops"][0]["raw_entries"] == [*range(0, 31, 3), 31]
+    assert " 0, 3, 6, 9, ..., 30-31 " in stage_table(plan_run(config))
+    assert " 0-3, 16-19 " in stage_table(plan_run(make_virtual(4, 2)))
 
 
 def warmups_line(config: Config) -> str:
-    return stage_table(config).splitlines()[-1]
+    return stage_table(plan_run(config)).splitlines()[-1]
 
 
 def test_what_a_warmup_costs() -> None:
@@ -134,7 +133,7 @@ def test_what_a_warmup_costs() -> None:
     plain, eager = plan_run(make_config(*batch)), plan_run(make_config(*batch, "pipeline.warmup=7"))
     needs = [max(memory.total_bytes for memory in plan.memory) for plan in (plain, eager)]
     assert needs[0] < needs[1]
-    report = plan_report(make_config(*batch, "pipeline.warmup=5"))
+    report = plan_report(plan_run(make_config(*batch, "pipeline.warmup=5")))
     described = [
         (one["warmup"], one["name"], one["is_own"], one["microbatches_in_flight"]) for one in report["warmups"]
     ]
@@ -150,8 +149,8 @@ def test_what_a_warmup_costs() -> None:
 
 def test_a_warmup_beyond_the_memory_is_priced_too() -> None:
     batch = "parallel.pp=4", "pipeline.num_microbatches=16", "data.global_batch_size=16"
-    needs = [one["memory_bytes"] for one in plan_report(make_config(*batch))["warmups"]]
-    limited = plan_report(make_config(*batch, f"run.memory={needs[0] // 1024 + 1}KiB"))
+    needs = [one["memory_bytes"] for one in plan_report(plan_run(make_config(*batch)))["warmups"]]
+    limited = plan_report(plan_run(make_config(*batch, f"run.memory={needs[0] // 1024 + 1}KiB")))
     assert [one["memory_bytes"] for one in limited["warmups"]] == needs
 
 
@@ -160,7 +159,7 @@ def test_a_warmup_beyond_the_memory_is_priced_too() -> None:
 )
 def test_no_choice_of_warmup(overrides: list[str]) -> None:
     config = make_config(*overrides)
-    assert plan_report(config)["warmups"] == [] and "warmup" not in stage_table(config)
+    assert plan_report(plan_run(config))["warmups"] == [] and "warmup" not in stage_table(plan_run(config))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -176,7 +175,7 @@ def test_routing_flops_by_counting(pattern: str, policy: str) -> None:
             heads = product(range(model.kv_heads), range(model.kv_heads))
             counted[stage] += sum(2 for _ in product(heads, ("key", "value"), range(model.head_dim)))
     assert [routing_flops_per_token(model, transfer.chunk(index)) for index in range(3)] == counted
-    assert [stage["routing_flops_per_token"] for stage in plan_report(config)["stages"]] == counted
+    assert [stage["routing_flops_per_token"] for stage in plan_report(plan_run(config))["stages"]] == counted
 
 
 def smallest_cover(edges: list[tuple[int, int]]) -> int:
@@ -186,7 +185,7 @@ def smallest_cover(edges: list[tuple[int, int]]) -> int:
     return 1 + min(smallest_cover([edge for edge in edges if end not in edge]) for end in edges[0])
 
 
-def test_least_crossings_is_the_smallest_cover_and_is_reached() -> None:
+def test_least_is_the_smallest_cover_of_each_boundary() -> None:
     random.seed(0)
     for _ in range(50):
         num_layers, density = random.randint(2, 8), random.random()
@@ -198,21 +197,20 @@ def test_least_crossings_is_the_smallest_cover_and_is_reached() -> None:
         plan = plan_transfer(pattern, stages, policy="least")
         for boundary, planned in enumerate(plan.hops):
             spanning = [(i, j) for j in range(boundary + 1, num_layers) for i in pattern.sources[j] if i < boundary + 1]
-            fewest = least_crossings(pattern, boundary + 1)
-            assert fewest == smallest_cover(spanning) == len(planned.raw_entries) + len(planned.partial_sums)
+            assert smallest_cover(spanning) == len(planned.raw_entries) + len(planned.partial_sums)
 
 
 def test_table_says_that_the_minimum_is_reached() -> None:
-    text = stage_table(make_config("parallel.pp=4"))
+    text = stage_table(plan_run(make_config("parallel.pp=4")))
     assert "least 8, relay 12; proven minimum 8, which least reaches" in text
 
 
 def test_table_claims_nothing_where_larger_sums_cost_more() -> None:
     """With fp32 sums over bf16 entries `least` counts bytes, and may take more tensors than the minimum."""
     config = make_config("parallel.pp=8", "run.dtype=bf16", "depth.partial_sum_dtype=fp32")
-    report = plan_report(config)
+    report = plan_report(plan_run(config))
     assert report["totals"]["least"] > report["proven_minimum"]
-    assert "reaches" not in stage_table(config)
+    assert "reaches" not in stage_table(plan_run(config))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +218,7 @@ def test_table_claims_nothing_where_larger_sums_cost_more() -> None:
 )
 def test_the_minimum_of_virtual_stages_counts_tensors(costs: list[str]) -> None:
     """Whatever `least` weighs; hop costs make it take more tensors here."""
-    report = plan_report(make_virtual(4, 4, *costs))
+    report = plan_report(plan_run(make_virtual(4, 4, *costs)))
     assert report["proven_minimum"] == 78 <= report["totals"]["least"]
 
 
@@ -239,7 +237,7 @@ def test_compare_covers_each_pattern_and_policy() -> None:
 def test_compare_agrees_with_the_report(virtual_stages: int, policy: str) -> None:
     config = make_virtual(4, virtual_stages, "depth.pattern=stride:2", f"depth.policy={policy}")
     (cost,) = (cost for cost in compare_report(config) if (cost["pattern"], cost["policy"]) == ("stride:2", policy))
-    report = plan_report(config)
+    report = plan_report(plan_run(config))
     bundles = [boundary["bundle_bytes"] for boundary in report["hops"]]
     assert cost["crossings"] == report["totals"][policy]
     assert (cost["largest_bundle_bytes"], cost["bytes_per_microbatch"]) == (max(bundles), sum(bundles))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,9 @@ from lime_dist.plan.schedule import (
     SCHEDULE_NAMES,
     Action,
     Kind,
+    Step,
     check_schedule,
     eager_warmup,
-    in_flight_counts,
-    peak_in_flight,
     plain_warmup,
     plan_forward_only,
     plan_schedule,
@@ -49,14 +49,18 @@ WARMED_UP = [("1f1b", (*shape, 1), warmup) for shape in SHAPES[7:] for warmup in
 ]
 
 
-def plan_all(name: str, shape: tuple[int, int, int], warmup: int | None = None) -> list[list[Action]]:
+def plan_steps(name: str, shape: tuple[int, int, int], warmup: int | None = None) -> list[Step]:
     return [plan_schedule(name, stage_index=stage, **shape_of(shape), warmup=warmup) for stage in range(shape[0])]
+
+
+def plan_all(name: str, shape: tuple[int, int, int], warmup: int | None = None) -> list[list[Action]]:
+    return [[*step] for step in plan_steps(name, shape, warmup)]
 
 
 def plan_all_forward_only(shape: tuple[int, int, int]) -> list[list[Action]]:
     stages, microbatches, virtual_stages = shape
     return [
-        plan_forward_only(microbatches, stage_index=stage, num_stages=stages, virtual_stages=virtual_stages)
+        [*plan_forward_only(microbatches, stage_index=stage, num_stages=stages, virtual_stages=virtual_stages)]
         for stage in range(stages)
     ]
 
@@ -108,6 +112,18 @@ def assert_messages_are_read_as_sent(plans: list[list[Action]], num_chunks: int)
 
 def forwards_before_first_backward(actions: Iterable[Action]) -> int:
     return next(index for index, action in enumerate(actions) if action.kind is Kind.BACKWARD)
+
+
+def in_flight_counts(actions: Iterable[Action]) -> Iterator[Counter[int]]:
+    """After each action, for each chunk with any, the number of microbatches whose activations it holds."""
+    held: Counter[int] = Counter()
+    for action in actions:
+        held[action.chunk] += 1 if action.kind is Kind.FORWARD else -1
+        yield +held
+
+
+def peak_in_flight(actions: Iterable[Action]) -> int:
+    return max((held.total() for held in in_flight_counts(actions)), default=0)
 
 
 # ---- as torch orders them
@@ -299,20 +315,53 @@ def test_gpipe_holds_all() -> None:
 
 
 @pytest.mark.parametrize(("name", "shape", "warmup"), PLAIN + WARMED_UP)
-def test_counts_by_chunk_add_up(name: str, shape: tuple[int, int, int], warmup: int | None) -> None:
-    for actions in plan_all(name, shape, warmup):
-        counts = list(in_flight_counts(actions))
-        assert len(counts) == len(actions)
-        assert max(held.total() for held in counts) == peak_in_flight(actions)
-        assert counts[-1] == Counter()
+def test_what_weighs_most_is_found_at_the_peaks(name: str, shape: tuple[int, int, int], warmup: int | None) -> None:
+    """Whatever a microbatch of each chunk weighs, and there first where others weigh as much."""
+    dice = random.Random(0)
+    for step in plan_steps(name, shape, warmup):
+        moments = [*in_flight_counts(step)]
+        assert moments[-1] == Counter()
+        assert all(+Counter(peak) in moments for peak in step.peaks())
+        for _ in range(5):
+            weights = {chunk: dice.choice([1, 2, 3, 10]) for chunk in step.forwards.chunks}
+
+            def weight(held: Mapping[int, int], weights: dict[int, int] = weights) -> int:
+                return sum(weights[chunk] * number for chunk, number in held.items())
+
+            assert +Counter(max(step.peaks(), key=weight)) == max(moments, key=weight)
 
 
-def test_counts_by_chunk() -> None:
-    actions = plan_schedule("1f1b", stage_index=1, num_stages=2, num_microbatches=2, virtual_stages=2)
-    assert [str(action) for action in actions] == "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1".split()
-    held = [{1: 1}, {1: 2}, {1: 2, 3: 1}, {1: 2}, {1: 2, 3: 1}, {1: 2}, {1: 1}, {}]
-    assert list(in_flight_counts(actions)) == held
-    assert peak_in_flight([]) == 0
+def test_peaks() -> None:
+    step = plan_schedule("1f1b", stage_index=1, num_stages=2, num_microbatches=2, virtual_stages=2)
+    assert [str(action) for action in step] == "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1".split()
+    assert step.peaks() == ({1: 2, 3: 1},)
+
+
+def test_peaks_of_a_long_step_are_those_of_a_short_one() -> None:
+    short, long = (
+        plan_schedule("1f1b", stage_index=1, num_stages=4, num_microbatches=number, virtual_stages=3)
+        for number in (16, 4 * 10**9)
+    )
+    assert short.peaks() == long.peaks()
+
+
+@pytest.mark.parametrize(("name", "shape", "warmup"), PLAIN + WARMED_UP)
+def test_an_action_is_found_by_its_place(name: str, shape: tuple[int, int, int], warmup: int | None) -> None:
+    stages, microbatches, virtual_stages = shape
+    place = {"num_stages": stages, "virtual_stages": virtual_stages}
+    for stage, step in enumerate(plan_steps(name, shape, warmup)):
+        for actions in (step, plan_forward_only(microbatches, stage_index=stage, **place)):
+            assert [actions[index] for index in range(len(actions))] == [*actions]
+            assert actions[-1] == [*actions][-1] and actions[1:3] == (*actions,)[1:3]
+            with pytest.raises(IndexError):
+                _ = actions[len(actions)]
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 5, 9, 14])
+def test_an_evaluation_has_rounds_of_any_size(num_microbatches: int) -> None:
+    passes = plan_forward_only(num_microbatches, stage_index=1, num_stages=4, virtual_stages=2)
+    assert [passes[index] for index in range(len(passes))] == [*passes]
+    assert len({*passes}) == len(passes) == 2 * num_microbatches
 
 
 # ---- refused

@@ -15,6 +15,7 @@ from lime_dist.backends.megatron import Groups, MegatronParts
 from lime_dist.bench.pipeline.growing_tuple import TupleStage
 from lime_dist.config import Config
 from lime_dist.lime.values import initialize
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.training.optim import build_optimizer
 from lime_dist.training.rank import TORCH_DTYPES, Rank
 
@@ -26,7 +27,7 @@ class Trainer(Protocol):
 
 class OwnTrainer:
     def __init__(self, config: Config, groups: Groups, device: torch.device):
-        self._rank = Rank(config, groups, device)
+        self._rank = Rank(plan_run(config), groups, device)
 
     def step(self, batch: Tensor) -> float:
         return self._rank.train_step(batch, lr_factor=1.0).loss
