@@ -16,13 +16,13 @@ from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.backends.megatron import Groups, MegatronParts
 from lime_dist.config import Config
 from lime_dist.errors import TrainingDiverged
-from lime_dist.lifecycle.pulse import Pulse
+from lime_dist.lifecycle.pulse import Pass, Pulse
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
 from lime_dist.pipeline.transport import Incoming, ResidualShare, Sent, Transport
 from lime_dist.plan.run_plan import RunPlan, plan_run
-from lime_dist.plan.schedule import Kind
+from lime_dist.plan.schedule import Action, Kind
 from lime_dist.plan.stages import StagePlan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,6 +103,15 @@ class Rank:
     def _await_input(self, kind: Kind, incoming: Incoming) -> Tensor:
         return self.pulse.awaiting(kind.name.lower(), incoming.wait)
 
+    def _run_passes(
+        self, actions: Sequence[Action], microbatches: list[Tensor], *, with_loss: bool = True
+    ) -> list[Tensor]:
+        self.pulse.expect({
+            kind.name.lower(): [Pass(one.chunk, one.microbatch_index + 1) for one in actions if one.kind is kind]
+            for kind in Kind
+        })  # fmt: skip
+        return self._executor.run(actions, microbatches, with_loss=with_loss)
+
     @property
     def is_logger(self) -> bool:
         """The rank that writes what a run writes once."""
@@ -128,7 +137,7 @@ class Rank:
 
     def accumulate(self, batch: Batch) -> Tensor:
         """Add the gradients of a global batch's mean loss; returns this rank's share of the facts, for `update`."""
-        losses = self._executor.run(self.plan.actions, self.microbatches(batch))
+        losses = self._run_passes(self.plan.actions, self.microbatches(batch))
         self.optimizer.finish_gradients()
         forward, backward = self._transport.take_sent()
         self._check_sent(forward, Kind.FORWARD)
@@ -173,14 +182,14 @@ class Rank:
 
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
-        losses = self._executor.run(self.plan.evaluation, self.microbatches(batch))
+        losses = self._run_passes(self.plan.evaluation, self.microbatches(batch))
         return self._add_up(self._share(losses, self._transport.take_sent()[0].num_bytes)).loss
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
         """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
         microbatches, found = self.microbatches(batch), []
-        outputs = self._executor.run(self.plan.evaluation, microbatches, with_loss=False)
+        outputs = self._run_passes(self.plan.evaluation, microbatches, with_loss=False)
         self._transport.take_sent()
         for index, residual in enumerate(outputs):
             block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
