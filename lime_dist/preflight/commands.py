@@ -19,7 +19,7 @@ from lime_dist.lifecycle.ending import write_outcome
 from lime_dist.lifecycle.launcher import Place, find_place, host_name, own_place, require_address, require_rendezvous
 
 if TYPE_CHECKING:
-    from lime_dist.preflight.run import Findings
+    from lime_dist.preflight.checks import Findings
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,7 +61,7 @@ def _on_local_ranks(args: argparse.Namespace) -> int:
     from lime_dist.lifecycle.local_ranks import run_local_ranks
 
     options = {name: value for name, value in vars(args).items() if name != "run"}
-    codes = run_local_ranks(_as_local_rank, _load(args, None), options, shared_import="lime_dist.preflight.run")
+    codes = run_local_ranks(_as_local_rank, _load(args, None), options, shared_import="lime_dist.preflight.checks")
     return codes[0]
 
 
@@ -71,7 +71,7 @@ def _as_local_rank(config: Config, options: dict[str, Any]) -> int:
 
 def _run(args: argparse.Namespace, config: Config | None, place: Place) -> int:
     """config: as this host reads it, when None."""
-    from lime_dist.preflight.run import run_preflight
+    from lime_dist.preflight.checks import run_preflight
 
     def load() -> Config:
         return _load(args, place.world_size) if config is None else config
@@ -102,7 +102,7 @@ def _as_launched_rank(args: argparse.Namespace, place: Place) -> int:
 
 def _finish(findings: Findings, args: argparse.Namespace) -> None:
     """By rank 0: print what was found, the bad hosts last, and write them down."""
-    from lime_dist.preflight.report import bad_lines, report_text
+    from lime_dist.preflight.summary import bad_lines, report_text
 
     verdict, report = findings.verdict, findings.report
     lines = [verdict.user_error] if verdict.user_error else bad_lines(verdict.bad)
