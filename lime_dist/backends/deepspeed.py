@@ -7,8 +7,8 @@ gradients as they come.
 The host waits for the device nowhere in a step made of this: DeepSpeed's own norm and its checks, which read the
 device several times each, are off, and the norm is taken and clipped by here. They cannot be turned off under ZeRO 3 and
 with an offloaded optimiser: there DeepSpeed reads its norm once more (`is_invalid_grad_norm` in its `step`), marks
-one that is not finite by a constant copied from the host, twice for each group of parameters as its norm is taken
-here too, and reads the norm of each offloaded gradient.
+one that is not finite by a constant copied from the host, once for each group of parameters, and reads the norm of each
+offloaded gradient, twice as that norm is taken here too.
 """
 
 from __future__ import annotations
@@ -72,9 +72,13 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 def deepspeed_takes_norm(config: Config) -> bool:
     """Whether DeepSpeed takes the gradient's norm and clips by it, as it must under ZeRO 3 and for gradients on the CPU."""
+    return config.zero_stage == 3 or _offloads(config)
+
+
+def _offloads(config: Config) -> bool:
     zero = config.deepspeed.get("zero_optimization", {})
-    offloads = zero.get("cpu_offload") or zero.get("offload_optimizer") or zero.get("zenflow")
-    return config.zero_stage == 3 or (config.zero_stage > 0 and bool(offloads))
+    keys = ("cpu_offload", "offload_optimizer", "zenflow")
+    return config.zero_stage > 0 and any(bool(zero.get(key)) for key in keys)
 
 
 def tell_device(device: torch.device) -> None:
@@ -197,14 +201,13 @@ class ZeroOptimizer:
         if self.zero_stage == 1:
             self._hand_over_gradients()
             self.engine.optimizer.reduce_gradients()
-        if not deepspeed_takes_norm(self._config):
-            return self._norm_of_partitions()
+        return self._norm_of_offloaded() if _offloads(self._config) else self._norm_of_partitions()
+
+    def _norm_of_offloaded(self) -> Tensor:
         wrapped = self.engine.optimizer
-        return (
-            combine_grad_norm_groups(wrapped._get_norm_groups())
-            if self.zero_stage == 3
-            else wrapped.scaled_global_norm()
-        )
+        if self.zero_stage < 3:
+            return wrapped.scaled_global_norm()
+        return combine_grad_norm_groups(wrapped._get_norm_groups())
 
     def _norm_of_replicated(self) -> Tensor:
         gradients = {
@@ -223,7 +226,10 @@ class ZeroOptimizer:
     def _norm_of_partitions(self) -> Tensor:
         """Bit for bit as DeepSpeed's `get_grad_norm_direct`, which however waits for the device."""
         wrapped, groups = self.engine.optimizer, []
-        for index, parameters in enumerate(wrapped.params_in_partition):
+        dtype = torch.float64 if self.zero_stage == 3 else torch.float32
+        for index, parameters in enumerate(
+            wrapped.fp16_groups if self.zero_stage == 3 else wrapped.params_in_partition
+        ):
             gradients = (
                 part for part in wrapped.averaged_gradients[index] if not getattr(part, "_zero_padding", False)
             )
@@ -232,7 +238,8 @@ class ZeroOptimizer:
                 for gradient, parameter in zip(gradients, parameters, strict=False)
                 if _counts_in_norm(parameter)
             ]
-            square = torch.stack(norms).square().sum().float() if norms else torch.zeros((), device=self.device)
+            square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+            square = square.to(dtype)
             dist.all_reduce(square, group=self._groups.dp)
             dist.all_reduce(square, group=self._groups.model)
             groups.append(square.sqrt())
