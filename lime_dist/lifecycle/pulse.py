@@ -79,10 +79,8 @@ class Pulse:
 
         return watched
 
-    def awaiting(self, kind: str, wait: Callable[[], Result]) -> Result:
-        """`wait` for what the neighbouring stage sends for the pass of this kind that runs, or else for the next."""
-        runs = self.last.busy and self.last.phase == kind
-        awaited = self.last.at if runs else self._next(kind)
+    def awaiting(self, kind: str, awaited: Pass, wait: Callable[[], Result]) -> Result:
+        """`wait` for what the neighbouring stage sends for the pass `awaited`, before the pass, within it or behind it."""
         self.last = self.last._replace(awaits=kind, awaited=awaited, time=time.time())
         result = wait()
         self.last = self.last._replace(awaits=None, awaited=None, time=time.time())

@@ -99,14 +99,14 @@ class Rank:
             }
         )
 
-    def _await_input(self, kind: Kind, incoming: Incoming) -> Tensor:
-        return self.pulse.awaiting(kind.name.lower(), incoming.wait)
+    def _await_input(self, action: Action, incoming: Incoming) -> Tensor:
+        return self.pulse.awaiting(action.kind.name.lower(), _pass(action), incoming.wait)
 
     def _run_passes(
         self, actions: Sequence[Action], microbatches: list[Tensor], *, with_loss: bool = True
     ) -> list[Tensor]:
         self.pulse.expect({
-            kind.name.lower(): [Pass(one.chunk, one.microbatch_index + 1) for one in actions if one.kind is kind]
+            kind.name.lower(): [_pass(action) for action in actions if action.kind is kind]
             for kind in Kind
         })  # fmt: skip
         return self._executor.run(actions, microbatches, with_loss=with_loss)
@@ -222,6 +222,10 @@ class Rank:
         loss, grad_norm, stops, *boundary_bytes = share.tolist()
         counts = [round(count) for count in boundary_bytes[: len(self.run_plan.boundary_bytes)]]
         return StepResult(loss, grad_norm, counts, stop_asked=stops > 0)
+
+
+def _pass(action: Action) -> Pass:
+    return Pass(action.chunk, action.microbatch_index + 1)
 
 
 def _to_device(tokens: Tensor, device: torch.device) -> Tensor:
