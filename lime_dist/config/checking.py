@@ -199,6 +199,10 @@ def _check_pipeline(config: Config) -> None:
         config.run.memory is None or bool(config.run.memory_bytes),
         f"run.memory: {shown(config.run.memory)} is no size; write 70GiB",
     )
+    _require(
+        pipeline.min_message_bytes is not None,
+        f"pipeline.min_message: {shown(pipeline.min_message)} is no size; write 256KiB",
+    )
     check_schedule(
         pipeline.schedule,
         num_stages=parallel.pp,

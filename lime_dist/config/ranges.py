@@ -64,6 +64,7 @@ RANGES: dict[str, Range] = {
     "parallel.virtual_stages": _whole(1, 1024),
     "pipeline.num_microbatches": _whole(1, 8192),
     "pipeline.warmup": _whole(1, 8192),
+    "pipeline.min_message": _whole(0, 2**40),
     "pipeline.receives_ahead": _whole(1, 64),
     "pipeline.partition": _whole(1, 512),
     "pipeline.boundary_cost": _above(0, 1e9),

@@ -87,9 +87,17 @@ class PipelineConfig:
     num_microbatches: int = 1
     # Forwards of the first stage before its first backward. None: the schedule's own number; auto: as many as hide transfers.
     warmup: int | str | None = None
+    min_message: int | str = (
+        "256KiB"  # smaller messages travel with the next of their kind; 0: each as soon as it is made
+    )
     receives_ahead: int | None = None  # passes ahead of the running one; None: 1, with a warm-up of one's own 2
     partition: str | list[int] = "auto"  # or the number of layers of each chunk
     boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
+
+    @property
+    def min_message_bytes(self) -> int | None:
+        """None for what is no size."""
+        return parse_bytes(str(self.min_message))
 
 
 @dataclass(frozen=True, kw_only=True)

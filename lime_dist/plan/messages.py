@@ -4,13 +4,14 @@ point of another. Pure data.
 Moments follow from what the passes do. Forward, a layer leaves its entry as soon as it has projected its input, so that the
 entry is on its way while the layer and those behind it run; sums over the chunk's own entries are whole behind its layers, and
 each is needed when its reader has projected. Backward, the gradient of a sum is there when its reader has gone back, and that
-of an entry is needed when the walk is back at the layer that made it. What leaves at one point for one point is one message.
+of an entry is needed when the walk is back at the layer that made it. What leaves at one point for one point is one message,
+and so is what would be too small alone: a message costs time of its own, whatever its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -104,7 +105,7 @@ def forward_messages(hop: HopPlan, sender: HopEnd, receiver: HopEnd, shape: Bund
         for reader in hop.partial_sums
     ]
     orders = points(sender.layers, Kind.FORWARD), points(receiver.layers, Kind.FORWARD)
-    return tuple(_packed(tensors, (hop.hop, hop.hop + 1), orders, shape))
+    return _Packer((hop.hop, hop.hop + 1), *orders, shape).pack(tensors)
 
 
 def backward_messages(hop: HopPlan, sender: HopEnd, receiver: HopEnd, shape: BundleShape) -> tuple[Message, ...]:
@@ -118,7 +119,7 @@ def backward_messages(hop: HopPlan, sender: HopEnd, receiver: HopEnd, shape: Bun
         _Tensor(Cargo.SUMS, reader, sender.leaves_gradient_of_sum(reader), "before") for reader in hop.partial_sums
     ]
     orders = points(sender.layers, Kind.BACKWARD), points(receiver.layers, Kind.BACKWARD)
-    return tuple(_packed(tensors, (hop.hop + 1, hop.hop), orders, shape))
+    return _Packer((hop.hop + 1, hop.hop), *orders, shape).pack(tensors)
 
 
 def points(layers: range, kind: Kind) -> tuple[Point, ...]:
@@ -133,29 +134,57 @@ class _Tensor(NamedTuple):
     needed: Point
 
 
-def _packed(
-    tensors: Sequence[_Tensor],
-    way: tuple[int, int],
-    orders: tuple[Sequence[Point], Sequence[Point]],
-    shape: BundleShape,
-) -> Iterator[Message]:
-    """orders: the points of the sender's and of the receiver's pass. Of what leaves together the residual is ahead, as
-    a whole pass waits for it, then what is needed first.
-    """
-    together: dict[tuple[Cargo, Point, Point], list[int]] = {}
-    for cargo, layer, leaves, needed in tensors:
-        together.setdefault((cargo, leaves, needed), []).extend([] if layer is None else [layer])
-    size_of = {Cargo.ENTRIES: shape.entry_bytes, Cargo.SUMS: shape.sum_bytes}
-    for cargo, leaves, needed in sorted(
-        together, key=lambda one: (orders[0].index(one[1]), one[0] is not Cargo.RESIDUAL, orders[1].index(one[2]))
-    ):
-        layers = tuple(sorted(together[cargo, leaves, needed]))
-        yield Message(
-            cargo=cargo,
-            from_chunk=way[0],
-            to_chunk=way[1],
-            layers=layers,
-            num_bytes=shape.residual_bytes if cargo is Cargo.RESIDUAL else len(layers) * size_of[cargo],
-            leaves=leaves,
-            needed=needed,
+@dataclass(frozen=True)
+class _Packer:
+    """leaving, needing: the points of the sender's and of the receiver's pass, in order."""
+
+    way: tuple[int, int]
+    leaving: Sequence[Point]
+    needing: Sequence[Point]
+    shape: BundleShape
+
+    def pack(self, tensors: Sequence[_Tensor]) -> tuple[Message, ...]:
+        """Of what leaves together the residual is ahead, as a whole pass waits for it, then what is needed first."""
+        messages: list[Message] = []
+        for tensor in sorted(tensors, key=self._order):
+            message = self._message(tensor)
+            if messages and self._go_together(messages[-1], message):
+                message = self._join(messages.pop(), message)
+            messages.append(message)
+        return tuple(messages)
+
+    def _order(self, tensor: _Tensor) -> tuple[int, bool, int]:
+        is_residual = tensor.cargo is Cargo.RESIDUAL
+        return self.leaving.index(tensor.leaves), not is_residual, self.needing.index(tensor.needed)
+
+    def _message(self, tensor: _Tensor) -> Message:
+        size_of = {
+            Cargo.RESIDUAL: self.shape.residual_bytes,
+            Cargo.ENTRIES: self.shape.entry_bytes,
+            Cargo.SUMS: self.shape.sum_bytes,
+        }
+        return Message(
+            cargo=tensor.cargo,
+            from_chunk=self.way[0],
+            to_chunk=self.way[1],
+            layers=() if tensor.layer is None else (tensor.layer,),
+            num_bytes=size_of[tensor.cargo],
+            leaves=tensor.leaves,
+            needed=tensor.needed,
+        )
+
+    def _go_together(self, one: Message, following: Message) -> bool:
+        """At one point for one point, or where the first is too small to be sent alone. What passes by waits for nothing else."""
+        if one.cargo is not following.cargo:
+            return False
+        if (one.leaves, one.needed) == (following.leaves, following.needed):
+            return True
+        return one.num_bytes < self.shape.min_message_bytes and one.passes_by == following.passes_by
+
+    def _join(self, one: Message, following: Message) -> Message:
+        return replace(
+            following,
+            layers=tuple(sorted((*one.layers, *following.layers))),
+            num_bytes=one.num_bytes + following.num_bytes,
+            needed=min(one.needed, following.needed, key=self.needing.index),
         )

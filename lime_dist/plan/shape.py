@@ -13,7 +13,10 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class BundleShape:
-    """Sizes of one microbatch's tensors on one tensor rank, which holds 1/tp of the tokens (rounded up)."""
+    """Sizes of one microbatch's tensors on one tensor rank, which holds 1/tp of the tokens (rounded up).
+
+    min_message_bytes: what a message must have to leave without waiting for the next.
+    """
 
     rows: int
     hidden_size: int
@@ -21,6 +24,7 @@ class BundleShape:
     entry_elements: int
     element_bytes: int
     sum_element_bytes: int
+    min_message_bytes: int
 
     @property
     def residual_bytes(self) -> int:
@@ -49,4 +53,5 @@ def plan_shape(config: Config) -> BundleShape:
         entry_elements=heads * row_size,
         element_bytes=DTYPE_BYTES[config.run.dtype],
         sum_element_bytes=DTYPE_BYTES[config.partial_sum_dtype],
+        min_message_bytes=config.pipeline.min_message_bytes or 0,
     )

@@ -27,6 +27,7 @@ BASE = {
     "model": {"num_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
     "optim": {"lr": 0.02, "router_lr": 0.1, "eps": 1e-3, "max_grad_norm": 0.5, "warmup_steps": 0},
     "data": {"seq_length": 6, "global_batch_size": 12},
+    "pipeline": {"min_message": 0},  # as with large models: entries, sums and their gradients leave one by one
     "run": {"device": "cpu", "seed": 3, "timeout_seconds": 60},
 }
 
@@ -61,6 +62,7 @@ SHORT = {
     "policy": "depth.policy",
     "v": "parallel.virtual_stages",
     "warmup": "pipeline.warmup",
+    "packed": "pipeline.min_message=256KiB",
 }
 
 

@@ -65,6 +65,11 @@ LAYOUTS = (
     "pp=3 dp=2 layers=6 micro=3 zero=0 untied pattern=stride:2",
     "pp=3 layers=8 split=[3,3,2] micro=2 pattern=block:3+first:1 tp=2 recompute",
     "pp=2 layers=6 split=[2,4] micro=3 pattern=block:2 relay heads=4 kv=2",
+    # small messages together
+    "pp=3 layers=9 micro=4 packed",
+    "pp=3 layers=7 split=[3,2,2] micro=3 packed recompute pattern=first:2 relay",
+    "v=2 pp=3 layers=12 micro=3 packed",
+    "hidden v=2 pp=2 layers=8 micro=2 packed tp=2",
     # four stages
     "pp=4 micro=6",
     "pp=4 layers=8 micro=4 cost=[1,5,1]",

@@ -13,7 +13,7 @@ BASE = {
     "model": {
         "num_layers": 6, "hidden_size": 48, "intermediate_size": 64, "num_heads": 6, "num_kv_heads": 2, "vocab_size": 50,
     },
-    "pipeline": {"num_microbatches": 4, "partition": [1, 4, 1]},
+    "pipeline": {"num_microbatches": 4, "partition": [1, 4, 1], "min_message": 0},
     "parallel": {"pp": 3},
     "data": {"seq_length": 5, "global_batch_size": 12},
 }  # fmt: skip

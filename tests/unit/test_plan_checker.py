@@ -23,6 +23,7 @@ from lime_dist.plan.stages import ChunkPlan, StagePlan
 BASE = {
     "model": {"num_layers": 6, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
     "data": {"seq_length": 6, "global_batch_size": 12},
+    "pipeline": {"min_message": 0},
     "run": {"device": "cpu"},
 }
 AHEAD = (1, 2, 3, 4, 8)
@@ -91,6 +92,8 @@ def test_every_schedule_passes_with_receives_at_any_depth(shape: tuple[int, int,
     "text",
     (
         "depth.pattern=last:2",
+        "pipeline.min_message=256KiB",
+        "pipeline.min_message=3000 depth.policy=relay",
         "depth.pattern=first:2 depth.policy=relay",
         "depth.pattern=within_stage",
         "depth.pattern=stride:3",

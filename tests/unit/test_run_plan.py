@@ -16,7 +16,7 @@ from lime_dist.plan.stages import StagePlan
 BASE = {
     "model": {"num_layers": 8, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
     "parallel": {"pp": 4},
-    "pipeline": {"num_microbatches": 12},
+    "pipeline": {"num_microbatches": 12, "min_message": 0},
     "data": {"seq_length": 64, "global_batch_size": 12},
     "run": {"device": "cpu"},
 }
@@ -165,6 +165,28 @@ def test_a_sum_is_awaited_by_its_reader_and_its_gradient_leaves_behind_it() -> N
         "send gradient of sums of layers 6 from chunk 3 to 2",
         "run 3B0",
         "send gradient of residual from chunk 3 to 2",
+    ]
+
+
+def test_small_messages_travel_with_the_next_of_their_kind() -> None:
+    """An entry has 16 KiB: in messages of at least two of them, three layers a stage leave two and one."""
+    overrides = ("model.num_layers=12", "depth.policy=relay", "pipeline.min_message=32KiB")
+    stage = make_plan(*overrides).stages[1]
+    assert stage.chunks[0].shape.entry_bytes == 2**14
+    assert of_first_pass(stage, Kind.FORWARD)[-6:] == [
+        "run 1F0 to layer 4",
+        "send entries of layers 3, 4 from chunk 1 to 2",
+        "run 1F0 to layer 5",
+        "send entries of layers 5 from chunk 1 to 2",
+        "run 1F0",
+        "send residual from chunk 1 to 2",
+    ]
+    assert of_first_pass(stage, Kind.BACKWARD)[:5] == [
+        "await gradient of residual from chunk 2 to 1",
+        "run 1B0 to layer 5",
+        "await gradient of entries of layers 4, 5 from chunk 2 to 1",
+        "run 1B0 to layer 3",
+        "await gradient of entries of layers 0, 1, 2, 3 from chunk 2 to 1",
     ]
 
 
