@@ -1,15 +1,20 @@
 """DeepSpeed: ZeRO's optimiser over the stage module. Nothing else imports it.
 
 Below ZeRO 2 the stage is differentiated without the engine, as pipeline stages need, and the engine only
-reduces, clips and steps. From ZeRO 2 on (one stage only) passes go through the engine, whose hooks reduce
+reduces and steps. From ZeRO 2 on (one stage only) passes go through the engine, whose hooks reduce
 gradients as they come.
+
+The host waits for the device nowhere in a step made of this: DeepSpeed's own norm and its checks, which read the
+device several times each, are off, and the norm is taken and clipped by here. They cannot be turned off under ZeRO 3 and
+with an offloaded optimiser: there DeepSpeed reads its norm once more (`is_invalid_grad_norm` in its `step`), marks
+one that is not finite by a constant copied from the host, once for each group of parameters, and reads the norm of each
+offloaded gradient, twice as that norm is taken here too.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import deepspeed
@@ -18,12 +23,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from lime_dist.backends.megatron import DeepSpeedMpu, Groups
 from lime_dist.config import Config
-from lime_dist.errors import TrainingDiverged
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import specified_parameters
 from lime_dist.pipeline.executor import joint_backward
@@ -34,6 +39,7 @@ from lime_dist.training.optim import build_optimizer, set_lr
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_CLIP_EPS = 1e-6  # DeepSpeed's, and torch's
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -45,21 +51,34 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     elif config.zero_stage == 2 and config.run.dtype == "bf16" and config.layout.dp.bit_count() > 1:
         # Else DeepSpeed divides by the number of replicas in bf16 before it sums: exact for powers of two only.
         zero["contiguous_gradients"] = False
+    takes_norm = deepspeed_takes_norm(config)
+    if config.zero_stage in (1, 2):
+        zero["compute_grad_norm"] = takes_norm
     return {
         **config.deepspeed,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": config.data.global_batch_size // config.layout.dp,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": config.zero_stage >= 2,  # below, passes do not go through the engine
-        # Without ZeRO the engine does not tell the norm, so it is taken, and clipped by, here.
-        "gradient_clipping": config.optim.max_grad_norm if config.zero_stage else 0.0,
-        "bf16": {"enabled": config.run.dtype == "bf16"},
+        "gradient_clipping": config.optim.max_grad_norm if takes_norm else 0.0,
+        "bf16": {"enabled": config.run.dtype == "bf16", "check_grad_overflow": takes_norm},
         # From ZeRO 2 on the engine sums the microbatches; below, `_add_in_fp32` does.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if config.zero_stage >= 2 else {}),
         # In bf16 a sum over many replicas loses the small gradients; the key may be set to bf16 to halve the traffic.
         "communication_data_type": config.deepspeed.get("communication_data_type", "fp32"),
         "zero_allow_untested_optimizer": True,
     }
+
+
+def deepspeed_takes_norm(config: Config) -> bool:
+    """Whether DeepSpeed takes the gradient's norm and clips by it, as it must under ZeRO 3 and for gradients on the CPU."""
+    return config.zero_stage == 3 or _offloads(config)
+
+
+def _offloads(config: Config) -> bool:
+    zero = config.deepspeed.get("zero_optimization", {})
+    keys = ("cpu_offload", "offload_optimizer", "zenflow")
+    return config.zero_stage > 0 and any(bool(zero.get(key)) for key in keys)
 
 
 def tell_device(device: torch.device) -> None:
@@ -72,9 +91,9 @@ def tell_device(device: torch.device) -> None:
 class ZeroOptimizer:
     """Gradients to weights: reduction over the replicas, clipping over the whole model, AdamW.
 
-    A step is: passes through `call` and `backward`, then `finish_gradients`, then `step`. In bf16 runs the gradients
-    are summed in fp32 throughout: over microbatches, over the two ends of a tied embedding and over the replicas.
-    Collective: `finish_gradients`, `gradient` and `step`, over all ranks.
+    A step is: passes through `call` and `backward`, then `finish_gradients`, `take_norm`, and `update` if that norm is
+    finite. In bf16 runs the gradients are summed in fp32 throughout: over microbatches, over the two ends of a tied
+    embedding and over the replicas. Collective: these three and `gradient`, over all ranks.
     """
 
     def __init__(self, stage: LimeStage, config: Config, groups: Groups, device: torch.device):
@@ -91,7 +110,9 @@ class ZeroOptimizer:
             mpu=DeepSpeedMpu(groups),
             dist_init_required=False,
         )
-        self.engine.enable_backward_allreduce = self.zero_stage > 0  # without ZeRO `_step_replicated` reduces
+        self.engine.enable_backward_allreduce = self._through_engine  # below, `take_norm` reduces
+        self._clip_factor: Tensor | None = None
+        self.torch_optimizer.register_step_pre_hook(self._clip_partitions)
         self._create_moments()
         self._microbatches_done = 0
         self._fp32_sums: dict[nn.Parameter, Tensor] = {}
@@ -163,26 +184,76 @@ class ZeroOptimizer:
         return parameter.grad
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient of `parameter` averaged over the replicas, fp32; between `finish_gradients` and `step`."""
+        """The gradient of `parameter` averaged over the replicas, fp32; between `finish_gradients` and `take_norm`."""
         if self._through_engine:
             return safe_get_full_grad(parameter)
         gradient = self._local_gradient(parameter).float().clone()
         dist.all_reduce(gradient, group=self._groups.dp)
         return gradient / self._groups.layout.dp
 
-    def step(self, lr_factor: float) -> float:
-        """Update the weights; returns the gradient's norm over the whole model, before clipping.
+    def take_norm(self) -> Tensor:
+        """Average the gradients over the replicas; returns their norm over the whole model, before clipping.
 
-        Raises: TrainingDiverged on all ranks, before anything is updated, when the norm is not finite.
+        0-dim, on the device, the same on all ranks; infinite or NaN when some gradient is.
         """
+        if self.zero_stage == 0:
+            return self._norm_of_replicated()
+        if self.zero_stage == 1:
+            self._hand_over_gradients()
+            self.engine.optimizer.reduce_gradients()
+        return self._norm_of_offloaded() if _offloads(self._config) else self._norm_of_partitions()
+
+    def _norm_of_offloaded(self) -> Tensor:
+        wrapped = self.engine.optimizer
+        if self.zero_stage < 3:
+            return wrapped.scaled_global_norm()
+        return combine_grad_norm_groups(wrapped._get_norm_groups())
+
+    def _norm_of_replicated(self) -> Tensor:
+        gradients = {
+            parameter: self._local_gradient(parameter)
+            for parameter in self._stage.parameters()
+            if self._has_gradient(parameter)
+        }
+        for gradient in gradients.values():
+            dist.all_reduce(gradient.div_(self._groups.layout.dp), group=self._groups.dp)
+        counted = [gradient for parameter, gradient in gradients.items() if _counts_in_norm(parameter)]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in counted]
+        squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        dist.all_reduce(squares, group=self._groups.model)
+        return squares.sqrt()
+
+    def _norm_of_partitions(self) -> Tensor:
+        """Bit for bit as DeepSpeed's `get_grad_norm_direct`, which however waits for the device."""
+        wrapped, groups = self.engine.optimizer, []
+        dtype = torch.float64 if self.zero_stage == 3 else torch.float32
+        for index, parameters in enumerate(
+            wrapped.fp16_groups if self.zero_stage == 3 else wrapped.params_in_partition
+        ):
+            gradients = (
+                part for part in wrapped.averaged_gradients[index] if not getattr(part, "_zero_padding", False)
+            )
+            norms = [
+                torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                for gradient, parameter in zip(gradients, parameters, strict=False)
+                if _counts_in_norm(parameter)
+            ]
+            square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+            square = square.to(dtype)
+            dist.all_reduce(square, group=self._groups.dp)
+            dist.all_reduce(square, group=self._groups.model)
+            groups.append(square.sqrt())
+        return torch.linalg.vector_norm(torch.stack(groups))
+
+    def update(self, norm: Tensor, lr_factor: float) -> None:
+        """Clip by `norm`, which `take_norm` gave, and update the weights."""
         set_lr(self.engine.optimizer, lr_factor)
         if self.zero_stage == 0:
-            return self._step_replicated()
-        self._hand_over_gradients()
+            self._update_replicated(norm)
+            return
+        if self._config.optim.max_grad_norm and not deepspeed_takes_norm(self._config):
+            self._clip_factor = 1 / ((norm + _CLIP_EPS) / self._config.optim.max_grad_norm).clamp(min=1)
         self.engine.step()
-        if self.engine.optimizer.overflow:  # DeepSpeed has left this step out
-            raise TrainingDiverged("the gradient norm is not finite")
-        return float(self.engine.get_global_grad_norm())
 
     def _hand_over_gradients(self) -> None:
         """Give the fp32 sums to the parameters, in whose dtype DeepSpeed takes gradients."""
@@ -190,25 +261,34 @@ class ZeroOptimizer:
             parameter.grad = gradient.to(parameter.dtype)
         self._fp32_sums.clear()
 
-    def _step_replicated(self) -> float:
-        parameters = [parameter for parameter in self._stage.parameters() if self._has_gradient(parameter)]
-        gradients = {parameter: self._local_gradient(parameter) for parameter in parameters}
-        for gradient in gradients.values():
-            dist.all_reduce(gradient.div_(self._groups.layout.dp), group=self._groups.dp)
-        counted = [gradient for parameter, gradient in gradients.items() if getattr(parameter, "model_parallel", False)]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in counted]
-        squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
-        dist.all_reduce(squares, group=self._groups.model)
-        norm = squares.sqrt()
-        if not math.isfinite(norm):
-            self._fp32_sums.clear()
-            self._stage.zero_grad()
-            raise TrainingDiverged("the gradient norm is not finite")
+    def _clip_partitions(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Ahead of AdamW, in whose hands DeepSpeed has put this replica's share of a group's gradients, in fp32."""
+        if self._clip_factor is not None:
+            for master in (master for group in optimizer.param_groups for master in group["params"]):
+                master.grad.mul_(self._clip_factor)
+
+    def _update_replicated(self, norm: Tensor) -> None:
+        """Without DeepSpeed, which in bf16 would look for numbers that are not finite in one gradient after the other."""
         self._hand_over_gradients()
         if self._config.optim.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.optim.max_grad_norm, norm)
-        self.engine.step()
-        return float(norm)
+            torch.nn.utils.clip_grads_with_norm_(self._stage.parameters(), self._config.optim.max_grad_norm, norm)
+        copies = [(parameter, master) for parameter, master in self.replicated_masters() if parameter is not master]
+        for parameter, master in copies:
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.to(master.dtype)
+        self.torch_optimizer.step()
+        for parameter, master in copies:
+            parameter.data.copy_(master.data)
+            master.grad = None
+        self._stage.zero_grad()
+
+    def replicated_masters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Without ZeRO: parameters and what AdamW updates for each, itself in fp32 and DeepSpeed's fp32 copy in bf16."""
+        wrapped = self.engine.optimizer
+        if isinstance(wrapped, torch.optim.Optimizer):
+            yield from ((parameter, parameter) for parameter in self._stage.parameters())
+            return
+        for parameters, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+            yield from zip(parameters, masters, strict=True)
 
     def _has_gradient(self, parameter: nn.Parameter) -> bool:
         return parameter in self._fp32_sums or parameter.grad is not None
@@ -226,7 +306,11 @@ def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None
     return placeholder
 
 
+def _counts_in_norm(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "model_parallel", False)
+
+
 def _mark_for_norm(stage: LimeStage, tp_rank: int) -> None:
-    """Have DeepSpeed count each value once in the norm: what it takes for model-parallel is counted on every rank."""
+    """Have each value counted once in the norm, by DeepSpeed too: what it takes for model-parallel is counted on every rank."""
     for spec, parameter in specified_parameters(stage):
         parameter.model_parallel = not spec.tied_copy and (spec.sharded or tp_rank == 0)  # type: ignore[attr-defined]

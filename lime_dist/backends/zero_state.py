@@ -69,15 +69,7 @@ def set_num_updates(optimizer: ZeroOptimizer, num_updates: int) -> None:
 
 
 def _replicated_master(optimizer: ZeroOptimizer, parameter: nn.Parameter) -> Tensor:
-    """Without ZeRO: the parameter itself in fp32, DeepSpeed's fp32 copy in bf16."""
-    wrapped = optimizer.engine.optimizer
-    if isinstance(wrapped, torch.optim.Optimizer):
-        return parameter
-    for group, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
-        for candidate, master in zip(group, masters, strict=True):
-            if candidate is parameter:
-                return master
-    raise KeyError("a parameter that the optimiser does not update")
+    return next(master for candidate, master in optimizer.replicated_masters() if candidate is parameter)
 
 
 def _set_partitioned(optimizer: ZeroOptimizer, parameter: nn.Parameter, kind: str, value: Tensor) -> None:

@@ -110,7 +110,7 @@ def _pipeline(args: argparse.Namespace) -> int:
     ways = make_ways(args.overrides, quick=args.quick, models=args.models)
     # Hosts of our making have no names, of which torch, when it is imported, is told not to warn at each connection.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from lime_dist.bench.pipeline.run import run_pipeline
+    from lime_dist.bench.pipeline.on_hosts import run_pipeline
 
     report = run_pipeline(ways, args.rounds)
     print(report.to_markdown())

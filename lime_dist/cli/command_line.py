@@ -17,7 +17,7 @@ from lime_dist.cluster import commands as cluster_commands
 from lime_dist.cluster import watching
 from lime_dist.data import commands as data_commands
 from lime_dist.errors import ConfigError, LimeDistError, one_line, shown
-from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, REQUEUE, write_outcome
+from lime_dist.lifecycle.ending import FAILED, INTERRUPTED, NEVER_RESTART, REQUEUE, write_outcome
 from lime_dist.lifecycle.local import RankFailed, StoppedEarly
 from lime_dist.lifecycle.stopping import STOP_SIGNALS
 from lime_dist.preflight import commands as preflight_commands
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lime-dist: {error}", file=sys.stderr)
         write_outcome(REQUEUE, error)
         return REQUEUE
+    except KeyboardInterrupt:
+        print("lime-dist: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except RankFailed as error:
         print(f"{error.detail}\nlime-dist: {one_line(error)}".lstrip(), file=sys.stderr)
         write_outcome(FAILED, error)

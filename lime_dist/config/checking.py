@@ -13,6 +13,7 @@ from lime_dist.config.deepspeed_keys import (
     PASSED_ON,
     ZERO,
     ZERO_BOOLEANS,
+    ZERO_OWNED,
     ZERO_SECTIONS,
     ZERO_WHOLE_NUMBERS,
 )
@@ -231,6 +232,8 @@ def _check_deepspeed(config: Config) -> None:
     zero = config.deepspeed.get("zero_optimization", {})
     _require(isinstance(zero, dict), "deepspeed.zero_optimization: must be a section, such as {stage: 1}")
     for key, value in zero.items():
+        owner = ZERO_OWNED.get(key)
+        _require(owner is None, f"deepspeed.zero_optimization.{key}: is set from {owner}; remove it and set that")
         _require(key in ZERO, _unknown("deepspeed.zero_optimization", key, ZERO))
         wanted = _wanted_by_zero(key, value)
         _require(wanted is None, f"deepspeed.zero_optimization.{key}: {shown(value)} must be {wanted}")

@@ -25,6 +25,8 @@ OWNED = {
     "tensorboard": "run.dir",
 }
 
+ZERO_OWNED = {"compute_grad_norm": "optim.max_grad_norm"}  # the same, under `zero_optimization`
+
 PASSED_ON = frozenset((
     "aio", "autotuning", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile", "csv_monitor",
     "data_efficiency", "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state",

@@ -64,6 +64,7 @@ RANGES: dict[str, Range] = {
     "parallel.virtual_stages": _whole(1, 1024),
     "pipeline.num_microbatches": _whole(1, 8192),
     "pipeline.warmup": _whole(1, 8192),
+    "pipeline.receives_ahead": _whole(1, 64),
     "pipeline.partition": _whole(1, 512),
     "pipeline.boundary_cost": _above(0, 1e9),
     "optim.lr": _from(0, 1e4),

@@ -87,6 +87,7 @@ class PipelineConfig:
     num_microbatches: int = 1
     # Forwards of the first stage before its first backward. None: the schedule's own number; auto: as many as hide transfers.
     warmup: int | str | None = None
+    receives_ahead: int | None = None  # passes ahead of the running one; None: 1, with a warm-up of one's own 2
     partition: str | list[int] = "auto"  # or the number of layers of each chunk
     boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lime_dist.layout import Coordinate
+from lime_dist.lifecycle.pulse import Pass
 
 CLOCK_SKEW = 5.0  # seconds by which hosts' clocks may differ
 
@@ -27,15 +28,15 @@ class Heartbeat:
     job: str | None  # SLURM's
     step: int
     phase: str
-    microbatch: int | None
+    at: Pass | None  # of forward and backward
     busy: bool  # inside of the phase, not behind it
     done: int  # pieces of work finished
     moved: float  # the last beat
     alive: float  # this writing
     ended: bool  # the rank has left by itself
-    passes: Mapping[str, int] = field(default_factory=dict)  # finished, by kind
+    passes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)  # finished, by kind and chunk
     awaits: str | None = None  # the kind of pass whose input has not come
-    awaited_microbatch: int | None = None
+    awaited: Pass | None = None  # that pass
 
 
 def heartbeat_folder(run_dir: Path) -> Path:
@@ -50,7 +51,11 @@ def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:
     """Replace the rank's file in one step. Raises: OSError."""
     path = _path(folder, heartbeat.global_rank)
     place = heartbeat.coordinate
-    values = asdict(heartbeat) | {"coordinate": {"pp": place.pp_rank, "dp": place.dp_rank, "tp": place.tp_rank}}
+    values = asdict(heartbeat) | {
+        "coordinate": {"pp": place.pp_rank, "dp": place.dp_rank, "tp": place.tp_rank},
+        "at": heartbeat.at and heartbeat.at._asdict(),
+        "awaited": heartbeat.awaited and heartbeat.awaited._asdict(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     replacement = path.with_suffix(".tmp")
     replacement.write_text(json.dumps(values))
@@ -75,6 +80,8 @@ def _read(path: Path) -> Heartbeat | None:
     try:
         values = json.loads(path.read_text())
         place = {f"{axis}_rank": index for axis, index in values["coordinate"].items()}
-        return Heartbeat(**values | {"coordinate": Coordinate(**place)})
+        passes = {kind: {int(chunk): n for chunk, n in of_kind.items()} for kind, of_kind in values["passes"].items()}
+        at, awaited = (value and Pass(**value) for value in (values["at"], values["awaited"]))
+        return Heartbeat(**values | {"coordinate": Coordinate(**place), "at": at, "passes": passes, "awaited": awaited})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, Protocol, cast
 
@@ -63,23 +64,26 @@ def run_local(
 
     fresh: in new interpreters rather than forks; `function` is then a module's own. What `wire` can pack may be a
     result, and, where fresh, an argument. `describe` says of a rank what it is, for the error. No rank outlives the call.
-    Signals that ask to stop are passed on to the ranks, which know what to do; call on the main thread.
+    Signals that ask to stop are passed on to the ranks, which know what to do; call on the main thread. Ranks do not hear
+    Ctrl-C, which a terminal sends to them too: it ends the call, which ends them.
     Raises: the `LimeDistError` of a rank as it is; StoppedEarly; RankFailed for anything else, among it a rank killed by a
     signal, a run longer than `timeout`, and a rank that is still there long after another's result.
     """
-    begin = _begin_fresh if fresh else _begin_fork
     port, secret = free_port(), new_job_secret()
     pipes: list[Connection] = []
     processes: list[_Process] = []
     try:
-        for rank in range(world_size):
-            receiver, sender = multiprocessing.Pipe(duplex=False)
-            environment = _environment(rank, world_size, port) | {SECRET_VARIABLE: secret}
-            pipes.append(receiver)
-            processes.append(begin(function, args, environment, sender))
-            sender.close()
-        with _stop_signals_passed_on(processes) as passed_on:
-            results = _collect(pipes, processes, timeout, describe, passed_on)
+        with _StopSignals(processes) as signals:
+            begin = _begin_fresh if fresh else partial(_begin_fork, signals.before)
+            for rank in range(world_size):
+                receiver, sender = multiprocessing.Pipe(duplex=False)
+                environment = _environment(rank, world_size, port) | {SECRET_VARIABLE: secret}
+                pipes.append(receiver)
+                with _signals_held():
+                    processes.append(begin(function, args, environment, sender))
+                sender.close()
+                signals.stop_early()
+            results = _collect(pipes, processes, timeout, describe, signals.passed_on)
         for process in processes:
             process.join(LEAVE_GRACE.total_seconds())
         return results
@@ -123,22 +127,28 @@ class _Process(Protocol):
 
 
 def _begin_fork(
-    function: Callable[..., Any], args: tuple[Any, ...], environment: Mapping[str, str], sender: Connection
+    handlers: Mapping[int, Any],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    environment: Mapping[str, str],
+    sender: Connection,
 ) -> _Process:
     process = multiprocessing.get_context("fork").Process(
-        target=_fork, args=(function, args, environment, sender, os.getpid())
+        target=_fork, args=(handlers, function, args, environment, sender, os.getpid())
     )
     process.start()
     return process
 
 
 def _fork(
+    handlers: Mapping[int, Any],
     function: Callable[..., Any],
     args: tuple[Any, ...],
     environment: Mapping[str, str],
     sender: Connection,
     parent: int,
 ) -> NoReturn:
+    _hear_signals(handlers)
     os.environ.update(environment)
     import torch
 
@@ -163,7 +173,9 @@ class _Interpreter(subprocess.Popen[bytes]):
 
 # With this process's own paths: those of `python -c` and `-m` differ from a launcher script's.
 _BOOT = """\
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
 sys.path[:] = sys.argv[1].split(os.pathsep)
 from lime_dist.lifecycle.local import be_fresh
 be_fresh({name!r}, {sender}, {parent})
@@ -308,7 +320,7 @@ def _collect(
     if failures:
         first_failure = min(failures, key=lambda failure: failure.order)
         if first_failure.killed_by in passed_on:
-            raise StoppedEarly(f"{signal.Signals(first_failure.killed_by).name} before the ranks had met")
+            raise _stopped_early(first_failure.killed_by)
         _raise(first_failure, describe)
     if pending:
         limit = f"after {timeout}" if timeout else f"{STRAGGLER_LIMIT} after others had ended"
@@ -348,20 +360,60 @@ def _exit_reason(exit_code: int) -> str:
     return f"exit code {exit_code}"
 
 
-@contextmanager
-def _stop_signals_passed_on(processes: Sequence[_Process]) -> Iterator[set[int]]:
-    """Gives those that were."""
-    passed_on: set[int] = set()
+# ---- signals
 
-    def pass_on(number: int, _: object) -> None:
-        passed_on.add(number)
-        for process in processes:
+_HELD = (*STOP_SIGNALS, signal.SIGINT)
+
+
+class _StopSignals:
+    """Passes signals that ask to stop on to `processes`, in a `with`.
+
+    before: the handlers outside of it. passed_on: what was.
+    """
+
+    def __init__(self, processes: Sequence[_Process]):
+        self._processes = processes
+        self.before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.passed_on: set[int] = set()
+
+    def __enter__(self) -> _StopSignals:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _: object) -> None:
+        self.passed_on.add(number)
+        for process in self._processes:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    def stop_early(self) -> None:
+        """While ranks begin, and so have not met. Raises: StoppedEarly when a signal has come."""
+        for number in self.passed_on:
+            raise _stopped_early(number)
+
+
+def _stopped_early(number: int) -> StoppedEarly:
+    return StoppedEarly(f"{signal.Signals(number).name} before the ranks had met")
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """They come behind it: to this process when it knows the new rank, to the rank when it has handlers of its own."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
-        yield passed_on
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+
+
+def _hear_signals(handlers: Mapping[int, Any]) -> None:
+    """In a fork that has begun."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)

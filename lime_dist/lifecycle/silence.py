@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lime_dist.layout import Coordinate, Layout
 from lime_dist.lifecycle.heartbeat import Heartbeat
+from lime_dist.lifecycle.pulse import Pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,37 +36,45 @@ def find_cause(layout: Layout, heartbeats: Sequence[Heartbeat | None], now: floa
 
 
 def _silent_link(layout: Layout, heartbeats: Sequence[Heartbeat | None]) -> tuple[Heartbeat, Heartbeat] | None:
-    """(sender, receiver) of a bundle that was sent and has not come."""
+    """(sender, receiver) of a message that was sent and has not come."""
     for receiver in filter(None, heartbeats):
-        sender = _awaited_neighbour(layout, heartbeats, receiver)
-        if sender is not None and _passes(sender, receiver.awaits) > _passes(receiver, receiver.awaits):
+        if receiver.awaits is None or receiver.awaited is None:
+            continue
+        chunk = receiver.awaited.chunk
+        sends = chunk + {"forward": -1, "backward": 1}[receiver.awaits]
+        sender = heartbeats[_global_rank(layout, sends, receiver.coordinate)]
+        if sender is not None and _passes(sender, receiver.awaits, sends) > _passes(receiver, receiver.awaits, chunk):
             return sender, receiver
     return None
 
 
-def _awaited_neighbour(layout: Layout, heartbeats: Sequence[Heartbeat | None], receiver: Heartbeat) -> Heartbeat | None:
-    place = receiver.coordinate
-    pp_rank = place.pp_rank + {"forward": -1, "backward": 1}.get(receiver.awaits or "", layout.pp)
-    if not 0 <= pp_rank < layout.pp:
-        return None
-    neighbour = Coordinate(pp_rank=pp_rank, dp_rank=place.dp_rank, tp_rank=place.tp_rank)
-    return heartbeats[layout.global_rank(neighbour)]
+def _global_rank(layout: Layout, chunk: int, place: Coordinate) -> int:
+    """That has the chunk, in the replica and with the tensor share of `place`; with virtual stages chunks go round."""
+    holder = Coordinate(pp_rank=chunk % layout.pp, dp_rank=place.dp_rank, tp_rank=place.tp_rank)
+    return layout.global_rank(holder)
 
 
-def _passes(heartbeat: Heartbeat, kind: str | None) -> int:
-    return heartbeat.passes.get(kind or "", 0)
+def _passes(heartbeat: Heartbeat, kind: str, chunk: int) -> int:
+    return heartbeat.passes.get(kind, {}).get(chunk, 0)
 
 
 def _describe_link(sender: Heartbeat, receiver: Heartbeat) -> str:
+    assert receiver.awaits is not None and receiver.awaited is not None  # it awaits what the sender has sent
     ends = sorted((sender, receiver), key=lambda beat: beat.coordinate.pp_rank)
     where = " and ".join(f"stage {beat.coordinate.pp_rank} on {beat.host}" for beat in ends)
     ranks = " and ".join(str(beat.global_rank) for beat in ends)
-    awaited = f"{receiver.awaits} of microbatch {receiver.awaited_microbatch}"
+    awaited = f"{receiver.awaits} of {_named(receiver, receiver.awaits, receiver.awaited)}"
     return f"between {where} ({awaited}, step {receiver.step}, ranks {ranks}); sent, and it has not come"
 
 
+def _named(heartbeat: Heartbeat, kind: str, which: Pass) -> str:
+    """The pass; of which chunk where the rank has several."""
+    has_several = len(heartbeat.passes.get(kind, {})) > 1
+    return f"microbatch {which.microbatch}" + (f" in chunk {which.chunk}" if has_several else "")
+
+
 def _is_level(one: Heartbeat, other: Heartbeat, now: float, stale_after: float) -> bool:
-    return _order(one, now, stale_after)[:3] == _order(other, now, stale_after)[:3]
+    return _order(one, now, stale_after)[:-1] == _order(other, now, stale_after)[:-1]
 
 
 def _describe_equals(layout: Layout, equals: Sequence[Heartbeat]) -> str:
@@ -94,18 +103,21 @@ def first_silent(heartbeats: Sequence[Heartbeat | None], now: float, stale_after
     """The global rank that most likely made all of them stand still.
 
     heartbeats: by global rank, None for one that never wrote. First come those that write no more (for
-    `stale_after` seconds before `now`), then the one that has finished the least work; of equals the one inside of a piece,
-    as the others have finished theirs and wait. Clocks decide last, since those of hosts differ.
+    `stale_after` seconds before `now`), then those that await no neighbour, and of these the one that has finished the least
+    work; of equals the one inside of a piece, as the others have finished theirs and wait. Clocks decide last, since those
+    of hosts differ.
     """
     return min(range(len(heartbeats)), key=lambda rank: _order(heartbeats[rank], now, stale_after))
 
 
-def _order(heartbeat: Heartbeat | None, now: float, stale_after: float) -> tuple[bool, int, bool, float]:
+def _order(heartbeat: Heartbeat | None, now: float, stale_after: float) -> tuple[bool, bool, int, bool, float]:
     if heartbeat is None:
-        return False, -1, False, 0.0
+        return False, False, -1, False, 0.0
     if heartbeat.ended and heartbeat.phase == "leave":  # as one does behind all work
-        return True, heartbeat.done + 1, True, heartbeat.moved
-    return not is_stale(heartbeat, now, stale_after), heartbeat.done, not heartbeat.busy, heartbeat.moved
+        return True, False, heartbeat.done + 1, True, heartbeat.moved
+    if is_stale(heartbeat, now, stale_after):
+        return False, False, heartbeat.done, not heartbeat.busy, heartbeat.moved
+    return True, heartbeat.awaits is not None, heartbeat.done, not heartbeat.busy, heartbeat.moved
 
 
 def is_stale(heartbeat: Heartbeat, now: float, stale_after: float) -> bool:
@@ -129,8 +141,8 @@ def last_known(heartbeat: Heartbeat) -> str:
 
 
 def _doing(heartbeat: Heartbeat) -> str:
-    microbatch = "" if heartbeat.microbatch is None else f" microbatch {heartbeat.microbatch}"
-    return f"step {heartbeat.step} {heartbeat.phase}{microbatch}"
+    which = "" if heartbeat.at is None else f" {_named(heartbeat, heartbeat.phase, heartbeat.at)}"
+    return f"step {heartbeat.step} {heartbeat.phase}{which}"
 
 
 def describe_silence(

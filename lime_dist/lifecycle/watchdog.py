@@ -130,7 +130,7 @@ class Watchdog:
             job=os.environ.get("SLURM_JOB_ID"),
             step=moment.step,
             phase=moment.phase,
-            microbatch=moment.microbatch,
+            at=moment.at,
             busy=moment.busy,
             done=moment.done,
             moved=moment.time,
@@ -138,7 +138,7 @@ class Watchdog:
             ended=ended,
             passes=moment.passes,
             awaits=moment.awaits,
-            awaited_microbatch=moment.awaited_microbatch,
+            awaited=moment.awaited,
         )
 
     def _give_up(self) -> NoReturn:

@@ -32,12 +32,16 @@ Reach = Callable[[Kind, int], None]  # the kind of pass, the layer that it is at
 _CACHE_LINE_BYTES = 64
 
 
+class GradientShares(RuntimeError):
+    """A gradient is taken that has other shares than planned: a defect, and weights would go wrong without a word."""
+
+
 class Buffer:
     """Rows [H_kv, row_size] by layer in one tensor [rows, H_kv, row_size], and their gradients in another."""
 
     def __init__(
         self,
-        layers: Sequence[int],
+        shares: Mapping[int, int],
         num_kv_heads: int,
         row_size: int,
         dtype: torch.dtype,
@@ -45,26 +49,52 @@ class Buffer:
         *,
         spaced: bool = False,
     ):
-        """spaced: leave a cache line between rows. On a CPU rows a power of two apart evict each other, which can
+        """shares: of how many the gradient of each layer is the sum, by layer in the order of rows. spaced: leave a cache line between rows. On a CPU rows a power of two apart evict each other, which can
         double the time of a product; but only neighbouring rows can be sent as they are.
         """
-        self.slot_of = {layer: slot for slot, layer in enumerate(layers)}
-        self._shape = len(layers), num_kv_heads, row_size
+        self.slot_of = {layer: slot for slot, layer in enumerate(shares)}
+        self._shape = len(shares), num_kv_heads, row_size
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._gap = _CACHE_LINE_BYTES // dtype.itemsize if spaced else 0
-        self.values = self._new(torch.empty)
+        self.values = self._new()
         self._gradients: Tensor | None = None
+        self._planned_shares, self._shares = shares, [0] * len(shares)  # those added so far, by slot
 
-    def _new(self, make: Callable[..., Tensor]) -> Tensor:
+    def _new(self) -> Tensor:
         rows, num_kv_heads, row_size = self._shape
-        return make(rows, num_kv_heads, row_size + self._gap, **self._options)[..., :row_size]
+        return torch.empty(rows, num_kv_heads, row_size + self._gap, **self._options)[..., :row_size]
 
     @property
     def gradients(self) -> Tensor:
-        """Same shape as `values`; zero where nothing has been added."""
+        """Same shape as `values`; anything where no share has been added."""
         if self._gradients is None:
-            self._gradients = self._new(torch.zeros)
+            self._gradients = self._new()
         return self._gradients
+
+    def begin_shares(self, first: int, counts: Sequence[int]) -> bool:
+        """Before as many shares are added to the slots from `first` on. Whether none of them has one yet, so that the
+        first may be written over whatever is there; else those without are made zero.
+        """
+        slots = range(first, first + len(counts))
+        empty = [slot for slot in slots if not self._shares[slot]]
+        for slot, count in zip(slots, counts):
+            self._shares[slot] += count
+        if len(empty) == len(counts):
+            return True
+        for slot in empty:
+            self.gradients[slot].zero_()
+        return False
+
+    def check_shares(self, layers: Sequence[int]) -> None:
+        """Raises: GradientShares unless all shares of the gradients of `layers` have been added."""
+        for layer in layers:
+            slot, planned = self.slot_of[layer], self._planned_shares[layer]
+            if self._shares[slot] != planned:
+                raise GradientShares(
+                    f"{self._shares[slot]} of {planned} shares of the gradient of layer {_layer_of(layer)} have come"
+                )
+            if not planned:
+                self.gradients[slot].zero_()
 
     def release_values(self) -> None:
         """After the forward pass, where the backward needs the gradients only."""
@@ -79,6 +109,8 @@ class Buffer:
         return _one(self.values, [run.values for run in self.runs(layers)])
 
     def select_gradients(self, layers: Sequence[int]) -> Tensor:
+        """Raises: GradientShares unless they are whole."""
+        self.check_shares(layers)
         return _one(self.gradients, [run.gradients for run in self.runs(layers)])
 
     def new_rows(self, count: int) -> Tensor:
@@ -96,12 +128,12 @@ class Buffer:
                 run.values.copy_(part)
 
     def add_gradients(self, layers: Sequence[int], gradients: Tensor) -> None:
-        """Add what the next chunk returned for `layers` to what readers here have left; takes the tensor over."""
-        if self._gradients is None and len(layers) == len(self.slot_of):
-            self._gradients = gradients
-            return
+        """Add what the next chunk returned for `layers` to what readers here have left."""
         for run, part in _parts(self.runs(layers), gradients):
-            run.gradients.add_(part)
+            if self.begin_shares(run.first, [1] * run.size):
+                run.gradients.copy_(part)
+            else:
+                run.gradients.add_(part)
 
 
 @dataclass(frozen=True)
@@ -123,8 +155,16 @@ class Run:
 
     @property
     def gradients(self) -> Tensor:
-        """[size, H_kv, row_size]; zero where nothing has been added."""
+        """[size, H_kv, row_size]; anything where no share has been added."""
         return self.buffer.gradients[self.first : self.stop]
+
+    def add_product(self, weights: Tensor, gradient: Tensor, counts: Sequence[int]) -> None:
+        """Add `counts` shares to the gradients: weights [size * H_kv, n] x gradient [n, row_size]."""
+        target = self.gradients.flatten(0, 1)
+        if self.buffer.begin_shares(self.first, counts):
+            torch.mm(weights, gradient, out=target)
+        else:
+            target.addmm_(weights, gradient)
 
 
 def _join(slots: Sequence[tuple[Buffer, int]]) -> tuple[Run, ...]:
@@ -178,10 +218,17 @@ class DepthMemory:
         self.received, self.own = transfer.received.raw_entries, tuple(own_entries)
         # What the last layer of a block leaves is the block's sum, in that layer's slot; its own entry lies apart.
         self._blocks = {block[-1]: block for block in blocks}
-        slots = (*self.received, *self.own, *map(_apart, self._blocks))
+        shares = {layer: transfer.shares[layer] for layer in (*self.received, *self.own)}
+        for block in blocks:
+            # The sum of a block is one more reader of its members. The last of them reads its own entry, which lies apart.
+            last, reads_itself = block[-1], int(transfer.pattern.has_router(block[-1]))
+            shares.update({member: shares[member] + 1 for member in block[:-1]})
+            shares.update({last: shares[last] - reads_itself, _apart(last): reads_itself + 1})
         travelling = transfer.received.raw_entries or transfer.sent.raw_entries
-        self.entries = Buffer(slots, num_kv_heads, row_size, dtype, device, spaced=not travelling)
-        self.sums = Buffer(transfer.summed_readers, num_kv_heads, row_size, sum_dtype, device)
+        self.entries = Buffer(shares, num_kv_heads, row_size, dtype, device, spaced=not travelling)
+        # Of a sum, that of its reader or of the next chunk.
+        sum_shares = dict.fromkeys(transfer.summed_readers, 1)
+        self.sums = Buffer(sum_shares, num_kv_heads, row_size, sum_dtype, device)
         self._kept = {layer: (kept or {})[chunk].entries for chunk, layers in transfer.kept.items() for layer in layers}
         self._begun = set(transfer.received.partial_sums)  # rows that hold a sum already
         self._reach = reach
@@ -192,10 +239,10 @@ class DepthMemory:
 
     def write(self, layer: int, entry: Tensor, chain: Tensor) -> Tensor:
         """Put `entry` (of an entry's elements, any strides) in its slot; returns the chain behind it."""
-        chain = _Write.apply(entry, chain, self.entries, self.entries.slot_of[self._own_key(layer)])
+        chain = _Write.apply(entry, chain, self.entries, self._own_key(layer))
         if layer in self._blocks:
-            members = [self.entries.slot_of[self._own_key(member)] for member in self._blocks[layer]]
-            chain = _SumBlock.apply(chain, self.entries, members, self.entries.slot_of[layer])
+            members = [self._own_key(member) for member in self._blocks[layer]]
+            chain = _SumBlock.apply(chain, self.entries, members, layer)
         return _Reach.apply(chain, self._reach, layer)
 
     def runs_read(self, reader: int, sources: tuple[int, ...]) -> tuple[Run, ...]:
@@ -236,7 +283,8 @@ class DepthMemory:
         stacked = torch.cat([_over(among, sources[reader], weights[reader]) for reader in readers])
         fresh = tuple(reader not in self._begun for reader in readers)
         self._begun.update(readers)
-        return _AddToSums.apply(stacked, chain, self.sums, self._row_runs(readers, fresh), run)
+        row_runs = self._row_runs(readers, fresh)
+        return _AddToSums.apply(stacked, chain, self.sums, sources, row_runs, run, among)
 
     def read(self, reader: int, router: Tensor, sources: tuple[int, ...], chain: Tensor) -> Tensor:
         """sum_{i, h'} router[h, i, h'] * entry_i[h'] over own `sources`, plus the reader's sum if it has one
@@ -257,7 +305,12 @@ class DepthMemory:
 
 
 def _apart(layer: int) -> int:
+    """The key of a slot beside that of `layer`."""
     return -1 - layer
+
+
+def _layer_of(key: int) -> int:
+    return key if key >= 0 else _apart(key)
 
 
 def _over(among: tuple[int, ...], sources: tuple[int, ...], weights: Tensor) -> Tensor:
@@ -278,14 +331,14 @@ def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, entry: Tensor, chain: Tensor, entries: Buffer, slot: int) -> Tensor:
-        entries.values[slot].view(entry.shape).copy_(entry)
-        ctx.entries, ctx.slot, ctx.entry_shape = entries, slot, entry.shape
+    def forward(ctx, entry: Tensor, chain: Tensor, entries: Buffer, key: int) -> Tensor:
+        entries.select((key,))[0].view(entry.shape).copy_(entry)
+        ctx.entries, ctx.key, ctx.entry_shape = entries, key, entry.shape
         return chain.new_empty(0)
 
     @staticmethod
     def backward(ctx, chain_gradient: Tensor):
-        return ctx.entries.gradients[ctx.slot].view(ctx.entry_shape), chain_gradient, None, None
+        return ctx.entries.select_gradients((ctx.key,))[0].view(ctx.entry_shape), chain_gradient, None, None
 
 
 class _Reach(torch.autograd.Function):
@@ -305,15 +358,16 @@ class _Reach(torch.autograd.Function):
 
 class _SumBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chain: Tensor, entries: Buffer, members: list[int], slot: int) -> Tensor:
-        torch.sum(torch.stack([entries.values[member] for member in members]), dim=0, out=entries.values[slot])
-        ctx.entries, ctx.members, ctx.slot = entries, members, slot
+    def forward(ctx, chain: Tensor, entries: Buffer, members: list[int], key: int) -> Tensor:
+        torch.sum(entries.select(members), dim=0, out=entries.select((key,))[0])
+        ctx.entries, ctx.members, ctx.key = entries, members, key
         return chain.new_empty(0)
 
     @staticmethod
     def backward(ctx, chain_gradient: Tensor):
+        gradient = ctx.entries.select_gradients((ctx.key,))
         for member in ctx.members:
-            ctx.entries.gradients[member].add_(ctx.entries.gradients[ctx.slot])
+            ctx.entries.add_gradients((member,), gradient)
         return chain_gradient, None, None, None
 
 
@@ -323,9 +377,11 @@ class _SumBlock(torch.autograd.Function):
 
 class _AddToSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, stacked: Tensor, chain: Tensor, sums_of: Buffer, rows: tuple, run: Run) -> Tensor:
+    def forward(
+        ctx, stacked: Tensor, chain: Tensor, sums_of: Buffer, sources: dict, rows: tuple, run: Run, among: tuple
+    ) -> Tensor:
         ctx.save_for_backward(stacked)
-        ctx.sums_of, ctx.rows, ctx.run = sums_of, rows, run
+        ctx.sums_of, ctx.sources, ctx.rows, ctx.run, ctx.among = sums_of, sources, rows, run, among
         values = run.values.flatten(0, 1)
         for weights, sums, fresh in _by_rows(stacked, sums_of.values, rows):
             _accumulate(sums, weights, values, fresh)
@@ -334,15 +390,17 @@ class _AddToSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, chain_gradient: Tensor):
         (stacked,) = ctx.saved_tensors
-        values, gradients = ctx.run.values.flatten(0, 1), ctx.run.gradients.flatten(0, 1)
+        ctx.sums_of.check_shares(tuple(ctx.sources))
+        values, shares = ctx.run.values.flatten(0, 1), _shares_among(ctx.among, ctx.sources)
         stacked_gradient, sum_gradients = torch.empty_like(stacked), ctx.sums_of.gradients
         for (weights, sums, _), (target, _, _) in zip(
             _by_rows(stacked, sum_gradients, ctx.rows), _by_rows(stacked_gradient, sum_gradients, ctx.rows)
         ):
             sums = sums.to(values.dtype)
             target.copy_(torch.mm(sums, values.t()))
-            gradients.addmm_(weights.t(), sums)
-        return stacked_gradient, chain_gradient, None, None, None
+            ctx.run.add_product(weights.t(), sums, shares)
+            shares = [0] * len(shares)
+        return stacked_gradient, chain_gradient, None, None, None, None, None
 
 
 class _Read(torch.autograd.Function):
@@ -366,12 +424,18 @@ class _Read(torch.autograd.Function):
         (router,) = ctx.saved_tensors
         gradient = gradient.contiguous()
         if ctx.row is not None:
+            ctx.sums_of.begin_shares(ctx.row, [1])
             ctx.sums_of.gradients[ctx.row].copy_(gradient)
         router_gradient = torch.empty_like(router)
         for (target, run), (weights, _) in zip(_per_run(router_gradient, ctx.runs), _per_run(router, ctx.runs)):
             target.copy_(torch.mm(gradient, run.values.flatten(0, 1).t()))
-            run.gradients.flatten(0, 1).addmm_(weights.t(), gradient)
+            run.add_product(weights.t(), gradient, [1] * run.size)
         return router_gradient, gradient.new_zeros(0), None, None, None
+
+
+def _shares_among(layers: Sequence[int], sources: Mapping[int, tuple[int, ...]]) -> list[int]:
+    """By layer, how many of the readers add it."""
+    return [sum(layer in some for some in sources.values()) for layer in layers]
 
 
 def _accumulate(sums: Tensor, weights: Tensor, values: Tensor, fresh: bool) -> None:

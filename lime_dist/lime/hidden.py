@@ -188,6 +188,8 @@ class MixAndProject(torch.autograd.Function):
         weights_gradient = torch.empty_like(weights)
         for target, part, run in zip(_split(weights_gradient, ctx.runs), _split(weights, ctx.runs), ctx.runs):
             target.copy_(way.weights_gradient(mixed_gradient, _rows(run.values, projection)))
+            if run.buffer.begin_shares(run.first, [1] * run.size):
+                run.gradients.zero_()
             way.add_gradients(part, mixed_gradient, _rows(run.gradients, projection))
         return weights_gradient, projection_gradient, gradient.new_zeros(0), None
 

@@ -19,8 +19,8 @@ from lime_dist.plan.stages import ChunkPlan, StagePlan
 
 # Differentiates (root, gradient) pairs in one joint backward; a gradient of None is that of a loss.
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]
-# Waits for a message that a pass of this kind reads, before the pass or within it.
-AwaitInput = Callable[[Kind, Incoming], Tensor]
+# Waits for a message of a pass, before the pass, within it or behind it.
+AwaitInput = Callable[[Action, Incoming], Tensor]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Executor:
     residual_share: ResidualShare
     call: Callable[..., tuple[Tensor, Tensor]]
     backward: Backward
-    await_input: AwaitInput = lambda kind, incoming: incoming.wait()
+    await_input: AwaitInput = lambda action, incoming: incoming.wait()
 
     @cached_property
     def chunks(self) -> dict[int, ChunkPlan]:
@@ -104,7 +104,7 @@ class _Passes:
             self._incoming[action, message] = self._link(action.kind, sends=False).receive(self._room(action, message))
         elif operation.verb is Verb.AWAIT:
             incoming = self._incoming.pop((action, message))
-            self._take_in(action, message, self._executor.await_input(action.kind, incoming))
+            self._take_in(action, message, self._executor.await_input(action, incoming))
         else:
             self._link(action.kind, sends=True).send(self._outgoing(action, message), message.cargo.value)
 

@@ -18,9 +18,6 @@ from lime_dist.plan.schedule import Action, Kind, plan_forward_only, plan_schedu
 from lime_dist.plan.shape import DTYPE_BYTES, BundleShape, plan_shape
 from lime_dist.plan.transfer import ChunkTransfer, TransferPlan, plan_transfer
 
-# Where the warm-up leaves time between a message's leaving and its use; plain schedules have none.
-RECEIVES_AHEAD = 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkPlan:
@@ -170,7 +167,7 @@ def _plan_stage(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | Non
         actions=step,
         evaluation=plan_forward_only(pipeline.num_microbatches, **place),
         moments=step.peaks(),
-        receives_ahead=1 if warmup is None else RECEIVES_AHEAD,
+        receives_ahead=pipeline.receives_ahead or (1 if warmup is None else 2),
     )
 
 

@@ -21,7 +21,7 @@ itself, hence in total, at the largest, and under any boundary costs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +51,8 @@ class ChunkTransfer:
 
     reads: for each reader, in this chunk or later, the sources that are added into its sum here, ascending.
     kept: for each earlier chunk of the same stage, ascending, the entries made or received there that are read here.
+    shares: for each entry made or received here, of how many gradients its own is the sum: one of each reader that adds it
+    here or on a later chunk of the stage, and one of the next chunk if it is sent on.
     """
 
     pattern: Pattern
@@ -58,6 +60,7 @@ class ChunkTransfer:
     sent: HopPlan
     reads: dict[int, tuple[int, ...]]
     kept: dict[int, tuple[int, ...]]
+    shares: dict[int, int]
 
     def own_entries(self, layers: range) -> tuple[int, ...]:
         """Of the chunk's own layers, those whose entries are read at all."""
@@ -140,7 +143,12 @@ class TransferPlan:
         received, sent = (nothing, *self.hops), (*self.hops, nothing)
         return tuple(
             ChunkTransfer(
-                pattern=self.pattern, received=received[index], sent=sent[index], reads=reads, kept=self._kept(index)
+                pattern=self.pattern,
+                received=received[index],
+                sent=sent[index],
+                reads=reads,
+                kept=self._kept(index),
+                shares=self._shares[index],
             )
             for index, reads in enumerate(self._reads)
         )
@@ -153,6 +161,17 @@ class TransferPlan:
             for source in sources if self.pattern.has_router(reader) else ():
                 reads[self.added_at(reader, source)].setdefault(reader, []).append(source)
         return tuple({reader: tuple(sources) for reader, sources in chunk.items()} for chunk in reads)
+
+    @cached_property
+    def _shares(self) -> tuple[dict[int, int], ...]:
+        shares: tuple[Counter[int], ...] = tuple(Counter() for _ in self.chunks)
+        for chunk_index, reads in enumerate(self._reads):
+            kept_at = {source: earlier for earlier, sources in self._kept(chunk_index).items() for source in sources}
+            for source in (source for sources in reads.values() for source in sources):
+                shares[kept_at.get(source, chunk_index)][source] += 1
+        for hop in self.hops:
+            shares[hop.hop].update(hop.raw_entries)
+        return tuple(dict(counted) for counted in shares)
 
     def _kept(self, chunk_index: int) -> dict[int, tuple[int, ...]]:
         kept: dict[int, list[int]] = defaultdict(list)

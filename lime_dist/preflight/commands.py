@@ -20,7 +20,7 @@ from lime_dist.lifecycle.launcher import Place, find_place, host_name, own_place
 from lime_dist.plan.run_plan import RunPlan, plan_run
 
 if TYPE_CHECKING:
-    from lime_dist.preflight.run import Findings
+    from lime_dist.preflight.checks import Findings
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,7 +62,7 @@ def _on_local_ranks(args: argparse.Namespace) -> int:
     from lime_dist.lifecycle.local_ranks import run_local_ranks
 
     options = {name: value for name, value in vars(args).items() if name != "run"}
-    codes = run_local_ranks(_as_local_rank, _load(args, None), options, shared_import="lime_dist.preflight.run")
+    codes = run_local_ranks(_as_local_rank, _load(args, None), options, shared_import="lime_dist.preflight.checks")
     return codes[0]
 
 
@@ -72,7 +72,7 @@ def _as_local_rank(config: Config, options: dict[str, Any]) -> int:
 
 def _run(args: argparse.Namespace, plan: RunPlan | None, place: Place) -> int:
     """plan: as this host reads the config, when None."""
-    from lime_dist.preflight.run import run_preflight
+    from lime_dist.preflight.checks import run_preflight
 
     def load() -> RunPlan:
         return _load(args, place.world_size) if plan is None else plan
@@ -103,7 +103,7 @@ def _as_launched_rank(args: argparse.Namespace, place: Place) -> int:
 
 def _finish(findings: Findings, args: argparse.Namespace) -> None:
     """By rank 0: print what was found, the bad hosts last, and write them down."""
-    from lime_dist.preflight.report import bad_lines, report_text
+    from lime_dist.preflight.summary import bad_lines, report_text
 
     verdict, report = findings.verdict, findings.report
     lines = [verdict.user_error] if verdict.user_error else bad_lines(verdict.bad)

@@ -21,7 +21,7 @@ from lime_dist.errors import one_line
 from lime_dist.lifecycle.launcher import Place, host_name, job_secret
 from lime_dist.lifecycle.network import meeting_host
 from lime_dist.lifecycle.rendezvous import is_agents, master_port, open_store
-from lime_dist.preflight.messages import Refused, Topic, pack, unpack
+from lime_dist.preflight.signed_json import Refused, Topic, pack, unpack
 
 _ROUNDS_HEARD = 3  # rank 0 speaks after at most as many waits for others, of the full time each
 _LEAVE_SECONDS = 10

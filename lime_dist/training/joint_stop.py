@@ -23,9 +23,13 @@ class JointStop:
     def cause(self) -> str:
         return self._request.signal_name or "stop asked of another rank"
 
+    def asked_here(self) -> bool:
+        """Whether this rank was; a step tells it to the others with what else it tells."""
+        return self._request.signal_name is not None
+
     def agreed(self) -> bool:
         """Whether any rank was asked to stop."""
-        asked = torch.tensor(int(self._request.signal_name is not None), device=self._device)
+        asked = torch.tensor(int(self.asked_here()), device=self._device)
         dist.all_reduce(asked)
         return bool(asked.item())
 

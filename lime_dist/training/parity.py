@@ -171,11 +171,12 @@ def _compare_on_rank(rank: Rank, reference: Reference) -> _RankReport:
     logits = rank.logits(reference.tokens[0])
     losses, grad_norms, gradients = [], [], []
     for step, tokens in enumerate(reference.tokens):
-        loss, _ = rank.accumulate(tokens)
+        share = rank.accumulate(tokens)
         if step == 0:
             gradients = local_pieces(rank, rank.optimizer.gradient)
-        losses.append(loss)
-        grad_norms.append(rank.optimizer.step(1.0))
+        result = rank.update(share, 1.0)
+        losses.append(result.loss)
+        grad_norms.append(result.grad_norm)
     return _RankReport(logits, gradients, losses, grad_norms)
 
 

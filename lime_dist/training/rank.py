@@ -15,13 +15,13 @@ from torch import Tensor
 from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.backends.megatron import Groups, MegatronParts
 from lime_dist.errors import TrainingDiverged
-from lime_dist.lifecycle.pulse import Pulse
+from lime_dist.lifecycle.pulse import Pass, Pulse
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
 from lime_dist.pipeline.transport import Incoming, ResidualShare, Sent, Transport
 from lime_dist.plan.run_plan import RunPlan
-from lime_dist.plan.schedule import Kind
+from lime_dist.plan.schedule import Action, Kind
 from lime_dist.plan.stages import StagePlan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,6 +48,10 @@ class StepResult:
     loss: float
     grad_norm: float
     boundary_bytes: list[int]
+    stop_asked: bool = False  # of any rank
+
+
+_LOSS, _GRAD_NORM, _STOPS, _BYTES = range(4)  # where what ranks tell each other lies; from the last on by stage
 
 
 class Rank:
@@ -95,8 +99,17 @@ class Rank:
             }
         )
 
-    def _await_input(self, kind: Kind, incoming: Incoming) -> Tensor:
-        return self.pulse.awaiting(kind.name.lower(), incoming.wait)
+    def _await_input(self, action: Action, incoming: Incoming) -> Tensor:
+        return self.pulse.awaiting(action.kind.name.lower(), _pass(action), incoming.wait)
+
+    def _run_passes(
+        self, actions: Sequence[Action], microbatches: list[Tensor], *, with_loss: bool = True
+    ) -> list[Tensor]:
+        self.pulse.expect({
+            kind.name.lower(): [_pass(action) for action in actions if action.kind is kind]
+            for kind in Kind
+        })  # fmt: skip
+        return self._executor.run(actions, microbatches, with_loss=with_loss)
 
     @property
     def is_logger(self) -> bool:
@@ -121,25 +134,38 @@ class Rank:
         self.pulse.finish()
         return found
 
-    def accumulate(self, batch: Batch) -> tuple[float, list[int]]:
-        """Add the gradients of a global batch's mean loss; returns the loss and the bytes over each boundary."""
-        losses = self._executor.run(self.plan.actions, self.microbatches(batch))
+    def accumulate(self, batch: Batch) -> Tensor:
+        """Add the gradients of a global batch's mean loss; returns this rank's share of the facts, for `update`."""
+        losses = self._run_passes(self.plan.actions, self.microbatches(batch))
         self.optimizer.finish_gradients()
         forward, backward = self._transport.take_sent()
         self._check_sent(forward, Kind.FORWARD)
         self._check_sent(backward, Kind.BACKWARD)
         return self._share(losses, forward.num_bytes)
 
-    def train_step(self, batch: Batch, lr_factor: float) -> StepResult:
-        """One update from a global batch.
+    def train_step(self, batch: Batch, lr_factor: float, wants_stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """One update from a global batch. wants_stop: whether this rank was asked to stop, asked behind the passes.
 
+        The host waits for the device once, where `update` reads loss, norm, bytes and stops together; under ZeRO 3 and
+        with an offloaded optimiser DeepSpeed waits on its own account (`backends/deepspeed.py`).
         Raises: TrainingDiverged on all ranks, before anything is updated, when the loss or the gradient norm is not finite.
         """
-        loss, boundary_bytes = self.accumulate(batch)
-        if not math.isfinite(loss):
-            raise TrainingDiverged(f"the loss is {loss}")
+        return self.update(self.accumulate(batch), lr_factor, wants_stop)
+
+    def update(self, share: Tensor, lr_factor: float, wants_stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """The second half of `train_step`, behind `accumulate`, which gave `share`."""
         self.pulse.beat("update")
-        return StepResult(loss, self.optimizer.step(lr_factor), boundary_bytes)
+        norm = self.optimizer.take_norm()
+        if dist.get_rank() == 0:  # all have it
+            share[_GRAD_NORM] = norm
+        share[_STOPS] = float(wants_stop())
+        result = self._add_up(share)
+        if not math.isfinite(result.loss):
+            raise TrainingDiverged(f"the loss is {result.loss}")
+        if not math.isfinite(result.grad_norm):
+            raise TrainingDiverged("the gradient norm is not finite")
+        self.optimizer.update(norm, lr_factor)
+        return result
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
@@ -155,14 +181,14 @@ class Rank:
 
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
-        losses = self._executor.run(self.plan.evaluation, self.microbatches(batch))
-        return self._share(losses, self._transport.take_sent()[0].num_bytes)[0]
+        losses = self._run_passes(self.plan.evaluation, self.microbatches(batch))
+        return self._add_up(self._share(losses, self._transport.take_sent()[0].num_bytes)).loss
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
         """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
         microbatches, found = self.microbatches(batch), []
-        outputs = self._executor.run(self.plan.evaluation, microbatches, with_loss=False)
+        outputs = self._run_passes(self.plan.evaluation, microbatches, with_loss=False)
         self._transport.take_sent()
         for index, residual in enumerate(outputs):
             block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
@@ -181,16 +207,25 @@ class Rank:
         if sent != planned:
             raise TrafficDiffers(f"stage {self.plan.stage_index} sent {sent} ({kind.name.lower()}), planned {planned}")
 
-    def _share(self, losses: list[Tensor], forward_bytes: int) -> tuple[float, list[int]]:
-        """Losses are known on the last stage and bytes on the sender; one all-reduce tells both to all."""
+    def _share(self, losses: list[Tensor], forward_bytes: int) -> Tensor:
+        """What this rank adds to the facts of a step: the loss is known on the last stage, bytes to their sender."""
         layout, place = self.groups.layout, self.groups.coordinate
-        facts = torch.zeros(1 + layout.pp, dtype=torch.float64, device=self.device)
+        share = torch.zeros(_BYTES + layout.pp, dtype=torch.float64, device=self.device)
         if self.plan.is_last_stage and place.tp_rank == 0:
-            facts[0] = torch.stack(losses).double().mean() / layout.dp
-        facts[1 + self.plan.stage_index] = forward_bytes / (layout.tp * layout.dp)
-        dist.all_reduce(facts)
-        loss, *boundary_bytes = facts.tolist()
-        return loss, [round(count) for count in boundary_bytes[: len(self.run_plan.boundary_bytes)]]
+            share[_LOSS] = torch.stack(losses).double().mean() / layout.dp
+        share[_BYTES + self.plan.stage_index] = forward_bytes / (layout.tp * layout.dp)
+        return share
+
+    def _add_up(self, share: Tensor) -> StepResult:
+        """One all-reduce tells all shares to all, one copy to the host: the host waits for the device here."""
+        dist.all_reduce(share)
+        loss, grad_norm, stops, *boundary_bytes = share.tolist()
+        counts = [round(count) for count in boundary_bytes[: len(self.run_plan.boundary_bytes)]]
+        return StepResult(loss, grad_norm, counts, stop_asked=stops > 0)
+
+
+def _pass(action: Action) -> Pass:
+    return Pass(action.chunk, action.microbatch_index + 1)
 
 
 def _to_device(tokens: Tensor, device: torch.device) -> Tensor:

@@ -195,14 +195,13 @@ class TrainingRun:
     def train(self) -> tuple[int, str]:
         """The exit code, and the reason in a few words."""
         config, watch = self.config, Stopwatch()
-        code = self._evaluate_and_agree()
+        code = self._evaluate_and_agree(self._stop.agreed())
         with self._batch_reader() as batches:
             while self.step < config.run.steps and code == DONE:
                 if self.step in config.depth.switch_at and self._switched_step != self.step:
                     self._switch_pattern()
                 watch.lap()
-                self._train_step(batches, watch)
-                code = self._evaluate_and_agree()
+                code = self._evaluate_and_agree(self._train_step(batches, watch))
                 if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
                     self._save()
         self._record("close", Metrics.close)
@@ -213,11 +212,15 @@ class TrainingRun:
     def _is_last_step(self) -> bool:
         return self.step == self.config.run.steps
 
-    def _evaluate_and_agree(self) -> int:
-        """What is due after a step, and before the first one; REQUEUE when all leave here with work left."""
-        held_out = self._held_out if self._evaluation_is_due() else None
-        is_whole = held_out is None or self._evaluate(held_out)
-        stopping = self._stop.agreed()
+    def _evaluate_and_agree(self, stopping: bool) -> int:
+        """What is due after a step, and before the first one; REQUEUE when all leave here with work left.
+
+        stopping: whether any rank was asked to stop by the end of the step; an evaluation leaves time for it to be asked.
+        """
+        is_whole = True
+        if self._held_out is not None and self._evaluation_is_due():
+            is_whole = self._evaluate(self._held_out)
+            stopping = self._stop.agreed()
         return REQUEUE if stopping and not (self._is_last_step and is_whole) else DONE
 
     def _evaluation_is_due(self) -> bool:
@@ -256,14 +259,15 @@ class TrainingRun:
         last = self.samples_seen + (self.config.run.steps - self.step) * size
         return BatchReader(self._samples.batch, self.rank.rows(), size, last)
 
-    def _train_step(self, batches: BatchReader, watch: Stopwatch) -> None:
+    def _train_step(self, batches: BatchReader, watch: Stopwatch) -> bool:
+        """Whether any rank was asked to stop."""
         config = self.config
         self._pulse.begin_step(self.step + 1)
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
         try:
-            result = self.rank.train_step(batches.batch(self.samples_seen), factor)
+            result = self.rank.train_step(batches.batch(self.samples_seen), factor, self._stop.asked_here)
         except TrainingDiverged as error:
             raise self._diverged(f"step {self.step + 1}: {error}, so it was not taken") from None
         self.step += 1
@@ -280,6 +284,7 @@ class TrainingRun:
                 boundary_bytes=result.boundary_bytes,
             ),
         )
+        return result.stop_asked
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(

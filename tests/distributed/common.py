@@ -145,12 +145,13 @@ def run_layout(config: Config, run: Callable[..., list] = run_ranks) -> tuple[Ou
 def _run_rank(rank: Rank, batches: list[Tensor]) -> RankOutcome:
     outcome = RankOutcome([], [], [], [], [])
     for step, batch in enumerate(batches):
-        loss, boundary_bytes = rank.accumulate(batch)
+        share = rank.accumulate(batch)
         if step == 0:
             outcome.gradients = local_pieces(rank, rank.optimizer.gradient)
-        outcome.losses.append(loss)
-        outcome.boundary_bytes.append(boundary_bytes)
-        outcome.grad_norms.append(rank.optimizer.step(LR_FACTORS[step]))
+        result = rank.update(share, LR_FACTORS[step])
+        outcome.losses.append(result.loss)
+        outcome.boundary_bytes.append(result.boundary_bytes)
+        outcome.grad_norms.append(result.grad_norm)
     outcome.weights = local_pieces(rank, weight_of(rank))
     return outcome
 

@@ -1,6 +1,6 @@
-"""Hosts of their own on this machine: network namespaces on one bridge, each with its host name and its /etc/hosts.
+"""A name, an /etc/hosts and processes of its own for each of the bench's hosts, which have but a network card.
 
-Everything lives in a sandbox of namespaces and ends with it. Knows nothing of training.
+Everything lives in a sandbox of namespaces a host and ends with it. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -9,30 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from lime_dist.bench.hosts import Host, hosts, why_no_hosts
+
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-_UNSHARE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc")
-_SANDBOX = """set -e
-folder=$1 count=$2
-mount -t tmpfs tmpfs /run
-ip link add cluster type bridge
-ip link set cluster up
-for ((host = 1; host <= count; host++)); do
-  ip netns add n$host
-  ip link add to-n$host type veth peer name eth0 netns n$host
-  ip link set to-n$host master cluster up
-  ip -n n$host addr add 10.77.0.$host/24 dev eth0
-  ip -n n$host link set lo up
-  ip -n n$host link set eth0 up
-done
-for ((host = 1; host <= count; host++)); do
-  nsenter --net=/run/netns/n$host unshare --mount --uts bash "$folder/n$host.sh" >"$folder/n$host.log" 2>&1 &
-done
-wait
-"""
+_UNSHARE = ("unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc")
 # What listens there is the command's: nothing else runs on this host.
 _HOST = """mount --bind {folder}/{name}.hosts /etc/hosts && hostname {name}
 while :; do ss --listening --tcp --numeric --no-header; sleep 0.1; done >{folder}/{name}.listening &
@@ -47,15 +33,14 @@ echo $code >{folder}/{name}.code
 
 def why_not_here() -> str | None:
     """Why no hosts can be made on this machine, or None."""
-    missing = [name for name in ("ip", "ss", "unshare", "nsenter") if not shutil.which(name, path=_PATH)]
+    missing = [name for name in ("ss", "unshare") if not shutil.which(name, path=_PATH)]
     if missing:
         return f"{', '.join(missing)} not installed"
-    trial = subprocess.run([*_UNSHARE, "ip", "link", "add", "trial", "type", "bridge"], **_quiet())
+    if (reason := why_no_hosts()) is not None:
+        return reason
+    environment = os.environ | {"PATH": _PATH}
+    trial = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True, env=environment)
     return None if trial.returncode == 0 else f"needs root and Linux namespaces ({trial.stderr.strip()})"
-
-
-def _quiet() -> dict:
-    return {"capture_output": True, "text": True, "env": os.environ | {"PATH": _PATH}}
 
 
 @dataclass(frozen=True)
@@ -82,19 +67,31 @@ def run_on_hosts(
         environment = " ".join(f"{key}='{value}'" for key, value in values.items())
         script = _HOST.format(folder=folder, name=name, environment=environment, command=command)
         (folder / f"{name}.sh").write_text(script)
-    sandbox = [*_UNSHARE, "bash", "-c", _SANDBOX, "sandbox", str(folder), str(len(commands))]
-    checkout = str(Path(__file__).parents[2])
+    with hosts(len(commands)) as made, ExitStack() as stack:
+        processes = [stack.enter_context(_begin(host, folder / name)) for host, name in zip(made, names, strict=True)]
+        _wait(processes, timeout)
+    return [_ended(folder / name) for name in names]
+
+
+def _begin(host: Host, prefix: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{_PATH}",
-        "PYTHONPATH": checkout,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
     }
-    with subprocess.Popen(sandbox, env=environment, stdout=sys.stderr) as process:
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
+    with prefix.with_suffix(".log").open("w") as log:
+        script = [*_UNSHARE, "bash", str(prefix.with_suffix(".sh"))]
+        return subprocess.Popen(script, env=environment, stdout=log, stderr=log, preexec_fn=host.enter)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for process in processes:
             process.kill()
-    return [_ended(folder / name) for name in names]
 
 
 def _ended(prefix: Path) -> Ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lime_dist.bench.hosts import Host, hosts, why_no_hosts
+from lime_dist.lifecycle.ending import INTERRUPTED
 
 pytestmark = pytest.mark.slow  # 14 ways, each with an optimiser of its own
 needs_hosts = pytest.mark.skipif(bool(why := why_no_hosts()), reason=str(why))
@@ -70,6 +72,38 @@ def test_without_hosts_it_says_so_and_uses_loopback(tmp_path: Path) -> None:
     assert "no hosts here: ip and tc (iproute2) not installed; ranks on loopback" in ended.stderr
     records = json.loads((tmp_path / "bench.json").read_text())["records"]
     assert {(record["share"], record["sent_bytes"]) for record in records} == {(None, None)}
+
+
+def interrupt(command: tuple[str, ...], mark: str) -> tuple[int, str]:
+    """Press Ctrl-C, which a terminal sends to the whole group, when standard error has `mark`; exit code and errors."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    seen = ""
+    while mark not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    with pytest.raises(ProcessLookupError):  # the group has nobody left in it
+        os.killpg(process.pid, 0)
+    return process.returncode, errors
+
+
+@needs_hosts
+@pytest.mark.parametrize("mark", ["building", "round 2"])
+def test_an_interrupt_is_one_line_and_leaves_nothing(mark: str) -> None:
+    before = namespaces()
+    code, errors = interrupt((*COMMAND, *TINY, "--rounds", "1000", "--models", "least"), mark)
+    assert code == INTERRUPTED and errors.splitlines()[-1] == "lime-dist: interrupted"
+    assert "Traceback" not in errors and namespaces() <= before
+
+
+def test_an_interrupt_of_a_bench_without_ranks() -> None:
+    code, errors = interrupt((*COMMAND[:-1], "depth", "--repeats", "100000"), "\n")
+    assert (code, errors.splitlines()[-1]) == (INTERRUPTED, "lime-dist: interrupted") and "Traceback" not in errors
 
 
 # ---- the hosts themselves

@@ -32,10 +32,10 @@ from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.lifecycle.launcher import SECRET_VARIABLE
 from lime_dist.lifecycle.local import free_port
-from lime_dist.preflight import host, run  # slow imports: once, before ranks are forked
+from lime_dist.preflight import checks, host  # slow imports: once, before ranks are forked
 from lime_dist.preflight.fabric import MIN_MESSAGE_BYTES, Crossing, repetitions
 from lime_dist.preflight.host import Arrival
-from lime_dist.preflight.messages import MAX_BYTES, pack
+from lime_dist.preflight.signed_json import MAX_BYTES, pack
 
 CONFIG = {
     "model": {
@@ -298,7 +298,7 @@ def test_without_rank_0_the_others_say_so() -> None:
 
 def test_when_rank_0_dies_the_others_blame_no_host() -> None:
     def dies_when_judging() -> None:
-        run._judge_hosts = lambda *_: os._exit(9)
+        checks._judge_hosts = lambda *_: os._exit(9)
 
     ended = bad(changes={0: dies_when_judging}, kill_on_bad_exit=False)
     assert [task.code for task in ended] == [9, 1, 1]
@@ -355,7 +355,7 @@ def test_what_stands_in_rank_0s_name_is_refused(has_secret: bool, monkeypatch: p
 
 def test_all_listen_on_the_meeting_places_address_alone() -> None:
     def note_listeners() -> None:
-        measure = run.time_crossings
+        measure = checks.time_crossings
 
         def measure_and_note(*arguments: Any) -> list[Crossing]:
             connections = psutil.Process().net_connections("inet")
@@ -364,7 +364,7 @@ def test_all_listen_on_the_meeting_places_address_alone() -> None:
             Path(f"listening.{os.environ['SLURM_PROCID']}").write_text(f"{sum(is_store)} {[host for host, _ in found]}")
             return measure(*arguments)
 
-        run.time_crossings = measure_and_note
+        checks.time_crossings = measure_and_note
 
     assert [task.code for task in launch(changes=dict.fromkeys(range(NUM_RANKS), note_listeners))] == [0, 0, 0]
     for rank in range(NUM_RANKS):

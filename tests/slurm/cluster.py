@@ -4,7 +4,8 @@ Owns the daemons, the network and the failures of nodes; knows nothing of traini
 
 The sandbox is a set of Linux namespaces (net, pid, mount, uts, ipc) held by one shell that waits for the end of its
 stdin. However the tests end, that shell ends, and with it the kernel ends every daemon, job and link. A node is a
-namespace within it: switching it off kills all of its processes in one moment. Files are shared by all.
+namespace within it: switching it off kills all of its processes in one moment. Files are shared by all. The bench's hosts
+(`lime_dist/bench/hosts.py`) would not do: nodes are found by name, by commands that enter them at any time, and come back.
 """
 
 from __future__ import annotations

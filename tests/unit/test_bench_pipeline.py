@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lime_dist.bench.commands import add_parser
 from lime_dist.bench.hosts import CardBytes
+from lime_dist.bench.pipeline.comparison import Report
 from lime_dist.bench.pipeline.growing_tuple import TupleStage
 from lime_dist.bench.pipeline.measuring import Findings, Job, LossesDiffer, Step, check_losses
-from lime_dist.bench.pipeline.report import Report
-from lime_dist.bench.pipeline.run import make_records
+from lime_dist.bench.pipeline.on_hosts import make_records
 from lime_dist.bench.pipeline.ways import Way, limited_rate, make_ways
 from lime_dist.errors import ConfigError
 from lime_dist.lime.model import model_loss, plain_model

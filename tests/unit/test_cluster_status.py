@@ -19,6 +19,7 @@ from lime_dist.cluster.status import read_status, to_text
 from lime_dist.config import Config, dump_yaml, parse_config
 from lime_dist.layout import Layout
 from lime_dist.lifecycle.heartbeat import Heartbeat, heartbeat_folder, write_heartbeat
+from lime_dist.lifecycle.pulse import Pass
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=timezone.utc).timestamp()
 LAYOUT = Layout(pp=2, tp=2)
@@ -80,7 +81,7 @@ def beat(
 ) -> None:
     heartbeat = Heartbeat(
         global_rank=rank, coordinate=layout.coordinate(rank), host=f"n{2 + rank // 2}", pid=1, job="12", step=91,
-        phase="forward", microbatch=2, busy=False, done=9, moved=now - age, alive=now - age, ended=ended,
+        phase="forward", at=Pass(0, 2), busy=False, done=9, moved=now - age, alive=now - age, ended=ended,
     )  # fmt: skip
     write_heartbeat(heartbeat_folder(run), heartbeat)
 

@@ -236,6 +236,7 @@ REFUSED = [  # overrides, error, how the message begins
     ("deepspeed.train_batch_size=8", ConfigError, "deepspeed.train_batch_size: is set from data.global_batch_size"),
     ("deepspeed.gradient_accumulation_steps=8", ConfigError, "deepspeed.gradient_accumulation_steps: is set from pipeline.num_microbatches"),
     ("deepspeed.gradient_clipping=1", ConfigError, "deepspeed.gradient_clipping: is set from optim.max_grad_norm"),
+    ("deepspeed.zero_optimization.compute_grad_norm=true", ConfigError, "deepspeed.zero_optimization.compute_grad_norm: is set from optim.max_grad_norm"),
     ("deepspeed.optimizer.type=Adam", ConfigError, "deepspeed.optimizer: is set from optim"),
     ("deepspeed.bf16.enabled=true", ConfigError, "deepspeed.bf16: is set from run.dtype"),
     ("deepspeed.wall_clock_brakedown=true", ConfigError, "deepspeed.wall_clock_brakedown: DeepSpeed 0.19 has no such key; did you mean wall_clock_breakdown?"),

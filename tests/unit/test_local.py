@@ -142,6 +142,37 @@ def test_signals_that_ask_to_stop_are_passed_on(number: signal.Signals, tmp_path
     asking.join()
 
 
+STOPPED_CALLER = """
+import multiprocessing, os, signal, sys
+import psutil
+from lime_dist.lifecycle.local import run_local
+from rank_work import sleep_unless
+
+pipe, made = multiprocessing.Pipe, []
+
+def pipe_and_signal(**options):  # which is made for each rank ahead of its beginning
+    made.append(pipe(**options))
+    if len(made) == 2:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    return made[-1]
+
+multiprocessing.Pipe = pipe_and_signal
+try:
+    run_local(sleep_unless, 3, 9, fresh=sys.argv[2] == "True")
+except Exception as error:
+    print(f"{type(error).__name__}: {error}; left: {psutil.Process().children()}")
+"""
+
+
+@both_ways
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_between_the_first_rank_and_the_last(number: signal.Signals, fresh: bool) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", STOPPED_CALLER, str(int(number)), str(fresh)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == f"StoppedEarly: {number.name} before the ranks had met; left: []\n", ended
+
+
 CALLER = """
 import signal, sys
 from pathlib import Path
@@ -166,6 +197,23 @@ def test_no_rank_outlives_the_caller(number: signal.Signals, tmp_path: Path, fre
         caller.send_signal(number)
         caller.wait(10)
     assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+@both_ways
+def test_ranks_leave_an_interrupt_to_their_caller(tmp_path: Path, fresh: bool) -> None:
+    """A terminal sends it to all of them."""
+
+    def interrupt_then_ask() -> None:
+        while len(ranks := list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for rank in ranks:
+                os.kill(int(rank.name), number)
+
+    asking = threading.Thread(target=interrupt_then_ask)
+    asking.start()
+    assert run_local(answer_signal, 2, tmp_path, fresh=fresh) == ["SIGTERM"] * 2
+    asking.join()
 
 
 # ---- fresh interpreters

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.depth.pattern import Pattern, parse_pattern
-from lime_dist.lime.depth_memory import DepthMemory, Run
+from lime_dist.lime.depth_memory import DepthMemory, GradientShares, Run
 from lime_dist.plan.partition import plan_partition
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
@@ -181,14 +181,36 @@ def test_neighbours_are_selected_without_a_copy_and_others_in_their_order() -> N
     assert entries.select(()).shape == (0, HEADS, ROW)
 
 
-def test_gradients_of_all_layers_are_taken_over_and_of_some_added() -> None:
+def test_the_first_share_of_a_gradient_is_written_and_others_are_added() -> None:
     entries, gradients = make_memory(3).entries, torch.ones(3, HEADS, ROW)
-    entries.add_gradients((0, 1, 2), gradients)
-    assert entries.gradients is gradients
-    entries = make_memory(3).entries
+    entries.gradients.fill_(torch.nan)
     entries.add_gradients((0, 2), gradients[:2])
-    entries.add_gradients((0,), gradients[:1])  # as where a later chunk of the stage has read the entry
-    assert torch.equal(entries.gradients.sum(dim=(1, 2)), torch.tensor([2.0, 0.0, 1.0]) * HEADS * ROW)
+    entries.add_gradients((0,), gradients[:1])
+    entries.add_gradients((0, 1, 2), gradients)
+    assert entries.gradients[:, 0, 0].tolist() == [3, 1, 2]
+
+
+def test_a_gradient_that_lacks_a_share_or_has_one_too_many_is_refused() -> None:
+    """Of three layers, two read the first, and the last is read by itself."""
+    entries, gradients = make_memory(3).entries, torch.ones(1, HEADS, ROW)
+    entries.add_gradients((2,), gradients)
+    assert torch.equal(entries.select_gradients((2,)), gradients)
+    for count in range(4):
+        if count == 2:
+            assert torch.equal(entries.select_gradients((0,)), 2 * gradients)
+        else:
+            with pytest.raises(GradientShares, match=f"{count} of 2 shares of the gradient of layer 0 have come"):
+                entries.select_gradients((0,))
+        entries.add_gradients((0,), gradients)
+
+
+def test_shares_are_those_of_readers_here_or_later_on_the_stage_and_of_the_next_chunk() -> None:
+    """Two stages with two chunks of one layer each."""
+    full = plan_transfer(
+        parse_pattern("full", 4), tuple(range(n, n + 1) for n in range(4)), policy="relay", num_stages=2
+    )
+    shares = [full.chunk(index).shares for index in range(4)]
+    assert shares == [{0: 2}, {0: 2, 1: 3}, {1: 1, 2: 2}, {2: 1, 3: 1}]
 
 
 def test_received_rows_land_in_their_slots() -> None:

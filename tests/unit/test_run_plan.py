@@ -202,7 +202,9 @@ def test_a_sum_that_is_added_to_is_awaited_before_its_reader_where_its_chunk_add
     ]
 
 
-@pytest.mark.parametrize(("overrides", "ahead"), [("", 1), ("pipeline.warmup=auto", 2)])
+@pytest.mark.parametrize(
+    ("overrides", "ahead"), [("", 1), ("pipeline.warmup=auto", 2), ("pipeline.receives_ahead=4", 4)]
+)
 def test_receives_are_posted_ahead(overrides: str, ahead: int) -> None:
     """When an action runs, those of as many actions behind it are posted, and no more."""
     stage = make_plan(*overrides.split()).stages[1]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from lime_dist.preflight.checks import Verdict
 from lime_dist.preflight.fabric import Crossing
 from lime_dist.preflight.host import Arrival, Gpu, HostFacts
-from lime_dist.preflight.messages import MAX_BYTES, Refused, conform, pack, unpack
-from lime_dist.preflight.run import Verdict
+from lime_dist.preflight.signed_json import MAX_BYTES, Refused, conform, pack, unpack
 
 SECRET = b"a secret of the job"
 FACTS = HostFacts(

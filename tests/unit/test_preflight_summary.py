@@ -14,7 +14,7 @@ from lime_dist.layout import Layout
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.preflight.commands import exclude
 from lime_dist.preflight.fabric import MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Crossing, message_bytes, repetitions
-from lime_dist.preflight.report import (
+from lime_dist.preflight.summary import (
     bad_lines,
     boundary_reports,
     host_lines,

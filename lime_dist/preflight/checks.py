@@ -26,8 +26,8 @@ from lime_dist.preflight.folder import find_missing, leave_file, make_folder, re
 from lime_dist.preflight.host import Arrival, Host, blame_missing, judge, read_arrival
 from lime_dist.preflight.input_files import check_files
 from lime_dist.preflight.meeting import Meeting
-from lime_dist.preflight.messages import Topic
-from lime_dist.preflight.report import boundary_reports, measured_step_seconds, rank_report, slow_boundaries
+from lime_dist.preflight.signed_json import Topic
+from lime_dist.preflight.summary import boundary_reports, measured_step_seconds, rank_report, slow_boundaries
 from lime_dist.training.world import join_world
 
 _HOST_ROUNDS = 6  # waits of `seconds` each; more than the checks of hosts have

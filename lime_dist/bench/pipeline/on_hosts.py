@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import torch
 
 from lime_dist.bench.hosts import hosts, why_no_hosts
+from lime_dist.bench.pipeline.comparison import Record, Report, Turn, make_record
 from lime_dist.bench.pipeline.measuring import Findings, Job, Step, measure
-from lime_dist.bench.pipeline.report import Record, Report, Turn, make_record
 from lime_dist.bench.pipeline.ways import Way
 from lime_dist.config import to_dict
 from lime_dist.lifecycle.local import run_local
