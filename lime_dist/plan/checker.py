@@ -1,5 +1,8 @@
 """Proves of a plan, before anything runs, that its messages pair up and that no stage waits for ever. Pure data.
 
+Every microbatch's pass of one kind through a chunk has the same operations. So what they are is proved of one microbatch, hop
+by hop and stage by stage, and of the others only in which order each stage runs their passes.
+
 Collectives are left out: those over tensor ranks are within a pass, of which all tensor ranks run the same in the same order,
 for they have one plan; those at the end of a step come from code that is the same on all ranks.
 """
@@ -8,57 +11,75 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import islice, zip_longest
 
-from lime_dist.plan.deadlock import PlanDefect, check_operations
+from lime_dist.plan.deadlock import PlanDefect, check_order
 from lime_dist.plan.messages import Cargo, Message
 from lime_dist.plan.operations import Operation, Verb, parts_of, stops
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Action, Kind
 from lime_dist.plan.stages import ChunkPlan, StagePlan
 
-MAX_OPERATIONS = 50_000  # that are looked at, about: less than a second's work
+MAX_PASSES = 50_000  # that are looked at, about: a tenth of a second's work
 
 
 def check_run(plan: RunPlan) -> None:
     """A step and an evaluation of all stages.
 
-    Of a plan with more than MAX_OPERATIONS the first rounds of microbatches are checked, as many as stay below it but two
-    and the warm-up at least: without the microbatches of its later rounds a schedule is the schedule of fewer microbatches,
-    and its steady state repeats every round.
     Raises: PlanDefect.
     """
     for chunk in plan.chunks:
         _check_addresses(chunk)
     for chunk, behind in zip(plan.chunks, plan.chunks[1:]):
         _check_mirror(chunk, behind)
-    number = _num_checked(plan)
-    for kinds, actions_of in _RUNS:
-        operations = []
-        for stage in plan.stages:
-            actions = [action for action in actions_of(stage) if action.microbatch_index < number]
-            _check_passes(stage, actions, kinds, number)
-            operations.append([*stage.operations(actions)])
-            check_stage(stage, operations[-1])
-        check_operations(operations)
+        _check_hop(Kind.FORWARD, chunk, behind)
+        _check_hop(Kind.BACKWARD, behind, chunk)
+    for stage in plan.stages:
+        check_stage(stage, [*stage.operations(_one_microbatch(stage))])
+    _check_order(plan, (Kind.FORWARD, Kind.BACKWARD), lambda stage: stage.actions)
+    _check_order(plan, (Kind.FORWARD,), lambda stage: stage.evaluation)
 
 
-_RUNS: tuple[tuple[tuple[Kind, ...], Callable[[StagePlan], Sequence[Action]]], ...] = (
-    ((Kind.FORWARD, Kind.BACKWARD), lambda stage: stage.actions),
-    ((Kind.FORWARD,), lambda stage: stage.evaluation),
-)
+def _one_microbatch(stage: StagePlan) -> list[Action]:
+    """Its passes through all chunks, forward and back."""
+    chunks = [chunk.chunk for chunk in stage.chunks]
+    return [Action(Kind.FORWARD, chunk, 0) for chunk in chunks] + [
+        Action(Kind.BACKWARD, chunk, 0) for chunk in chunks[::-1]
+    ]
 
 
-def _num_checked(plan: RunPlan) -> int:
+# ---- the order of passes
+
+
+def _check_order(plan: RunPlan, kinds: Sequence[Kind], actions_of: Callable[[StagePlan], Sequence[Action]]) -> None:
+    """Of all passes, or of those of the first microbatches where there are more than MAX_PASSES.
+
+    These are as many as stay below it, but the warm-up and a round at least (without virtual stages a round is one microbatch).
+    They do: without the microbatches of its later rounds a schedule is the schedule of fewer microbatches. From round to
+    round each stage's order repeats, and so do the numbers that `deadlock.py` compares, each larger by a round's forwards, up
+    to all that there are. So they show with the backwards of the first round what is wrong with any.
+    """
+    number = _num_checked(plan, kinds)
+    checked = []
+    for stage in plan.stages:
+        actions, of_one = actions_of(stage), len(kinds) * len(stage.chunks)
+        if len(actions) != plan.num_microbatches * of_one:
+            raise PlanDefect(
+                f"stage {stage.stage_index}: {len(actions)} passes are planned, not {plan.num_microbatches * of_one}"
+            )
+        # No further than to the last of them: the others may be many.
+        checked.append([*islice((one for one in actions if one.microbatch_index < number), number * of_one)])
+    check_order(checked, kinds=kinds, num_chunks=len(plan.chunks), num_microbatches=number)
+
+
+def _num_checked(plan: RunPlan, kinds: Sequence[Kind]) -> int:
     """Of microbatches."""
-    sent = sum(len(messages) for chunk in plan.chunks for messages in chunk.sent.values())
-    each = 3 * sent + 2 * len(plan.chunks)  # every message is posted, waited for and sent
     first = plan.stages[0]
-    in_a_round = (
-        _run_length(first.evaluation, lambda action: action.chunk) if plan.virtual_stages > 1 else len(plan.stages)
-    )
-    warmup = _run_length(first.actions, lambda action: action.kind) if plan.schedule == "1f1b" else 0
-    fewest = -(-warmup // (plan.virtual_stages * in_a_round)) + 2
-    rounds = max(fewest, MAX_OPERATIONS // (each * in_a_round))
+    in_a_round = _run_length(first.evaluation, lambda action: action.chunk) if plan.virtual_stages > 1 else 1
+    has_warmup = plan.schedule == "1f1b" and Kind.BACKWARD in kinds
+    warmup = _run_length(first.actions, lambda action: action.kind) if has_warmup else 0
+    fewest = -(-warmup // (plan.virtual_stages * in_a_round)) + 1
+    rounds = max(fewest, MAX_PASSES // (len(kinds) * len(plan.chunks) * in_a_round))
     return min(plan.num_microbatches, rounds * in_a_round)
 
 
@@ -94,6 +115,19 @@ def _check_mirror(chunk: ChunkPlan, behind: ChunkPlan) -> None:
             )
 
 
+def _check_hop(kind: Kind, sender: ChunkPlan, receiver: ChunkPlan) -> None:
+    """What a pass sends the next one receives, in the same order."""
+    sent = [message for verb, message, _ in sender.operations[kind] if verb is Verb.SEND]
+    hop = min(sender.chunk, receiver.chunk)
+    for one, other in zip_longest(sent, receiver.received[kind]):
+        if one != other:
+            raise PlanDefect(f"hop {hop}: {_sized('send', one)} meets {_sized('receive', other)}")
+
+
+def _sized(verb: str, message: Message | None) -> str:
+    return f"no {verb}" if message is None else f"{verb} {message} ({message.num_bytes} bytes)"
+
+
 def _cargo(messages: Iterable[Message]) -> Mapping[tuple[Cargo, int | None], int]:
     """Bytes."""
     counted: Counter[tuple[Cargo, int | None]] = Counter()
@@ -104,22 +138,6 @@ def _cargo(messages: Iterable[Message]) -> Mapping[tuple[Cargo, int | None], int
 
 
 # ---- one stage
-
-
-def _check_passes(stage: StagePlan, actions: Sequence[Action], kinds: Sequence[Kind], num_microbatches: int) -> None:
-    """Each pass of each microbatch through each chunk once."""
-    planned = Counter(
-        Action(kind=kind, chunk=chunk.chunk, microbatch_index=index)
-        for kind in kinds
-        for chunk in stage.chunks
-        for index in range(num_microbatches)
-    )
-    counted = Counter(actions)
-    for action in {**planned, **counted}:
-        if counted[action] != planned[action]:
-            raise PlanDefect(
-                f"stage {stage.stage_index}: {action} is planned {counted[action]} times, not {planned[action]}"
-            )
 
 
 def check_stage(stage: StagePlan, operations: Sequence[Operation]) -> None:

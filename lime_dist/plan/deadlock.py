@@ -1,20 +1,33 @@
-"""Whether the sends and receives of all stages pair up, and whether they all come to an end. Pure data.
+"""Whether the passes of all stages come to an end, each stage's in its own order. Pure data.
 
-A posted send or receive takes its place in its communicator's queue on that rank, and the program goes on. Nothing is buffered,
-as under NCCL: an operation is done when it and its partner on the other rank both are first in their queues. A program waits for
-what it has received before it reads it, and at the end of a step for all that it has sent. No orders of events need to be
-tried: each program is fixed, and two operations that can meet still can after others have met. A step that ends leaves nothing
-in a queue, so the steps after it end, too.
+Posting a send or a receive holds up nobody, and a stage posts the receives of a pass before the pass. Each way of each boundary
+has a communicator, whose sends and receives meet in the order in which they are posted. Where that order is the same at both
+ends, a message is there as soon as it is sent, and a step leaves nothing behind for the next. Then a stage waits only in a
+pass, for what the pass of the same microbatch through the chunk before (going back, the one behind) sends: of a forward pass
+always for the stage before, of a backward pass always for the stage behind. Three things are checked:
+
+1. On every stage a microbatch goes forward through the stage's chunks in their order, and then back.
+2. On every way passes send in the order in which passes receive. `checker.py` shows the same of the messages of a pass.
+3. Of stages s and s + 1, s sends before its m-th receipt from s + 1 as many forwards at least as s + 1 waits for
+   before its m-th sending to s.
+
+Then no stages wait for each other. Else each of them would wait for a neighbour that waits, too, so somewhere two for each
+other, or all around in one direction. Two: s in its m-th backward from s + 1, which has not come to it and is in its k-th
+forward from s, which s has not come to: s sends fewer than k forwards before, s + 1 waits for k, against 3. All around in
+forward passes: by 2 all stages have the same order of passes but for the chunks' numbers, and by 1 a pass of the first stage
+waits for one of the last that is earlier in it. So the k-th pass of a stage waits for k-th ones of stages before it and for
+earlier ones, and of those none waits for a later one. Going back it is the same.
+
+What breaks one of the three hangs or mistakes messages: the residual, which every hop has, is sent when a pass ends and is waited
+for before the next one runs.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import zip_longest
+from operator import attrgetter
 
-from lime_dist.plan.messages import Message
-from lime_dist.plan.operations import Operation, Verb
 from lime_dist.plan.schedule import Action, Kind
 
 
@@ -22,177 +35,74 @@ class PlanDefect(RuntimeError):
     """A plan by which stages would hang or take one message for another. The mistake is ours: no user can mend it."""
 
 
-class Channel(NamedTuple):
-    """One direction of one boundary. group: its process group, as in `backends.megatron.Groups`."""
+def check_order(
+    actions: Sequence[Sequence[Action]], *, kinds: Sequence[Kind], num_chunks: int, num_microbatches: int
+) -> None:
+    """Of passes of these kinds. actions: by stage.
 
-    group: str
-    from_stage: int
-    to_stage: int
-
-    def __str__(self) -> str:
-        return f"{self.group} from stage {self.from_stage} to {self.to_stage}"
-
-
-def _channel(operation: Operation, stage_index: int, num_stages: int) -> Channel:
-    """On which the stage sends or receives."""
-    sends, forward = operation.verb is Verb.SEND, operation.action.kind is Kind.FORWARD
-    to_next = sends == forward
-    wraps = stage_index == (num_stages - 1 if to_next else 0)
-    peer = (stage_index + (1 if to_next else -1)) % num_stages
-    group = f"{'wrap' if wraps else 'pp'}_{'forward' if forward else 'backward'}"
-    return Channel(group, stage_index, peer) if sends else Channel(group, peer, stage_index)
-
-
-_Place = tuple[int, int]  # of an operation: its stage, its index there
-_QUEUED = (Verb.SEND, Verb.RECEIVE)
-
-
-def check_operations(operations: Sequence[Sequence[Operation]], *, by_pair: bool = True) -> None:
-    """By stage: the k-th send of a channel has the k-th receive's message, and all of them end.
-
-    by_pair: each two ranks of a process group have a communicator; else the group has one, as for batched messages.
     Raises: PlanDefect.
     """
-    _Ranks(operations, _pair_up(operations), by_pair).run()
+    num_stages = len(actions)
+    for stage, own in enumerate(actions):
+        chunks = range(stage, num_chunks, num_stages)
+        way = [(kind, chunk) for kind in kinds for chunk in (chunks if kind is Kind.FORWARD else chunks[::-1])]
+        _check_microbatches(
+            stage, own, [(kind, chunk, index) for index in range(num_microbatches) for kind, chunk in way]
+        )
+    for stage in range(num_stages):
+        behind = (stage + 1) % num_stages
+        before_hop = [action for action in actions[stage] if action.chunk != num_chunks - 1]
+        after_hop = [action for action in actions[behind] if action.chunk != 0]
+        _check_ways((stage, behind), before_hop, after_hop)
+        _check_waits((stage, behind), before_hop, after_hop)
 
 
-def _pair_up(operations: Sequence[Sequence[Operation]]) -> dict[_Place, tuple[Channel, _Place]]:
-    """The channel and the partner of each send and receive."""
-    sends: dict[Channel, list[_Place]] = {}
-    receives: dict[Channel, list[_Place]] = {}
-    for stage, own in enumerate(operations):
-        for index, operation in enumerate(own):
-            if operation.verb in _QUEUED:
-                ends = sends if operation.verb is Verb.SEND else receives
-                ends.setdefault(_channel(operation, stage, len(operations)), []).append((stage, index))
-    pairs: dict[_Place, tuple[Channel, _Place]] = {}
-    for channel in {**sends, **receives}:
-        pair = sends.get(channel, []), receives.get(channel, [])
-        _check_pairs(channel, *([operations[stage][index] for stage, index in places] for places in pair))
-        for sent, received in zip(*pair):
-            pairs[sent], pairs[received] = (channel, received), (channel, sent)
-    return pairs
+def _check_microbatches(stage: int, actions: Sequence[Action], due: Sequence[tuple[Kind, int, int]]) -> None:
+    """due: what is to come of one microbatch after another, as plain tuples, which are made faster."""
+    found = sorted(actions, key=attrgetter("microbatch_index"))
+    if found != due:
+        wrong = next(pair for pair in zip_longest(found, due) if pair[0] != pair[1])
+        one, other = (Action(*each) if each else "nothing" for each in wrong)
+        raise PlanDefect(f"stage {stage}: {one} is planned where {other} is due")
 
 
-def _check_pairs(channel: Channel, sent: Sequence[Operation], received: Sequence[Operation]) -> None:
-    for one, other in zip(sent, received):
-        if (one.action.microbatch_index, one.message) != (other.action.microbatch_index, other.message):
-            raise PlanDefect(f"{channel}: {_sized(one)} meets {_sized(other)}")
-    if len(sent) != len(received):
-        lacking, alone = ("receive", sent) if len(sent) > len(received) else ("send", received)
-        raise PlanDefect(f"{channel}: {alone[min(len(sent), len(received))]} has no {lacking} on the other side")
-
-
-def _sized(operation: Operation) -> str:
-    assert operation.message is not None
-    return f"{operation} ({operation.message.num_bytes} bytes)"
-
-
-class _Ranks:
-    """Each stage's program and queues, run as far as they go."""
-
-    def __init__(
-        self,
-        operations: Sequence[Sequence[Operation]],
-        pairs: Mapping[_Place, tuple[Channel, _Place]],
-        by_pair: bool,
+def _check_ways(stages: tuple[int, int], before_hop: Sequence[Action], after_hop: Sequence[Action]) -> None:
+    """What crosses the hops between two stages, there and back."""
+    for kind, (sender, receiver), sends, receives in (
+        (Kind.FORWARD, stages, before_hop, after_hop),
+        (Kind.BACKWARD, stages[::-1], after_hop, before_hop),
     ):
-        self._operations = operations
-        self._partner = {place: partner for place, (_, partner) in pairs.items()}
-        self._queue_of: dict[_Place, deque[int]] = {}
-        queues: dict[tuple[int, Hashable], deque[int]] = {}
-        for place, (channel, _) in pairs.items():
-            self._queue_of[place] = queues.setdefault((place[0], channel if by_pair else channel.group), deque())
-        self._awaited = [_awaited(own) for own in operations]  # by the index of an AWAIT, that of its RECEIVE
-        self._next = [0] * len(operations)
-        self._done: set[_Place] = set()
-        self._ready = deque(range(len(operations)))  # stages whose program may go on
-
-    def run(self) -> None:
-        while self._ready:
-            self._advance(self._ready.popleft())
-        if any(self._waits_for(stage) for stage in range(len(self._operations))):
-            raise PlanDefect(self._story())
-
-    def _advance(self, stage: int) -> None:
-        own = self._operations[stage]
-        while self._next[stage] < len(own):
-            index = self._next[stage]
-            verb = own[index].verb
-            if verb is Verb.AWAIT and (stage, self._awaited[stage][index]) not in self._done:
-                return
-            self._next[stage] += 1
-            if verb in _QUEUED:
-                self._queue_of[stage, index].append(index)
-                self._meet((stage, index))
-
-    def _meet(self, place: _Place) -> None:
-        """What is first in its queue and whose partner is, too, is done, and then perhaps what stood behind them."""
-        waiting = [place]
-        while waiting:
-            place = waiting.pop()
-            ends = place, self._partner[place]
-            if not all(self._is_first(end) for end in ends):
-                continue
-            for end in ends:
-                queue = self._queue_of[end]
-                self._done.add((end[0], queue.popleft()))
-                self._ready.append(end[0])
-                waiting += [(end[0], queue[0])] if queue else []
-
-    def _is_first(self, place: _Place) -> bool:
-        queue = self._queue_of[place]
-        return bool(queue) and queue[0] == place[1]
-
-    # ---- telling why
-
-    def _waits_for(self, stage: int) -> _Place | None:
-        """The operation that its program waits for: a receive, or at the end a send; None where it has ended."""
-        index = self._next[stage]
-        if index < len(self._operations[stage]):
-            return stage, self._awaited[stage][index]
-        sends = (index for index, own in enumerate(self._operations[stage]) if own.verb is Verb.SEND)
-        return next(((stage, index) for index in sends if (stage, index) not in self._done), None)
-
-    def _story(self) -> str:
-        """The circle of stages that wait for each other."""
-        stage = next(stage for stage in range(len(self._operations)) if self._waits_for(stage))
-        visited: list[int] = []
-        while stage not in visited:
-            visited.append(stage)
-            stage = self._held_up_by(stage)[0][0]
-        return "deadlock: " + "; ".join(self._sentence(stage) for stage in visited[visited.index(stage) :])
-
-    def _held_up_by(self, stage: int) -> tuple[_Place, list[_Place]]:
-        """The operation that another stage's program has not come to, and what stands first in queues on the way to it."""
-        place = self._waits_for(stage)
-        assert place is not None
-        firsts: list[_Place] = []
-        while True:
-            first = place[0], self._queue_of[place][0]
-            firsts += [] if first == place else [first]
-            place = self._partner[first]
-            if place[1] >= self._next[place[0]]:
-                return place, firsts
-
-    def _sentence(self, stage: int) -> str:
-        (other, index), firsts = self._held_up_by(stage)
-        behind = "".join(f" behind {self._operations[at][first]} of stage {at}" for at, first in firsts)
-        return f"stage {stage} hangs in {self._stand(stage)}{behind}, which waits for {self._operations[other][index]} of stage {other}"
-
-    def _stand(self, stage: int) -> str:
-        place = self._waits_for(stage)
-        assert place is not None
-        is_at_the_end = self._next[stage] == len(self._operations[stage])
-        return str(self._operations[stage][place[1] if is_at_the_end else self._next[stage]])
+        step = 1 if kind is Kind.FORWARD else -1
+        sent = [(chunk + step, index) for of, chunk, index in sends if of is kind]
+        received = [(chunk, index) for of, chunk, index in receives if of is kind]
+        if sent != received:
+            one, other = next((one, other) for one, other in zip(sent, received) if one != other)
+            raise PlanDefect(
+                f"stage {sender} sends for {Action(kind, *one)} where stage {receiver} receives for {Action(kind, *other)}"
+            )
 
 
-def _awaited(operations: Sequence[Operation]) -> dict[int, int]:
-    posted: dict[tuple[Action, Message | None], int] = {}
-    awaited = {}
-    for index, operation in enumerate(operations):
-        if operation.verb is Verb.RECEIVE:
-            posted[operation.action, operation.message] = index
-        elif operation.verb is Verb.AWAIT:
-            awaited[index] = posted[operation.action, operation.message]
-    return awaited
+def _check_waits(stages: tuple[int, int], before_hop: Sequence[Action], after_hop: Sequence[Action]) -> None:
+    """The ways' orders are the same on both sides."""
+    sent, waited_for = _forwards_before_backwards(before_hop), _forwards_before_backwards(after_hop)
+    for place, (has, needs) in enumerate(zip(sent, waited_for)):
+        if needs > has:
+            backwards, forwards = (
+                [[action for action in side if action.kind is kind][at] for side in (before_hop, after_hop)]
+                for kind, at in ((Kind.BACKWARD, place), (Kind.FORWARD, has))
+            )
+            raise PlanDefect(
+                f"deadlock: stage {stages[0]} hangs in {backwards[0]}, which waits for {backwards[1]} of stage {stages[1]}; "
+                f"stage {stages[1]} hangs in {forwards[1]}, which waits for {forwards[0]} of stage {stages[0]}"
+            )
+
+
+def _forwards_before_backwards(actions: Sequence[Action]) -> list[int]:
+    """By backward."""
+    is_forward, number, numbers = Kind.FORWARD, 0, []
+    for kind, _, _ in actions:
+        if kind is is_forward:
+            number += 1
+        else:
+            numbers.append(number)
+    return numbers

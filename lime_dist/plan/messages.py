@@ -47,6 +47,10 @@ class Message:
     leaves: Point
     needed: Point
 
+    def __hash__(self) -> int:
+        """Without the layers, which are many: those that have all of these in common are few."""
+        return hash((self.from_chunk, self.to_chunk, self.leaves, self.needed, self.num_bytes))
+
     @property
     def is_gradient(self) -> bool:
         return self.to_chunk < self.from_chunk

@@ -1,11 +1,13 @@
-"""The order in which a stage posts receives, waits, runs and sends. Pure data: the executor carries it out, the checker proves it."""
+"""The order in which a stage posts receives, waits, runs and sends. Pure data: the executor carries it out, the checker proves it.
+
+Every pass of one kind through a chunk does the same, whatever the microbatch: it is planned once, as `PassOperation`s.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lime_dist.plan.messages import Message, Point, points
 from lime_dist.plan.schedule import Action, Kind
@@ -18,9 +20,16 @@ class Verb(Enum):
     SEND = "send"
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """message: none where `verb` is RUN. until: the point of its pass to which RUN goes on."""
+class PassOperation(NamedTuple):
+    """Of a pass. message: none where `verb` is RUN. until: the point of the pass to which RUN goes on."""
+
+    verb: Verb
+    message: Message | None = None
+    until: Point | None = None
+
+
+class Operation(NamedTuple):
+    """The same, of the pass that `action` names."""
 
     verb: Verb
     action: Action
@@ -48,36 +57,48 @@ class Messages(Protocol):
         """What each kind of pass leaves for another chunk."""
 
 
+class ChunkPasses(Protocol):
+    """A chunk's."""
+
+    @property
+    def received(self) -> Mapping[Kind, tuple[Message, ...]]:
+        """What each kind of pass reads from another chunk, in the order in which receives are posted."""
+
+    @property
+    def operations(self) -> Mapping[Kind, tuple[PassOperation, ...]]:
+        """All but the receives."""
+
+
 def plan_operations(
-    messages_of: Mapping[int, Messages], actions: Sequence[Action], receives_ahead: int
+    chunks: Mapping[int, ChunkPasses], actions: Sequence[Action], receives_ahead: int
 ) -> Iterator[Operation]:
-    """Of one stage. messages_of: by chunk. receives_ahead: of how many actions ahead of the running one receives are posted."""
+    """Of one stage. receives_ahead: of how many actions ahead of the running one receives are posted."""
     posted = 0
     for position, action in enumerate(actions):
         last = min(position + receives_ahead, len(actions) - 1)
         for ahead in actions[posted : last + 1]:
-            yield from (
-                Operation(Verb.RECEIVE, ahead, message) for message in messages_of[ahead.chunk].received[ahead.kind]
-            )
+            yield from (Operation(Verb.RECEIVE, ahead, message) for message in chunks[ahead.chunk].received[ahead.kind])
         posted = last + 1
-        yield from _one(messages_of[action.chunk], action)
+        for verb, message, until in chunks[action.chunk].operations[action.kind]:
+            yield Operation(verb, action, message, until)
 
 
-def _one(messages: Messages, action: Action) -> Iterator[Operation]:
-    received, sent = messages.received[action.kind], messages.sent[action.kind]
+def plan_pass(messages: Messages, kind: Kind) -> Iterator[PassOperation]:
+    """All but the receives."""
+    received, sent = messages.received[kind], messages.sent[kind]
     awaited: set[Message] = set()
-    for point in ("before", *stops(messages, action.kind)):
+    for point in ("before", *stops(messages, kind)):
         if point != "before":
-            yield Operation(Verb.RUN, action, until=point)
+            yield PassOperation(Verb.RUN, until=point)
         for message in sent:
             if message.leaves == point:
-                yield from _await(action, parts_of(message, received), awaited)
-                yield Operation(Verb.SEND, action, message)
-        yield from _await(action, [message for message in received if message.needed == point], awaited)
+                yield from _await(parts_of(message, received), awaited)
+                yield PassOperation(Verb.SEND, message)
+        yield from _await([message for message in received if message.needed == point], awaited)
 
 
-def _await(action: Action, messages: Sequence[Message], awaited: set[Message]) -> Iterator[Operation]:
-    yield from (Operation(Verb.AWAIT, action, message) for message in messages if message not in awaited)
+def _await(messages: Sequence[Message], awaited: set[Message]) -> Iterator[PassOperation]:
+    yield from (PassOperation(Verb.AWAIT, message) for message in messages if message not in awaited)
     awaited.update(messages)
 
 
@@ -89,4 +110,5 @@ def stops(messages: Messages, kind: Kind) -> tuple[Point, ...]:
 
 def parts_of(message: Message, received: Sequence[Message]) -> list[Message]:
     """Those of the same pass that must be here before `message` leaves, which sends them on, some with a share added."""
-    return [other for other in received if other.cargo is message.cargo and set(other.layers) & set(message.layers)]
+    layers = set(message.layers)
+    return [other for other in received if other.cargo is message.cargo and not layers.isdisjoint(other.layers)]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lime_dist.config import Config
 from lime_dist.plan.flops import routing_flops_per_token
 from lime_dist.plan.messages import HopEnd, Message, backward_messages, forward_messages
-from lime_dist.plan.operations import Operation, plan_operations
+from lime_dist.plan.operations import Operation, PassOperation, plan_operations, plan_pass
 from lime_dist.plan.schedule import Action, Kind, plan_forward_only, plan_schedule
 from lime_dist.plan.shape import DTYPE_BYTES, BundleShape, plan_shape
 from lime_dist.plan.transfer import ChunkTransfer, TransferPlan, plan_transfer
@@ -44,6 +45,11 @@ class ChunkPlan:
     @property
     def is_last(self) -> bool:
         return self.chunk == self.num_chunks - 1
+
+    @cached_property
+    def operations(self) -> Mapping[Kind, tuple[PassOperation, ...]]:
+        """Of each kind of pass, but for its receives."""
+        return {kind: tuple(plan_pass(self, kind)) for kind in Kind}
 
     @property
     def held_bytes(self) -> int:

@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from common import assert_equals_the_single_process, make_batches, make_config
+from queues import check_operations
 from test_layouts import LAYOUTS
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lime_dist.lifecycle.local import RankFailed
 from lime_dist.pipeline import transport
-from lime_dist.plan.deadlock import PlanDefect, check_operations
+from lime_dist.plan.deadlock import PlanDefect
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.testing import run_ranks
 from lime_dist.training.rank import Rank
@@ -149,7 +150,9 @@ def test_one_communicator_for_both_neighbours_does_as_well(text: str, monkeypatc
     assert_equals_the_single_process(make_config(text))
 
 
-def test_one_communicator_for_both_neighbours_hangs_where_the_checker_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_communicator_for_both_neighbours_hangs_where_the_model_of_queues_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A round of few microbatches: a stage has posted the receive of its next chunk's input before it sends what that comes from."""
     monkeypatch.setattr(Channel, "is_of_a_pair", False)
     monkeypatch.setattr(Channel, "patience", IMPATIENCE)

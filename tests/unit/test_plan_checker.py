@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
+from itertools import product
 
 import pytest
+from queues import check_operations
 
 from lime_dist.checkpoint import edges
 from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.plan import checker
 from lime_dist.plan.checker import check_run, check_stage
-from lime_dist.plan.deadlock import PlanDefect, check_operations
+from lime_dist.plan.deadlock import PlanDefect
 from lime_dist.plan.messages import Message
 from lime_dist.plan.operations import Operation, Verb
 from lime_dist.plan.run_plan import RunPlan, plan_run
-from lime_dist.plan.schedule import Action, Kind, eager_warmup, plain_warmup, plan_schedule
+from lime_dist.plan.schedule import Action, Kind, Passes, Step, eager_warmup, plain_warmup, plan_schedule
 from lime_dist.plan.stages import ChunkPlan, StagePlan
 
 BASE = {
@@ -72,6 +76,14 @@ def operations_of(plan: RunPlan) -> list[list[Operation]]:
     return [[*stage.operations(stage.actions)] for stage in plan.stages]
 
 
+def check_by_queues(plan: RunPlan) -> None:
+    """All operations of a step, one by one."""
+    operations = operations_of(plan)
+    for stage, own in zip(plan.stages, operations):
+        check_stage(stage, own)
+    check_operations(operations)
+
+
 # ---- plans as they are made
 
 
@@ -82,9 +94,10 @@ def test_every_schedule_passes_with_receives_at_any_depth(shape: tuple[int, int,
     warmups = {plain_warmup(**sizes), eager_warmup(**sizes), plain_warmup(**sizes) + 1}
     for more in ("pipeline.schedule=gpipe", "pipeline.schedule=1f1b", *(f"pipeline.warmup={n}" for n in warmups)):
         plan = make_plan(*shape, more)
-        check_run(plan)
         for ahead in AHEAD:
             check_run(with_receives_ahead(plan, ahead))
+        for ahead in AHEAD[:2]:
+            check_by_queues(with_receives_ahead(plan, ahead))
 
 
 @pytest.mark.parametrize("shape", ((1, 1, 3), (4, 1, 6), (3, 2, 3), (2, 4, 4)))
@@ -150,10 +163,10 @@ def test_a_config_is_checked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -
 def test_a_schedule_without_its_later_rounds_is_that_of_fewer_microbatches(
     shape: tuple[int, int, int], more: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checker, "MAX_OPERATIONS", 1000)
+    monkeypatch.setattr(checker, "MAX_PASSES", 1)
     plan = make_plan(*shape, *more.split())
-    number = checker._num_checked(plan)
-    assert 2 * shape[0] <= number < shape[2]
+    number = checker._num_checked(plan, [*Kind])
+    assert number < shape[2]
     for index, stage in enumerate(plan.stages):
         place = {"stage_index": index, "num_stages": shape[0], "virtual_stages": shape[1]}
         fewer = plan_schedule(plan.schedule, num_microbatches=number, warmup=plan.warmup, **place)
@@ -161,11 +174,130 @@ def test_a_schedule_without_its_later_rounds_is_that_of_fewer_microbatches(
     check_run(plan)
 
 
-def test_damage_shows_in_the_first_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checker, "MAX_OPERATIONS", 1000)
-    plan = make_plan(4, 2, 40)
-    with pytest.raises(PlanDefect, match="meets"):
-        check_run(with_chunk(plan, 3, lambda chunk: with_messages(chunk, "sent", Kind.FORWARD, swapped)))
+RANDOM_SHAPES = ((3, 1, 12), (4, 1, 12), (2, 2, 12), (3, 2, 12), (3, 3, 12))
+
+
+@pytest.mark.parametrize("shape", RANDOM_SHAPES, ids=str)
+def test_the_first_rounds_show_whether_warmups_fit_each_other(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage has a warm-up of its own, which may be too short or too long for the next one's."""
+    monkeypatch.setattr(checker, "MAX_PASSES", 1)
+    choice, verdicts = random.Random(3), []
+    for furthest in [2] * 50 + [100] * 50:
+        plan = make_plan(*shape)
+        for index, stage in enumerate(plan.stages):
+            assert isinstance(stage.actions, Step)
+            warmup = stage.actions.warmup + choice.randint(-furthest, furthest)
+            plan = with_stage(plan, index, with_warmup(min(max(1, warmup), len(stage.actions) // 2)))
+        verdicts.append(passes(check_run, plan))
+        assert verdicts[-1] == passes(check_by_queues, plan)
+    assert {*verdicts} == {True, False}
+
+
+@pytest.mark.parametrize("shape", ((2, 1, 4), (3, 1, 4), (2, 2, 4), (3, 2, 3)), ids=str)
+def test_orders_pass_where_their_operations_come_to_an_end(shape: tuple[int, int, int]) -> None:
+    """Some neighbouring actions are exchanged, on any stages."""
+    choice, verdicts = random.Random(4), []
+    for _ in range(200):
+        plan = make_plan(*shape)
+        for _ in range(choice.randint(1, 4)):
+            plan = with_stage(plan, choice.randrange(shape[0]), exchanged_at(choice.random()))
+        verdicts.append(passes(check_run, plan))
+        assert verdicts[-1] == passes(check_by_queues, plan)
+    assert {*verdicts} == {True, False}
+
+
+def exchanged_at(share: float) -> Callable[[StagePlan], StagePlan]:
+    """Of the stage's order, from its beginning."""
+
+    def change(stage: StagePlan) -> StagePlan:
+        actions = [*stage.actions]
+        place = int(share * (len(actions) - 1))
+        actions[place : place + 2] = reversed(actions[place : place + 2])
+        return replace(stage, actions=actions)
+
+    return change
+
+
+def passes(check: Callable[[RunPlan], None], plan: RunPlan) -> bool:
+    try:
+        check(plan)
+    except PlanDefect:
+        return False
+    return True
+
+
+def with_warmup(number: int) -> Callable[[StagePlan], StagePlan]:
+    def change(stage: StagePlan) -> StagePlan:
+        assert isinstance(stage.actions, Step)
+        return replace(stage, actions=replace(stage.actions, warmup=number))
+
+    return change
+
+
+def last_microbatch_first(stage: StagePlan) -> StagePlan:
+    assert isinstance(stage.evaluation, Passes)
+    return replace(stage, evaluation=replace(stage.evaluation, backwards=True))
+
+
+def without_the_last(stage: StagePlan) -> StagePlan:
+    return replace(stage, evaluation=stage.evaluation[:-1])
+
+
+def exchanged_passes(stage: StagePlan) -> StagePlan:
+    """Two of the warm-up: of one microbatch where the stage has two chunks, else of two."""
+    actions = [*stage.actions]
+    actions[0], actions[2] = actions[2], actions[0]
+    return replace(stage, actions=actions)
+
+
+LARGE = (64, 1, 8192, ""), (32, 2, 4096, ""), (64, 1, 8192, "pipeline.schedule=gpipe"), (512, 1, 4096, "")
+DAMAGED_LARGE = [  # stage, change, words
+    (30, with_warmup(5000), "deadlock: stage 29 hangs in "),
+    (29, with_warmup(33), "deadlock: stage 29 hangs in "),  # one less than the next stage's, or two
+    (29, with_warmup(1), "stage 29"),  # with virtual stages goes back before it has gone forward
+    (20, last_microbatch_first, "stage 19 sends for 20F0 where stage 20 receives for 20F"),
+    (20, exchanged_passes, "stage 19 sends for 20F0 where stage 20 receives for 20F2"),
+    (31, without_the_last, "stage 31: "),
+]
+
+
+@pytest.mark.parametrize("shape", LARGE[:2], ids=str)
+@pytest.mark.parametrize(("stage_index", "change", "words"), DAMAGED_LARGE)
+def test_damage_to_the_order_of_a_large_plan_is_refused(
+    shape: tuple[int, int, int, str], stage_index: int, change: Callable[[StagePlan], StagePlan], words: str
+) -> None:
+    damaged = with_stage(make_large(*shape), stage_index, change)
+    with pytest.raises(PlanDefect, match=re.escape(words)):
+        check_run(damaged)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_damage_to_the_messages_of_a_large_plan_is_refused(shape: tuple[int, int, int, str]) -> None:
+    plan = make_large(*shape)
+    check_run(plan)
+    for way, kind in product(("sent", "received"), Kind):
+        for change in (larger, without_the_first, *([swapped] if way == "received" else [])):
+            damage = partial(with_messages, way=way, kind=kind, change=change)
+            with pytest.raises(PlanDefect, match=r"^hop 2[67]: .* (meets|crosses with) "):
+                check_run(with_chunk(plan, 27, damage))
+
+
+@cache
+def make_large(stages: int, virtual_stages: int, microbatches: int, more: str) -> RunPlan:
+    return make_plan(
+        stages,
+        virtual_stages,
+        microbatches,
+        "depth.pattern=first:2",
+        f"model.num_layers={stages * virtual_stages}",
+        *more.split(),
+    )
+
+
+def without_the_first(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(messages[1:])
 
 
 # ---- damage to a plan
@@ -211,16 +343,14 @@ DAMAGED_MESSAGES = [
         "received",
         Kind.FORWARD,
         swapped,
-        "pp_forward from stage 0 to 1: send entries of layers 0 from chunk 0 to 1, microbatch 0 (1536 bytes) "
-        "meets receive residual from chunk 0 to 1, microbatch 0 (768 bytes)",
+        "hop 0: send entries of layers 0 from chunk 0 to 1 (1536 bytes) meets receive residual from chunk 0 to 1 (768 bytes)",
     ),
     (
         1,
         "received",
         Kind.BACKWARD,
         swapped,
-        "pp_backward from stage 2 to 1: send gradient of residual from chunk 2 to 1, microbatch 0 (768 bytes) "
-        "meets receive gradient of entries",
+        "hop 1: send gradient of residual from chunk 2 to 1 (768 bytes) meets receive gradient of entries",
     ),
     (
         1,
@@ -234,7 +364,7 @@ DAMAGED_MESSAGES = [
         "received",
         Kind.FORWARD,
         lambda messages: messages[:-1],
-        "pp_forward from stage 0 to 1: send residual from chunk 0 to 1, microbatch 0 (768 bytes) meets receive entries",
+        "hop 0: send residual from chunk 0 to 1 (768 bytes) meets no receive",
     ),
     (2, "received", Kind.FORWARD, larger, "bytes) meets receive "),
     (0, "sent", Kind.FORWARD, larger, "hop 0: entries of layer 0 crosses with 1540 bytes, its gradient with 1536"),
@@ -266,20 +396,23 @@ def other_microbatch_first(stage: StagePlan) -> StagePlan:
     return replace(stage, actions=tuple(_exchanged(action) for action in stage.actions))
 
 
+def twice(actions: Sequence[Action]) -> list[Action]:
+    """The second one is planned again in place of the first."""
+    return [actions[1], *actions[1:]]
+
+
 def _exchanged(action: Action) -> Action:
     is_forward, index = action.kind is Kind.FORWARD, action.microbatch_index
     return action._replace(microbatch_index=1 - index) if is_forward and index < 2 else action
 
 
 DAMAGED_ACTIONS = [  # stage, change, words
-    (2, backward_first, "stage 2: run 2B0 comes before run 2F0"),
-    (
-        1,
-        other_microbatch_first,
-        "microbatch 0 (1536 bytes) meets receive entries of layers 0 from chunk 0 to 1, microbatch 1 (1536 bytes)",
-    ),
-    (0, lambda stage: replace(stage, actions=stage.actions[1:]), "stage 0: 0F0 is planned 0 times, not 1"),
-    (0, lambda stage: replace(stage, evaluation=[*stage.evaluation] * 2), "stage 0: 0F0 is planned 2 times, not 1"),
+    (2, backward_first, "stage 2: 2B0 is planned where 2F0 is due"),
+    (1, other_microbatch_first, "stage 0 sends for 1F0 where stage 1 receives for 1F1"),
+    (0, lambda stage: replace(stage, actions=stage.actions[1:]), "stage 0: 7 passes are planned, not 8"),
+    (0, lambda stage: replace(stage, evaluation=[*stage.evaluation] * 2), "stage 0: 8 passes are planned, not 4"),
+    (0, lambda stage: replace(stage, actions=twice(stage.actions)), "stage 0: 0B0 is planned where 0F0 is due"),
+    (2, lambda stage: replace(stage, evaluation=twice(stage.evaluation)), "stage 2: 2F1 is planned where 2F0 is due"),
 ]
 
 
@@ -297,11 +430,7 @@ def test_orders_of_which_each_stage_waits_for_the_other_are_a_deadlock() -> None
     every = plan_schedule("gpipe", stage_index=1, num_stages=2, num_microbatches=2)
     plan = with_stage(plan, 0, lambda stage: replace(stage, actions=tuple(waiting)))
     plan = with_stage(plan, 1, lambda stage: replace(stage, actions=tuple(every)))
-    words = (
-        "deadlock: stage 0 hangs in await gradient of sums of layers 2 from chunk 1 to 0, microbatch 0, which waits for send "
-        "gradient of sums of layers 2 from chunk 1 to 0, microbatch 0 of stage 1; stage 1 hangs in await residual from chunk 0 to 1, "
-        "microbatch 1, which waits for send residual from chunk 0 to 1, microbatch 1 of stage 0"
-    )
+    words = "deadlock: stage 0 hangs in 0B0, which waits for 1B0 of stage 1; stage 1 hangs in 1F1, which waits for 0F1 of stage 0"
     with pytest.raises(PlanDefect, match=re.escape(words)):
         check_run(plan)
 
