@@ -10,7 +10,7 @@ and so is what would be too small alone: a message costs time of its own, whatev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, NamedTuple
@@ -149,13 +149,15 @@ class _Packer:
 
     def pack(self, tensors: Sequence[_Tensor]) -> tuple[Message, ...]:
         """Of what leaves together the residual is ahead, as a whole pass waits for it, then what is needed first."""
-        messages: list[Message] = []
-        for tensor in sorted(tensors, key=self._order):
-            message = self._message(tensor)
-            if messages and self._go_together(messages[-1], message):
-                message = self._join(messages.pop(), message)
-            messages.append(message)
-        return tuple(messages)
+        alone = [self._message(tensor) for tensor in sorted(tensors, key=self._order)]
+        return tuple(self._packed(self._packed(alone, _at_the_same_points), self._is_too_small))
+
+    def _packed(self, messages: Sequence[Message], go_together: Callable[[Message, Message], bool]) -> list[Message]:
+        packed: list[Message] = []
+        for message in messages:
+            joins = bool(packed) and packed[-1].cargo is message.cargo and go_together(packed[-1], message)
+            packed.append(self._join(packed.pop(), message) if joins else message)
+        return packed
 
     def _order(self, tensor: _Tensor) -> tuple[int, bool, int]:
         is_residual = tensor.cargo is Cargo.RESIDUAL
@@ -177,12 +179,8 @@ class _Packer:
             needed=tensor.needed,
         )
 
-    def _go_together(self, one: Message, following: Message) -> bool:
-        """At one point for one point, or where the first is too small to be sent alone. What passes by waits for nothing else."""
-        if one.cargo is not following.cargo:
-            return False
-        if (one.leaves, one.needed) == (following.leaves, following.needed):
-            return True
+    def _is_too_small(self, one: Message, following: Message) -> bool:
+        """To be sent alone. What passes by waits for nothing else."""
         return one.num_bytes < self.shape.min_message_bytes and one.passes_by == following.passes_by
 
     def _join(self, one: Message, following: Message) -> Message:
@@ -192,3 +190,7 @@ class _Packer:
             num_bytes=one.num_bytes + following.num_bytes,
             needed=min(one.needed, following.needed, key=self.needing.index),
         )
+
+
+def _at_the_same_points(one: Message, following: Message) -> bool:
+    return (one.leaves, one.needed) == (following.leaves, following.needed)
