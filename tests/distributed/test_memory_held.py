@@ -128,17 +128,17 @@ def test_activations_are_what_autograd_saves(text: str) -> None:
 
 def held_entries(rank: Rank, batch: Tensor) -> int:
     """Bytes of the entries of all microbatches in flight, when they are most."""
-    peak, carry_out = 0, _Passes.carry_out
+    peak, run = 0, _Passes._run
 
     def count(passes: _Passes, operation: Operation) -> None:
         nonlocal peak
-        carry_out(passes, operation)
+        run(passes, operation)
         values = [held.memory.entries.values for held in passes._in_flight.values()]
         peak = max(peak, sum(each.numel() * each.element_size() for each in values))
 
-    _Passes.carry_out = count
+    _Passes._run = count
     rank.train_step(batch, 1.0)
-    _Passes.carry_out = carry_out
+    _Passes._run = run
     return peak
 
 
