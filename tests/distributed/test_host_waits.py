@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lime_dist.config import Config, check_config, load_config
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.lifecycle.local import run_local
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.training.run import train
 
 FEW_STEPS, MORE_STEPS = 2, 5  # what lies before, between and behind the steps is the same
@@ -94,7 +95,7 @@ class _Operations(TorchDispatchMode):
 
 def count_waits(config: Config) -> Counter[str]:
     with HostWaits() as waits:
-        train(config, own_place())
+        train(plan_run(config), own_place())
     return waits.counts
 
 
