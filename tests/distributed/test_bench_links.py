@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -77,18 +78,27 @@ def test_without_hosts_it_says_so_and_uses_loopback(tmp_path: Path) -> None:
 def interrupt(command: tuple[str, ...], mark: str) -> tuple[int, str]:
     """Press Ctrl-C, which a terminal sends to the whole group, when standard error has `mark`; exit code and errors."""
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job has it ignored
     )
     assert process.stderr is not None
-    seen = ""
-    while mark not in seen:
-        line = process.stderr.readline()
-        assert line, seen
-        seen += line
-    os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    with pytest.raises(ProcessLookupError):  # the group has nobody left in it
-        os.killpg(process.pid, 0)
+    try:
+        seen = ""
+        while mark not in seen:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        with pytest.raises(ProcessLookupError):  # the group has nobody left in it
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, errors
 
 
