@@ -49,7 +49,13 @@ def _chunk_record(chunk: ChunkPlan, num_stages: int) -> dict[str, Any]:
 
 
 def _message_record(message: Message) -> dict[str, Any]:
-    return {"cargo": message.cargo.value, "layers": list(message.layers), "bytes": message.num_bytes}
+    return {
+        "cargo": message.cargo.value,
+        "layers": list(message.layers),
+        "bytes": message.num_bytes,
+        "leaves": message.leaves,
+        "needed": message.needed,
+    }
 
 
 def _stage_record(stage: StagePlan) -> dict[str, Any]:
