@@ -90,7 +90,7 @@ class PipelineConfig:
     min_message: int | str = (
         "256KiB"  # smaller messages travel with the next of their kind; 0: each as soon as it is made
     )
-    receives_ahead: int | None = None  # passes ahead of the running one; None: 1, with a warm-up of one's own 2
+    receives_ahead: int | None = None  # passes ahead of the running one; None: 1, where a warm-up is set 2
     partition: str | list[int] = "auto"  # or the number of layers of each chunk
     boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
 

@@ -49,7 +49,9 @@ class Buffer:
         *,
         spaced: bool = False,
     ):
-        """shares: of how many the gradient of each layer is the sum, by layer in the order of rows. spaced: leave a cache line between rows. On a CPU rows a power of two apart evict each other, which can
+        """shares: of how many shares each layer's gradient is the sum, by layer in the order of rows.
+
+        spaced: leave a cache line between rows. On a CPU rows a power of two apart evict each other, which can
         double the time of a product; but only neighbouring rows can be sent as they are.
         """
         self.slot_of = {layer: slot for slot, layer in enumerate(shares)}
@@ -86,14 +88,14 @@ class Buffer:
         return False
 
     def check_shares(self, layers: Sequence[int]) -> None:
-        """Raises: GradientShares unless all shares of the gradients of `layers` have been added."""
+        """Before the gradients of `layers` are taken. Raises: GradientShares unless all their shares have been added."""
         for layer in layers:
             slot, planned = self.slot_of[layer], self._planned_shares[layer]
             if self._shares[slot] != planned:
                 raise GradientShares(
                     f"{self._shares[slot]} of {planned} shares of the gradient of layer {_layer_of(layer)} have come"
                 )
-            if not planned:
+            if not planned:  # nothing reads the entry, so nothing has written its gradient
                 self.gradients[slot].zero_()
 
     def release_values(self) -> None:

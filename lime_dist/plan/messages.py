@@ -1,7 +1,7 @@
 """What crosses a hop as messages: each is addressed, has a size, leaves at a known point of one pass and is needed at a known
 point of another. Pure data.
 
-Moments follow from what the passes do. Forward, a layer leaves its entry as soon as it has projected its input, so that the
+Points follow from what the passes do. Forward, a layer leaves its entry as soon as it has projected its input, so that the
 entry is on its way while the layer and those behind it run; sums over the chunk's own entries are whole behind its layers, and
 each is needed when its reader has projected. Backward, the gradient of a sum is there when its reader has gone back, and that
 of an entry is needed when the walk is back at the layer that made it. What leaves at one point for one point is one message,

@@ -57,12 +57,8 @@ class Messages(Protocol):
         """What each kind of pass leaves for another chunk."""
 
 
-class ChunkPasses(Protocol):
-    """A chunk's."""
-
-    @property
-    def received(self) -> Mapping[Kind, tuple[Message, ...]]:
-        """What each kind of pass reads from another chunk, in the order in which receives are posted."""
+class ChunkPasses(Messages, Protocol):
+    """A chunk's. Receives are posted in the order in which their messages leave."""
 
     @property
     def operations(self) -> Mapping[Kind, tuple[PassOperation, ...]]:
