@@ -129,7 +129,7 @@ class _Drawing:
         yield svg.text(
             centre, PANEL_TOP + 40, contents, size=11 if self.is_virtual else 12, fill=MUTED, anchor="middle"
         )
-        held, flops = format_bytes(self._held_bytes(chunk)), chunk.routing_flops_per_token
+        held, flops = format_bytes(self._held_bytes(chunk)), chunk.flops.routing
         for line, text in enumerate((f"holds {held} of entries", f"{flops:,} routing", "FLOPs a token")):
             yield svg.text(centre, self.panel_bottom + 30 + 17 * line, text, size=11, fill=MUTED, anchor="middle")
         if not chunk.is_last:

@@ -42,7 +42,7 @@ def _chunk_record(chunk: ChunkPlan, num_stages: int) -> dict[str, Any]:
         "added": {str(reader): list(sources) for reader, sources in chunk.transfer.reads.items()},
         "kept": {str(earlier): list(layers) for earlier, layers in chunk.transfer.kept.items()},
         "held_bytes": chunk.held_bytes,
-        "routing_flops_per_token": chunk.routing_flops_per_token,
+        "routing_flops_per_token": chunk.flops.routing,
         "forward": [_message_record(message) for message in chunk.sent[Kind.FORWARD]],
         "backward": [_message_record(message) for message in chunk.sent[Kind.BACKWARD]],
     }

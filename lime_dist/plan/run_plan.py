@@ -14,6 +14,7 @@ from lime_dist.config import Config
 from lime_dist.errors import LayoutError
 from lime_dist.formats import format_bytes
 from lime_dist.layout import Layout
+from lime_dist.plan.flops import STEP_FACTOR
 from lime_dist.plan.memory import MemoryEstimate, StageMemory
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
 from lime_dist.plan.shape import BundleShape
@@ -59,6 +60,11 @@ class RunPlan:
     def chunks(self) -> tuple[ChunkPlan, ...]:
         """In model order."""
         return tuple(sorted((chunk for stage in self.stages for chunk in stage.chunks), key=lambda chunk: chunk.chunk))
+
+    @property
+    def model_flops_per_token(self) -> int:
+        """Of a training step, forward and backward, of all ranks of a replica together (`flops.py`)."""
+        return STEP_FACTOR * sum(chunk.flops.total for chunk in self.chunks)
 
     @property
     def boundary_bytes(self) -> list[int]:

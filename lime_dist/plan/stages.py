@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lime_dist.config import Config
-from lime_dist.plan.flops import routing_flops_per_token
+from lime_dist.plan.flops import ChunkFlops, chunk_flops
 from lime_dist.plan.messages import HopEnd, Message, backward_messages, forward_messages
 from lime_dist.plan.operations import Operation, PassOperation, plan_operations, plan_pass
 from lime_dist.plan.schedule import Action, Kind, plan_forward_only, plan_schedule
@@ -25,7 +25,7 @@ class ChunkPlan:
 
     received, sent: the messages of each kind of pass, from and to the chunk before or behind, in the order in which they leave.
     last_use: the last chunk of this stage that reads entries kept here; itself where none does.
-    routing_flops_per_token: see `flops.py`.
+    flops: see `flops.py`.
     """
 
     chunk: int
@@ -36,7 +36,7 @@ class ChunkPlan:
     received: Mapping[Kind, tuple[Message, ...]]
     sent: Mapping[Kind, tuple[Message, ...]]
     last_use: int
-    routing_flops_per_token: int
+    flops: ChunkFlops
 
     @property
     def is_first(self) -> bool:
@@ -104,7 +104,7 @@ class StagePlan:
 
     @property
     def routing_flops_per_token(self) -> int:
-        return sum(chunk.routing_flops_per_token for chunk in self.chunks)
+        return sum(chunk.flops.routing for chunk in self.chunks)
 
     def operations(self, actions: Sequence[Action]) -> Iterator[Operation]:
         """What `actions` of this stage ask of it, in order."""
@@ -190,7 +190,7 @@ def _plan_chunk(config: Config, transfer: TransferPlan, shape: BundleShape, chun
             Kind.BACKWARD: backward_messages(own.received, here, before, shape) if before else (),
         },
         last_use=max(later for later in of_stage if later == chunk or chunk in transfer.chunk(later).kept),
-        routing_flops_per_token=routing_flops_per_token(config.model, own),
+        flops=chunk_flops(config, own, layers),
     )
 
 
