@@ -41,16 +41,20 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     _check_pipeline(config)
     _check_switches(config)
     _check_batch(config)
+    _check_profile(config)
     _check_deepspeed(config)
     return config
 
 
 def find_warnings(config: Config) -> list[str]:
     """What runs, but hardly as it is meant: a line each."""
-    warmup, steps = config.optim.warmup_steps, config.run.steps
+    warmup, steps, profiled = config.optim.warmup_steps, config.run.steps, config.profile.steps
+    warnings = []
     if warmup >= steps and warmup > 0:
-        return [f"optim.warmup_steps: {warmup} is not below run.steps={steps}: the whole run is warm-up; lower it"]
-    return []
+        warnings += [f"optim.warmup_steps: {warmup} is not below run.steps={steps}: the whole run is warm-up; lower it"]
+    if profiled is not None and profiled[-1] > steps:
+        warnings += [f"profile.steps: {profiled} ends behind run.steps={steps}: there will be no profile; lower it"]
+    return warnings
 
 
 def _require(holds: bool, message: str, error: type[ConfigError] = ConfigError) -> None:
@@ -58,6 +62,7 @@ def _require(holds: bool, message: str, error: type[ConfigError] = ConfigError) 
         raise error(message)
 
 
+MAX_PROFILED_STEPS = 1000  # a rank keeps what it records in memory until the last
 MAX_TEXT = 1000  # letters; a path has fewer
 
 
@@ -218,6 +223,21 @@ def _check_switches(config: Config) -> None:
             0 < step < config.run.steps,
             f"depth.switch_at: {step} must be a number of updates below run.steps={config.run.steps}",
         )
+
+
+def _check_profile(config: Config) -> None:
+    steps = config.profile.steps
+    if steps is None:
+        return
+    _require(
+        len(steps) == 2 and steps[0] <= steps[1] < steps[0] + MAX_PROFILED_STEPS,
+        f"profile.steps: {shown(steps)} must be the first and the last of at most {MAX_PROFILED_STEPS} steps, such as [10, 19]",
+    )
+    switch = next((step for step in config.depth.switch_at if steps[0] <= step < steps[1]), None)
+    _require(
+        switch is None,
+        f"profile.steps: {steps} holds the switch of patterns at step {switch} (depth.switch_at); end before it or begin behind it",
+    )
 
 
 def _check_batch(config: Config) -> None:

@@ -90,6 +90,7 @@ RANGES: dict[str, Range] = {
     "run.timeout_seconds": _from(1, _MONTH_SECONDS),
     "run.memory": _whole(1, 2**60),
     "run.log_every": _whole(1, 10**9),
+    "profile.steps": _whole(1, 10**9),
 }
 
 

@@ -147,6 +147,11 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    steps: list[int] | None = None  # [first, last] to record, see `lime-dist profile`; None: none
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     dir: str = "runs/default"
     steps: int = 100
@@ -175,6 +180,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+    profile: ProfileConfig = ProfileConfig()
     deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, passed through
 
     @property

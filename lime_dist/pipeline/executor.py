@@ -21,6 +21,7 @@ from lime_dist.plan.stages import ChunkPlan, StagePlan
 Backward = Callable[[list[Tensor], list[Tensor | None]], None]
 # Waits for a message of a pass, before the pass, within it or behind it.
 AwaitInput = Callable[[Action, Incoming], Tensor]
+Follow = Callable[[Iterator[Operation]], Iterator[Operation]]
 
 
 @dataclass
@@ -55,14 +56,23 @@ class Executor:
         """By chunk."""
         return {chunk.chunk: chunk for chunk in self.plan.chunks}
 
-    def run(self, actions: Sequence[Action], microbatches: Sequence[Tensor], *, with_loss: bool = True) -> list[Tensor]:
+    def run(
+        self,
+        actions: Sequence[Action],
+        microbatches: Sequence[Tensor],
+        *,
+        with_loss: bool = True,
+        follow: Follow = iter,
+    ) -> list[Tensor]:
         """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
+
+        follow: gives out the operations one by one, and is asked for the next when the last is done.
 
         Gradients of the mean loss over the microbatches are added to the parameters. Returns the loss of
         each microbatch, or its residual if not `with_loss`, on the last stage and nothing elsewhere.
         Collective: pp and tp groups.
         """
-        passes = _Passes(self, microbatches, with_loss, self.plan.operations(actions))
+        passes = _Passes(self, microbatches, with_loss, follow(self.plan.operations(actions)))
         passes.carry_out()
         self.transport.flush()
         return [passes.outputs[index] for index in sorted(passes.outputs)]

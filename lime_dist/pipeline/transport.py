@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
+class Work(Protocol):
+    """A message under way: torch's, or what stands for it."""
+
+    def wait(self) -> Any: ...
+    def is_completed(self) -> bool: ...
+
+
 @dataclass
 class Incoming:
     """A tensor being received; usable after `wait`."""
 
     tensor: Tensor
-    work: dist.Work
+    work: Work
 
     def wait(self) -> Tensor:
         self.work.wait()
@@ -44,12 +51,14 @@ class PipelineGroups(Protocol):
 class Channel(Protocol):
     """One direction of one boundary: messages arrive in the order in which they are sent. Counts nothing."""
 
-    peer: int  # global rank
+    @property
+    def peer(self) -> int:
+        """Global rank."""
 
-    def send(self, tensor: Tensor) -> dist.Work:
+    def send(self, tensor: Tensor) -> Work:
         """Start sending a contiguous tensor, which must not change until the work is done."""
 
-    def receive(self, tensor: Tensor) -> dist.Work:
+    def receive(self, tensor: Tensor) -> Work:
         """Start receiving into a contiguous tensor."""
 
 
@@ -60,10 +69,10 @@ class GroupChannel:
     group: ProcessGroup
     peer: int
 
-    def send(self, tensor: Tensor) -> dist.Work:
+    def send(self, tensor: Tensor) -> Work:
         return dist.isend(tensor, self.peer, group=self.group)  # type: ignore[return-value]  # None outside the group
 
-    def receive(self, tensor: Tensor) -> dist.Work:
+    def receive(self, tensor: Tensor) -> Work:
         return dist.irecv(tensor, self.peer, group=self.group)  # type: ignore[return-value]
 
 
@@ -82,7 +91,7 @@ class Link:
     channel: Channel
     bytes_sent: int = 0
     messages_sent: Counter[str] = field(default_factory=Counter)  # by what they carry
-    _in_flight: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _in_flight: list[tuple[Work, Tensor]] = field(default_factory=list)
 
     def send(self, tensor: Tensor, cargo: str) -> None:
         """Start sending; the tensor must not be written to until `flush`."""

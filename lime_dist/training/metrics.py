@@ -76,6 +76,9 @@ class Metrics:
         self._write({"step": step, "save_seconds": save_seconds})
         print(f"saved {folder} in {save_seconds:.1f} s", flush=True)
 
+    def profiled(self, folder: Path) -> None:
+        print(f"profile {folder}; look at it with `lime-dist profile show {folder}`", flush=True)
+
     def flush_to_disk(self) -> None:
         """On return what was recorded survives a power cut."""
         os.fsync(self._file.fileno())

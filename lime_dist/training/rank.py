@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from lime_dist.lifecycle.pulse import Pass, Pulse
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
+from lime_dist.pipeline.recorder import Recorder
 from lime_dist.pipeline.transport import Incoming, ResidualShare, Sent, Transport
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Action, Kind
@@ -66,11 +67,12 @@ class Rank:
         self.stage = self._build_stage()
         initialize(self.stage, config.run.seed)
         self.optimizer = ZeroOptimizer(self.stage, config, groups, device)
-        self._transport = Transport.connect(groups, device)
+        self.recorder: Recorder | None = None  # of the step that is being made
+        self.transport = Transport.connect(groups, device)
         self._executor = Executor(
             stage=self.stage,
             plan=self.plan,
-            transport=self._transport,
+            transport=self.transport,
             residual_share=ResidualShare(groups.tp, config.parallel.sequence_parallel),
             call=self.pulse.around("forward", self.optimizer.call),
             backward=self.pulse.around("backward", self.optimizer.backward),
@@ -102,14 +104,17 @@ class Rank:
     def _await_input(self, action: Action, incoming: Incoming) -> Tensor:
         return self.pulse.awaiting(action.kind.name.lower(), _pass(action), incoming.wait)
 
-    def _run_passes(
-        self, actions: Sequence[Action], microbatches: list[Tensor], *, with_loss: bool = True
-    ) -> list[Tensor]:
+    def _run_passes(self, actions: Sequence[Action], microbatches: list[Tensor], **how: Any) -> list[Tensor]:
+        """how: as `Executor.run` has it."""
         self.pulse.expect({
             kind.name.lower(): [_pass(action) for action in actions if action.kind is kind]
             for kind in Kind
         })  # fmt: skip
-        return self._executor.run(actions, microbatches, with_loss=with_loss)
+        return self._executor.run(actions, microbatches, **how)
+
+    def _mark(self) -> None:
+        if self.recorder is not None:
+            self.recorder.mark()
 
     @property
     def is_logger(self) -> bool:
@@ -136,12 +141,20 @@ class Rank:
 
     def accumulate(self, batch: Batch) -> Tensor:
         """Add the gradients of a global batch's mean loss; returns this rank's share of the facts, for `update`."""
-        losses = self._run_passes(self.plan.actions, self.microbatches(batch))
+        microbatches = self.microbatches(batch)
+        self._mark()
+        follow = iter if self.recorder is None else self.recorder.follow
+        losses = self._run_passes(self.plan.actions, microbatches, follow=follow)
+        self._mark()
         self.optimizer.finish_gradients()
-        forward, backward = self._transport.take_sent()
+        forward, backward = self.transport.take_sent()
         self._check_sent(forward, Kind.FORWARD)
         self._check_sent(backward, Kind.BACKWARD)
-        return self._share(losses, forward.num_bytes)
+        if self.recorder is not None:
+            self.recorder.count(forward, backward)
+        share = self._share(losses, forward.num_bytes)
+        self._mark()
+        return share
 
     def train_step(self, batch: Batch, lr_factor: float, wants_stop: Callable[[], bool] = lambda: False) -> StepResult:
         """One update from a global batch. wants_stop: whether this rank was asked to stop, asked behind the passes.
@@ -156,15 +169,18 @@ class Rank:
         """The second half of `train_step`, behind `accumulate`, which gave `share`."""
         self.pulse.beat("update")
         norm = self.optimizer.take_norm()
+        self._mark()
         if dist.get_rank() == 0:  # all have it
             share[_GRAD_NORM] = norm
         share[_STOPS] = float(wants_stop())
         result = self._add_up(share)
+        self._mark()
         if not math.isfinite(result.loss):
             raise TrainingDiverged(f"the loss is {result.loss}")
         if not math.isfinite(result.grad_norm):
             raise TrainingDiverged("the gradient norm is not finite")
         self.optimizer.update(norm, lr_factor)
+        self._mark()
         return result
 
     @torch.no_grad()
@@ -182,14 +198,14 @@ class Rank:
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
         losses = self._run_passes(self.plan.evaluation, self.microbatches(batch))
-        return self._add_up(self._share(losses, self._transport.take_sent()[0].num_bytes)).loss
+        return self._add_up(self._share(losses, self.transport.take_sent()[0].num_bytes)).loss
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> list[tuple[int, Tensor]]:
         """On the last stage, for each of this replica's microbatches its first row and logits [rows, seq, vocab] on the CPU."""
         microbatches, found = self.microbatches(batch), []
         outputs = self._run_passes(self.plan.evaluation, microbatches, with_loss=False)
-        self._transport.take_sent()
+        self.transport.take_sent()
         for index, residual in enumerate(outputs):
             block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
             rows, seq_length = microbatches[index].shape[0], microbatches[index].shape[1] - 1

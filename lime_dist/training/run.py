@@ -30,6 +30,7 @@ from lime_dist.lifecycle.stopping import stop_request
 from lime_dist.lifecycle.watchdog import Watchdog
 from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.plan.run_plan import RunPlan, plan_run
+from lime_dist.profiling.profiler import Profiler
 from lime_dist.training.agreement import tell_all
 from lime_dist.training.batches import BatchReader
 from lime_dist.training.joint_stop import JointStop, Stopped
@@ -177,6 +178,7 @@ class TrainingRun:
             self._load(start, plan)
         between()
         self._samples.prepare(self.samples_seen, between)
+        self._profiler = self._new_profiler()
         self._metrics: Metrics | None = None
         self._owner: Ownership | None = None
         if self.rank.is_logger:
@@ -191,6 +193,13 @@ class TrainingRun:
         self.step = self._saved_step = meta.step
         self._saved = start.folder
         self.samples_seen = meta.samples_seen
+
+    def _new_profiler(self) -> Profiler | None:
+        """Of the steps to come."""
+        steps = self.config.profile.steps
+        if steps is None or self.step >= steps[0]:
+            return None
+        return Profiler(self.rank, first=steps[0], last=steps[-1])
 
     def train(self) -> tuple[int, str]:
         """The exit code, and the reason in a few words."""
@@ -240,8 +249,9 @@ class TrainingRun:
         folder = self._saved if self._saved is not None and self._saved_step == self.step else self._save()
         self._switched_step = self.step
         plan = self.rank.run_plan
-        del self.rank
+        del self.rank, self._profiler
         self._load(decide_start(self.config, self._device, lambda: folder, resumed_config), plan)
+        self._profiler = self._new_profiler()
         if self._metrics is not None:
             self._write_plan()
             pattern = self.rank.config.pattern
@@ -263,6 +273,8 @@ class TrainingRun:
         """Whether any rank was asked to stop."""
         config = self.config
         self._pulse.begin_step(self.step + 1)
+        if self._profiler is not None:
+            self._profiler.begin(self.step + 1)
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
@@ -284,7 +296,14 @@ class TrainingRun:
                 boundary_bytes=result.boundary_bytes,
             ),
         )
+        self._end_profiled_step()
         return result.stop_asked
+
+    def _end_profiled_step(self) -> None:
+        folder = self._profiler.end() if self._profiler is not None else None
+        if folder is not None:
+            self._profiler = None
+            self._record("profile", lambda metrics: metrics.profiled(folder))
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(

@@ -1,0 +1,216 @@
+"""A profile's folder: `config.yaml`, `profile.json`, and for each rank `rank_N.safetensors`. Pure data, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lime_dist.config import check_config, dump_yaml, load_config
+from lime_dist.errors import ConfigError, LimeDistError, one_line
+from lime_dist.pipeline.step_times import PHASES, CollectiveTimes, StepTimes
+from lime_dist.plan.run_plan import RunPlan, plan_run
+from lime_dist.profiling.clock_offset import ClockOffset
+
+VERSION = 1
+_ARRAYS = ("marks", "busy", "arrivals", "collectives", "sent_bytes")
+_HEAD, _CONFIG = "profile.json", "config.yaml"
+
+
+class ProfileError(ConfigError):
+    """A profile that is missing, cut short or of another version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecord:
+    """What one rank recorded.
+
+    host, device: names. cores: that this rank's host has for its ranks; None on a GPU. threads: that torch computes with.
+    offsets: of its clock to rank 0's, before the first step and behind the last. epoch_ns: what to add to its clock for the
+    time of day. group_ranks: global ranks of each group of its collectives.
+    """
+
+    rank: int
+    host: str
+    device: str
+    cores: int | None
+    threads: int
+    offsets: tuple[ClockOffset, ClockOffset]
+    epoch_ns: int
+    group_ranks: Mapping[str, tuple[int, ...]]
+    steps: tuple[StepTimes, ...]
+
+    def on_first_clock(self, moment: int) -> float:
+        """`moment` of this rank's clock in ns of rank 0's."""
+        before, after = self.offsets
+        if after.at == before.at:
+            return moment - before.ahead
+        share = (moment - before.at) / (after.at - before.at)
+        return moment - before.ahead - share * (after.ahead - before.ahead)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredLink:
+    """What one way of a boundary carried alone, before the first recorded step; the slowest pair of ranks counts."""
+
+    from_stage: int
+    to_stage: int
+    bytes_per_second: float
+    latency_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A whole profile. steps: as metrics.jsonl numbers them, from 1. ranks: by global rank."""
+
+    folder: Path
+    plan: RunPlan
+    steps: tuple[int, ...]
+    ranks: tuple[RankRecord, ...]
+    links: tuple[MeasuredLink, ...] = field(default=())
+
+    @cached_property
+    def clock_error_seconds(self) -> float:
+        """Of the rank whose clock is known worst."""
+        return max(offset.error for rank in self.ranks for offset in rank.offsets) / 1e9
+
+    @cached_property
+    def largest_drift(self) -> float:
+        """Seconds a second."""
+        return max(abs(_drift(rank)) for rank in self.ranks)
+
+
+def _drift(rank: RankRecord) -> float:
+    before, after = rank.offsets
+    return (after.ahead - before.ahead) / (after.at - before.at) if after.at != before.at else 0.0
+
+
+def profile_folder(run_dir: Path, first: int, last: int) -> Path:
+    return run_dir / "profile" / f"steps_{first}-{last}"
+
+
+# ---- writing
+
+
+def write_head(folder: Path, plan: RunPlan, steps: Sequence[int], links: Sequence[MeasuredLink]) -> None:
+    head = {
+        "version": VERSION,
+        "steps": list(steps),
+        "links": [asdict(link) for link in links],
+    }
+    _replace(folder / _CONFIG, lambda path: path.write_text(dump_yaml(plan.config)))
+    _replace(folder / _HEAD, lambda path: path.write_text(json.dumps(head)))
+
+
+def write_rank(folder: Path, record: RankRecord) -> None:
+    names = sorted(record.group_ranks)
+    about = {key: value for key, value in vars(record).items() if key not in ("steps", "group_ranks", "offsets")}
+    about |= {"offsets": [list(offset) for offset in record.offsets]}
+    about |= {"groups": [[name, list(record.group_ranks[name])] for name in names]}
+    collectives = [
+        [index, names.index(each.group_name), *each[1:]]
+        for index, step in enumerate(record.steps)
+        for each in step.collectives
+    ]
+    arrays = {
+        "marks": _int64([step.marks for step in record.steps]),
+        "busy": _int64([step.busy or [] for step in record.steps]),
+        "arrivals": _int64([step.arrivals for step in record.steps]),
+        "collectives": _int64(collectives).reshape(-1, 5),
+        "sent_bytes": _int64([step.sent_bytes for step in record.steps]),
+    }
+    _replace(_rank_file(folder, record.rank), lambda path: save_file(arrays, path, {"rank": json.dumps(about)}))
+
+
+def _rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.safetensors"
+
+
+def _int64(rows: Sequence[Any]) -> numpy.ndarray:
+    return numpy.array(rows, dtype=numpy.int64)
+
+
+def _replace(path: Path, write: Any) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+# ---- reading
+
+
+def find_profile(path: Path) -> Path:
+    """The profile's folder at `path`, or the newest one of the run there. Raises: ProfileError."""
+    if (path / _HEAD).is_file():
+        return path
+    found = sorted((path / "profile").glob(f"*/{_HEAD}"), key=lambda head: head.stat().st_mtime)
+    if not found:
+        raise ProfileError(
+            f"{path}: no profile there; make one with `lime-dist profile CONFIG`, or train with profile.steps=[10,19]"
+        )
+    return found[-1].parent
+
+
+def read_profile(path: Path) -> Profile:
+    """Of a profile's folder, or the newest of a run's. Raises: ProfileError."""
+    folder = find_profile(path)
+    try:
+        head = json.loads((folder / _HEAD).read_text())
+        if head["version"] != VERSION:
+            raise ProfileError(f"{folder}: written by another version of lime-dist; record it again")
+        config = load_config(folder / _CONFIG, ())
+        plan = plan_run(check_config(config, config.layout.world_size))
+        ranks = tuple(_read_rank(_rank_file(folder, rank)) for rank in range(plan.layout.world_size))
+        links = tuple(MeasuredLink(**link) for link in head["links"])
+        profile = Profile(folder=folder, plan=plan, steps=tuple(map(int, head["steps"])), ranks=ranks, links=links)
+    except ProfileError:
+        raise
+    except (OSError, LimeDistError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ProfileError(f"{folder}: not a whole profile ({one_line(error)}); record it again") from None
+    _check(profile)
+    return profile
+
+
+def _read_rank(path: Path) -> RankRecord:
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["rank"])
+        marks, busy, arrivals, collectives, sent_bytes = (file.get_tensor(name).tolist() for name in _ARRAYS)
+    groups = about.pop("groups")
+    steps = [
+        StepTimes(
+            marks=marks[index],
+            busy=busy[index] or None,
+            arrivals=arrivals[index],
+            collectives=[],
+            sent_bytes=(sent_bytes[index][0], sent_bytes[index][1]),
+        )
+        for index in range(len(marks))
+    ]
+    for index, group, *times in collectives:
+        steps[index].collectives.append(CollectiveTimes(groups[group][0], *times))
+    before, after = about.pop("offsets")
+    return RankRecord(
+        **about,
+        offsets=(ClockOffset(*before), ClockOffset(*after)),
+        group_ranks={name: tuple(ranks) for name, ranks in groups},
+        steps=tuple(steps),
+    )
+
+
+def _check(profile: Profile) -> None:
+    for record in profile.ranks:
+        stage = profile.plan.stages[profile.plan.layout.coordinate(record.rank).pp_rank]
+        operations = list(stage.operations(stage.actions))
+        receives = sum(operation.verb.value == "receive" for operation in operations)
+        expected = (2 + len(operations) + len(PHASES), receives)
+        for step in record.steps:
+            if (len(step.marks), len(step.arrivals)) != expected or len(record.steps) != len(profile.steps):
+                raise ProfileError(f"{profile.folder}: rank {record.rank} recorded another plan; record it again")
