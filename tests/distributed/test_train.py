@@ -224,10 +224,10 @@ def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
 
 def test_utilization_of_a_resumed_run_that_switches(tmp_path: Path) -> None:
     """The FLOPs are those of the pattern that each step has, the peak that of all ranks."""
-    overrides = ["depth.switch_at={2: first:1}", "run.peak_tflops=0.5"]
-    assert train(tmp_path, "pp=2 dp=2", *overrides, "run.steps=3") == 0
-    assert train(tmp_path, "pp=2 dp=2", *overrides, "run.steps=4") == 0
-    config = load_config(tmp_path / "config.yaml")
+    more = ["depth.switch_at={2: first:1}", "run.peak_tflops=0.5"]
+    assert train(tmp_path, "pp=2 dp=2", *more, "run.steps=3") == 0
+    assert train(tmp_path, "pp=2 dp=2", *more, "run.steps=4") == 0
+    config = load_config("run.yaml", overrides("pp=2 dp=2") + more)
     full, fewer = (plan_run(config.at_step(step)).model_flops_per_step for step in (0, 2))
     assert fewer < full
     assert [line["model_flops"] for line in steps(tmp_path)] == [full, full, fewer, fewer]
