@@ -15,10 +15,14 @@ from lime_dist.config.reading import to_dict
 from lime_dist.errors import ConfigError, LayoutError
 from lime_dist.formats import format_bytes
 from lime_dist.plan.costs import Rates, costs_of, pass_seconds
+from lime_dist.plan.flops import ChunkFlops, chunk_flops
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import Kind
+from lime_dist.plan.shape import BundleShape, plan_shape
 from lime_dist.plan.simulate import Simulated, simulate_long
+from lime_dist.plan.stages import plan_transfer_of
 from lime_dist.plan.table import align_columns
+from lime_dist.plan.transfer import ChunkTransfer
 
 # arXiv 2502.09245v2, 150M parameters: validation perplexity over that of the full pattern, in per cent.
 PERPLEXITY = {
@@ -196,12 +200,25 @@ def _moved(counts: list[int], seconds: list[float]) -> Iterator[list[int]]:
 
 def _stage_seconds(config: Config, rates: Rates, counts: list[int]) -> list[float]:
     """Of a microbatch forward and backward."""
-    pipeline = replace(config.pipeline, partition=counts)
-    plan = plan_run(without_limit(replace(config, pipeline=pipeline)))
-    return [
-        sum(sum(pass_seconds(plan, rates, chunk, kind)) for chunk in stage.chunks for kind in Kind)
-        for stage in plan.stages
-    ]
+    config = replace(config, pipeline=replace(config.pipeline, partition=counts))
+    transfer, shape = plan_transfer_of(config), plan_shape(config)
+    chunks = [_ChunkWork(layers, transfer.chunk(chunk), shape, config) for chunk, layers in enumerate(config.chunks)]
+    seconds = [sum(sum(pass_seconds(config, rates, chunk, kind)) for kind in Kind) for chunk in chunks]
+    return [sum(seconds[stage :: config.parallel.pp]) for stage in range(config.parallel.pp)]
+
+
+@dataclass(frozen=True)
+class _ChunkWork:
+    """Without the messages, which take longest to plan."""
+
+    layers: range
+    transfer: ChunkTransfer
+    shape: BundleShape
+    config: Config
+
+    @property
+    def flops(self) -> ChunkFlops:
+        return chunk_flops(self.config, self.transfer, self.layers)
 
 
 # ---- today's and others

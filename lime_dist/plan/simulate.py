@@ -407,7 +407,7 @@ class _Simulation:
             dependency=stage.dependency,
             queue=stage.queue,
             transfer=stage.transfer,
-            drain=step - stage.finished - end,
+            drain=max(0.0, step - stage.finished - end),
             end=end,
         )
 
