@@ -78,7 +78,7 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "nodes and within one, latency=10us, node=8 ranks; or a run's folder, for what was measured there",
     )
     parser.add_argument(
-        "--sweep", type=int, metavar="N", help="with --predict: the fastest layouts of N ranks that fit run.memory"
+        "--sweep", type=_positive, metavar="N", help="with --predict: the fastest layouts of N ranks that fit run.memory"
     )
     parser.set_defaults(run=_plan)
 
@@ -131,6 +131,13 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _positive(text: str) -> int:
+    problem = RANGES["parallel.dp"].problem(int(text))
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
+    return int(text)
+
+
 # ---- handlers
 
 
@@ -156,6 +163,9 @@ def _predict(args: argparse.Namespace) -> int:
     from lime_dist.plan.predict import compare_settings, prediction_report, prediction_table, without_limit
     from lime_dist.plan.sweep import sweep, sweep_report, sweep_table
 
+    for option in ("compare", "plot"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option}: is of the plan, which --predict does not show; give one of them")
     words = read_words(args.predict)
     loaded = load_config(args.config, [*args.overrides, *words.overrides])
     # A layout that does not fit `run.memory` is what a prediction may mend.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from textwrap import fill
 from typing import Any
 
 from lime_dist.config import Config, check_config, parse_config
@@ -21,7 +22,7 @@ from lime_dist.plan.schedule import Kind
 from lime_dist.plan.shape import BundleShape, plan_shape
 from lime_dist.plan.simulate import Simulated, simulate_long
 from lime_dist.plan.stages import plan_transfer_of
-from lime_dist.plan.table import align_columns
+from lime_dist.plan.table import MAX_WIDTH, align_columns
 from lime_dist.plan.transfer import ChunkTransfer
 
 # arXiv 2502.09245v2, 150M parameters: validation perplexity over that of the full pattern, in per cent.
@@ -35,6 +36,11 @@ PERPLEXITY = {
     "first:6": 0.40,
     "full": 0.0,
 }
+QUALITY_NOTE = (
+    "quality: perplexity over the full pattern's in the paper (arXiv 2502.09245, 150M parameters), whose last j may count the "
+    "layer's own entry; last:j here reads j earlier ones"
+)
+HEAD = ("setting", "step", "against today", "bubble", "exposed", "memory/rank", "quality")
 PATTERNS = ("first:2", "first:4", "last:4", "within_stage+first:2", "block:4")
 SHOWN = 8  # of the other settings, the fastest
 WORTH_IT = 0.01  # of a step: less is not advised
@@ -104,14 +110,13 @@ def without_limit(config: Config) -> Config:
 
 def predict(config: Config, rates: Rates, setting: Setting) -> Prediction:
     """Of a checked config. Raises: ConfigError where the setting does not fit it."""
-    plan = plan_unlimited(setting.of(config))
-    limit = config.run.memory_bytes
-    return Prediction(
-        setting=setting,
-        plan=plan,
-        simulated=simulate_long(plan, costs_of(plan, rates)),
-        fits=limit is None or all(memory.total_bytes <= limit for memory in plan.memory),
-    )
+    plan, limit = plan_unlimited(setting.of(config)), config.run.memory_bytes
+    fits = limit is None or all(memory.total_bytes <= limit for memory in plan.memory)
+    return predict_plan(plan, rates, setting, fits=fits)
+
+
+def predict_plan(plan: RunPlan, rates: Rates, setting: Setting, *, fits: bool) -> Prediction:
+    return Prediction(setting=setting, plan=plan, simulated=simulate_long(plan, costs_of(plan, rates)), fits=fits)
 
 
 # ---- other settings
@@ -245,13 +250,17 @@ class Comparison:
 
     @property
     def best_pattern(self) -> Prediction | None:
-        """Of those whose loss of quality is known and small: less than without reading any."""
-        return self._best(lambda one: not one.setting.keeps_model and (one.perplexity or 9.0) < PERPLEXITY["last:6"])
+        """Of those whose loss of quality is known and small."""
+        return self._best(lambda one: not one.setting.keeps_model and _is_cheap(one))
 
     def _best(self, suits: Callable[[Prediction], bool]) -> Prediction | None:
         suiting = [one for one in (*self.singles, self.combination) if one is not None and one.fits and suits(one)]
         best = min(suiting, key=lambda one: one.step_seconds, default=None)
         return best if best is not None and best.against(self.today) <= -WORTH_IT else None
+
+
+def _is_cheap(one: Prediction) -> bool:
+    return one.perplexity is not None and one.perplexity < PERPLEXITY["last:6"]
 
 
 def compare_settings(config: Config, rates: Rates, progress: Progress = lambda text: None) -> Comparison:
@@ -325,15 +334,15 @@ def _report(one: Prediction, today: Prediction) -> dict[str, Any]:
 
 
 def prediction_table(comparison: Comparison, assumptions: str) -> str:
-    head = "setting", "step", "against today", "bubble", "exposed", "memory/rank", "quality"
-    lines = align_columns(head, [_row(one, comparison.today) for one in comparison.shown])
-    notes = [
-        advice(comparison),
-        f"assumed: {assumptions}",
-        "quality: perplexity over the full pattern's in the paper (arXiv 2502.09245, 150M parameters), whose last j may count the "
-        "layer's own entry; last:j here reads j earlier ones",
-    ]
-    return "\n".join([*lines, *notes])
+    rows = [HEAD, *(_row(one, comparison.today) for one in comparison.shown)]
+    width = max(len(row[0]) for row in rows)
+    head, *others = [(row[0].ljust(width), *row[1:]) for row in rows]
+    notes = (advice(comparison), f"assumed: {assumptions}", QUALITY_NOTE)
+    return "\n".join([*align_columns(head, others), "", *map(wrapped, notes)])
+
+
+def wrapped(note: str) -> str:
+    return fill(note, width=MAX_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _row(one: Prediction, today: Prediction) -> tuple[str, ...]:
@@ -349,10 +358,10 @@ def _row(one: Prediction, today: Prediction) -> tuple[str, ...]:
 
 
 def _quality(one: Prediction) -> str:
-    known = "" if one.perplexity is None else f"+{one.perplexity:.2f} %"
     if one.setting.keeps_model:
-        return known or "same model"
-    return f"{known or 'not known'}, changes the model"
+        return "same model"
+    known = "not known" if one.perplexity is None else f"+{one.perplexity:.2f} %"
+    return f"{known}, changes the model"
 
 
 def format_seconds(seconds: float) -> str:
