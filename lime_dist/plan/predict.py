@@ -256,7 +256,8 @@ class Comparison:
     def _best(self, suits: Callable[[Prediction], bool]) -> Prediction | None:
         suiting = [one for one in (*self.singles, self.combination) if one is not None and one.fits and suits(one)]
         best = min(suiting, key=lambda one: one.step_seconds, default=None)
-        return best if best is not None and best.against(self.today) <= -WORTH_IT else None
+        is_wanted = best is not None and (not self.today.fits or best.against(self.today) <= -WORTH_IT)
+        return best if is_wanted else None
 
 
 def _is_cheap(one: Prediction) -> bool:
@@ -371,11 +372,13 @@ def format_seconds(seconds: float) -> str:
 def advice(comparison: Comparison) -> str:
     """One sentence: what to try first."""
     today, same, pattern = comparison.today, comparison.best_of_the_same_model, comparison.best_pattern
+    begin = "" if today.fits else "today's setting is over run.memory; "
     if same is not None:
-        return f"try first: {_gain(same, today)}, and the model stays as it is{_or_else(pattern, same, today)}"
+        return f"{begin}try first: {_gain(same, today)}, and the model stays as it is{_or_else(pattern, same, today)}"
     if pattern is not None:
-        return f"nothing that keeps the model helps by 1 %; {_gain(pattern, today)} for {_price(pattern, today)}"
-    return "nothing here is 1 % faster and fits: keep today's setting"
+        nothing = "helps by 1 %" if today.fits else "fits"
+        return f"{begin}nothing that keeps the model {nothing}; {_gain(pattern, today)} for {_price(pattern, today)}"
+    return "nothing here is 1 % faster and fits: keep today's setting" if today.fits else "nothing here fits run.memory"
 
 
 def _gain(one: Prediction, today: Prediction) -> str:
