@@ -49,7 +49,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is changed of a config, by key, ascending in no order but that of changing. keeps_model: whether it trains the same."""
+    """changes: of a config, value by key. keeps_model: whether the same model is trained."""
 
     changes: Mapping[str, str]
     keeps_model: bool = True
@@ -129,11 +129,12 @@ def options(config: Config, rates: Rates) -> Iterator[tuple[str, Setting]]:
         others = [pattern for pattern in PATTERNS if pattern != depth.name]
         yield from (("depth", Setting(changes={"depth.pattern": one}, keeps_model=False)) for one in others)
         yield "depth", Setting(changes={"depth.router": "none"}, keeps_model=False)
-        yield "policy", Setting(changes={"depth.policy": "relay" if depth.policy == "least" else "least"})
     for number in _microbatch_numbers(config):
         yield "microbatches", Setting(changes={"pipeline.num_microbatches": str(number)})
     if parallel.pp == 1:
         return
+    if depth.router != "none":
+        yield "policy", Setting(changes={"depth.policy": "relay" if depth.policy == "least" else "least"})
     yield from _warmups(config)
     for virtual_stages in {1, 2, 4} - {parallel.virtual_stages}:
         changes = {"parallel.virtual_stages": str(virtual_stages)} | _reset(config, partition=True)

@@ -182,7 +182,8 @@ class _Simulation:
         self._costs, self._cores = costs, inf if costs.cores is None else costs.cores
         self._now = self._processed = 0.0
         self._computing: list[tuple[float, int]] = []
-        self._events: list[tuple[float, int, int, _Flow | None]] = []  # time, order, version or stage, flow
+        # Time, order of making, flow and its version then (another by now: it has got another speed); no flow: a stage begins.
+        self._events: list[tuple[float, int, int, _Flow | None]] = []
         self._num_events = 0
         self._links = {way: _Link(speed) for way, speed in costs.links.items()}
         self._ways = self._plan_ways(stages)
