@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
+import numpy
+
 from lime_dist.layout import Coordinate
 from lime_dist.plan.costs import Costs, LinkSpeed, MoveCost, Rates, pass_seconds
 from lime_dist.plan.operations import Verb
@@ -26,10 +28,11 @@ def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates
     """With which any plan of the model can be priced."""
     cores = cores_of_a_replica(profile)
     operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None, apart=True)
+    per_flop = {kind: operations.seconds_per_flop(kind) for kind in Kind}
     stages = [_ranks_of(profile, stage) for stage in range(len(profile.plan.stages))]
     return Rates(
-        seconds_per_flop=operations.seconds_per_flop,
-        seconds_per_routing_flop=operations.seconds_per_flop,
+        seconds_per_flop={kind: layers for kind, (layers, _) in per_flop.items()},
+        seconds_per_routing_flop={kind: routing for kind, (_, routing) in per_flop.items()},
         within_node=_slowest(links := measured_links(timelines)),
         between_nodes=_slowest(links),
         links=links,
@@ -121,20 +124,39 @@ class _Operations:
             if seconds
         }
 
-    @property
-    def seconds_per_flop(self) -> dict[Kind, float]:
-        plan = self._profile.plan
-        unit = Rates(
-            seconds_per_flop=dict.fromkeys(Kind, 1.0),
-            seconds_per_routing_flop=dict.fromkeys(Kind, 1.0),
-            within_node=LinkSpeed(bytes_per_second=1.0),
-            between_nodes=LinkSpeed(bytes_per_second=1.0),
+    def seconds_per_flop(self, kind: Kind) -> tuple[float, float]:
+        """Of layers and head, and of routing."""
+        chunks, runs = self._profile.plan.chunks, self.runs
+        of_layers, of_routing = (
+            [sum(pass_seconds(self._profile.plan.config, rates, chunk, kind)) for chunk in chunks] for rates in _UNITS
         )
-        return {
-            kind: sum(sum(self.runs[chunk.chunk, kind]) for chunk in plan.chunks)
-            / sum(sum(pass_seconds(plan, unit, chunk, kind)) for chunk in plan.chunks)
-            for kind in Kind
-        }
+        return _fitted(of_layers, of_routing, [sum(runs[chunk.chunk, kind]) for chunk in chunks])
+
+
+def _unit(layers: float, routing: float) -> Rates:
+    """With which a pass takes as many seconds as it has operations of these."""
+    none = LinkSpeed(bytes_per_second=1.0)
+    return Rates(
+        seconds_per_flop=dict.fromkeys(Kind, layers),
+        seconds_per_routing_flop=dict.fromkeys(Kind, routing),
+        within_node=none,
+        between_nodes=none,
+    )
+
+
+_UNITS = _unit(1.0, 0.0), _unit(0.0, 1.0)
+_MOST_OVER = 40.0  # times as long as one of a matrix product a routing FLOP may take, to be believed
+
+
+def _fitted(layers: Sequence[float], routing: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Least squares over the chunks, which differ in their routing; one rate where that tells nothing that can be."""
+    both = numpy.array([layers, routing]).T
+    if numpy.linalg.matrix_rank(both) == 2:
+        of_layers, of_routing = numpy.linalg.lstsq(both, numpy.array(seconds), rcond=None)[0].tolist()
+        if 0 < of_layers <= of_routing <= _MOST_OVER * of_layers:
+            return of_layers, of_routing
+    alike = sum(seconds) / (sum(layers) + sum(routing))
+    return alike, alike
 
 
 # ---- links

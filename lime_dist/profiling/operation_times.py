@@ -58,34 +58,39 @@ class _Waits:
 class OwnTime(NamedTuple):
     """Seconds of a step that a rank itself was busy, from its first operation to its last: no waits.
 
-    forward, backward: computing, as if each pass took as long as the quickest quarter of its kind. whole: of the median step,
-    with what messages take of the host.
+    forward, backward: computing, as if each pass took as long as the quickest quarter of its kind. whole, host: of the median
+    step, with what messages take of the host, and that alone.
     """
 
     forward: float
     backward: float
     whole: float
+    host: float
 
 
 def own_time(profile: Profile, rank: int) -> OwnTime:
     passes: dict[tuple[int, Kind], list[float]] = defaultdict(list)
-    steps = []
+    steps, hosts = [], []
     for step in timed_operations(profile, rank):
         of_pass = 0.0
         steps.append(0.0)
+        hosts.append(0.0)
         for timed in step:
             if timed.operation.verb is Verb.AWAIT:
                 continue
             own = timed.seconds - timed.collective
             steps[-1] += own
-            of_pass += own if timed.operation.verb is Verb.RUN else 0.0
+            if timed.operation.verb is Verb.RUN:
+                of_pass += own
+            else:
+                hosts[-1] += own
             if timed.operation.until == "behind":
                 passes[timed.operation.action.chunk, timed.operation.action.kind].append(of_pass)
                 of_pass = 0.0
     steady = dict.fromkeys(Kind, 0.0)
     for (_, kind), found in passes.items():
         steady[kind] += sorted(found)[len(found) // 4] * len(found) / len(steps)
-    return OwnTime(steady[Kind.FORWARD], steady[Kind.BACKWARD], median(steps))
+    return OwnTime(steady[Kind.FORWARD], steady[Kind.BACKWARD], median(steps), median(hosts))
 
 
 def without_core(profile: Profile, rank: int) -> float:
