@@ -8,11 +8,11 @@ RECENT_STEPS = 20  # the time left is judged by these
 
 
 def format_si(value: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if value < 1000:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if round(value) < 1000:
             return f"{value:.0f}{unit}" if unit == "" else f"{value:.1f}{unit}"
         value /= 1000
-    return f"{value:.1f}T"
+    return f"{value:.1f}E"
 
 
 def format_clock(seconds: float) -> str:

@@ -36,6 +36,7 @@ from lime_dist.training.batches import BatchReader
 from lime_dist.training.joint_stop import JointStop, Stopped
 from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
+from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
 from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.training.world import join_world
@@ -292,6 +293,8 @@ class TrainingRun:
                 grad_norm=result.grad_norm,
                 lr=config.optim.lr * factor,
                 tokens=config.tokens_per_step,
+                tokens_seen=self.samples_seen * config.data.seq_length,
+                model_flops=self.rank.run_plan.model_flops_per_step,
                 step_seconds=watch.lap(),
                 boundary_bytes=result.boundary_bytes,
             ),
@@ -350,8 +353,20 @@ class TrainingRun:
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
         self._metrics = Metrics(
-            run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
+            run_dir,
+            first_step=self.step,
+            num_steps=self.config.run.steps,
+            log_every=self.config.run.log_every,
+            peak_flops=_peak_flops(self.config, self._device),
         )
+
+
+def _peak_flops(config: Config, device: torch.device) -> float | None:
+    """Of all ranks, as if all devices were like this one."""
+    tflops = config.run.peak_tflops
+    if tflops is None and device.type == "cuda":
+        tflops = find_peak_tflops(torch.cuda.get_device_name(device), config.run.dtype)
+    return None if tflops is None else tflops * 1e12 * config.layout.world_size
 
 
 def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
