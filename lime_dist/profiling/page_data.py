@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from datetime import datetime, timezone
+from statistics import fmean
 from typing import Any
 
 from lime_dist.plan.messages import Message
 from lime_dist.plan.operations import Operation
+from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.accounting import Account, BoundaryAccount, RankAccount
 from lime_dist.profiling.critical_path import critical_path
 from lime_dist.profiling.deliveries import Delivery
 from lime_dist.profiling.profile_files import Profile
-from lime_dist.profiling.timeline import Cause, Collective, StepTimeline
+from lime_dist.profiling.timeline import Cause, Collective, Piece, StepTimeline
 
 CAUSE_NAMES = {
     Cause.COMPUTE: "compute",
@@ -49,10 +51,11 @@ def page_data(
         "causes": [[cause.value, CAUSE_NAMES[cause]] for cause in _CAUSES],
         "chunks": [[chunk.layers[0], chunk.layers[-1]] for chunk in profile.plan.chunks],
         "stages": len(profile.plan.stages),
-        "ranks": [_rank(profile, rank) for rank in account.ranks],
+        "ranks": [_rank(profile, timelines, rank) for rank in account.ranks],
         "boundaries": [_boundary(boundary) for boundary in account.boundaries],
         "operations": [_operation(about, names) for about in list(names.abouts)],
         "messages": [_message(message) for message in names.messages],
+        "texts": list(names.texts),
         "steps": steps,
     }
 
@@ -69,6 +72,7 @@ class _Names:
     def __init__(self) -> None:
         self.abouts: dict[Any, int] = _Index()  # operations and phases
         self.messages: dict[Any, int] = _Index()
+        self.texts: dict[Any, int] = _Index()  # of critical paths
 
 
 def _us(seconds: float) -> int:
@@ -89,7 +93,9 @@ def _step(timeline: StepTimeline, names: _Names) -> dict[str, Any]:
         "pieces": pieces,
         "deliveries": [_delivery(delivery, names) for delivery in timeline.deliveries],
         "collectives": [_collective(each) for each in collectives],  # type: ignore[arg-type]
-        "path": [[_us(one.begin), _us(one.end), one.rank, one.kind, one.text] for one in critical_path(timeline)],
+        "path": [
+            [_us(one.begin), _us(one.end), one.rank, one.kind, names.texts[one.text]] for one in critical_path(timeline)
+        ],
     }
 
 
@@ -114,16 +120,19 @@ def _pieces(
 
 
 def _delivery(delivery: Delivery, names: _Names) -> list[int]:
-    moments = (
+    """Moments behind the first are counted from it."""
+    ready, *moments = map(_us, (
         delivery.ready, delivery.handed, delivery.posted, delivery.started, delivery.arrived, delivery.needed, delivery.taken,
-        delivery.transfer_seconds, delivery.exposed_seconds,
-    )  # fmt: skip
+    ))  # fmt: skip
     return [
         names.messages[delivery.message],
         delivery.action.microbatch_index,
         delivery.sender,
         delivery.receiver,
-        *map(_us, moments),
+        ready,
+        *(moment - ready for moment in moments),
+        _us(delivery.transfer_seconds),
+        _us(delivery.exposed_seconds),
     ]
 
 
@@ -154,7 +163,7 @@ def _message(message: Message) -> list[Any]:
 # ---- tables
 
 
-def _rank(profile: Profile, rank: RankAccount) -> dict[str, Any]:
+def _rank(profile: Profile, timelines: Sequence[StepTimeline], rank: RankAccount) -> dict[str, Any]:
     return {
         "rank": rank.rank,
         "stage": rank.stage,
@@ -162,8 +171,20 @@ def _rank(profile: Profile, rank: RankAccount) -> dict[str, Any]:
         "host": rank.host,
         "step": _us(rank.step_seconds),
         "seconds": [_us(rank.seconds[cause]) for cause in _CAUSES],
+        "backward": _us(_backward_seconds(timelines, rank.rank)),  # of computing
         "without_core": _us(rank.without_core),
     }
+
+
+def _backward_seconds(timelines: Sequence[StepTimeline], rank: int) -> float:
+    return fmean(
+        sum(piece.seconds for piece in timeline.pieces[rank] if _is_backward(piece)) for timeline in timelines
+    )
+
+
+def _is_backward(piece: Piece) -> bool:
+    is_pass = piece.cause is Cause.COMPUTE and isinstance(piece.about, Operation)
+    return is_pass and piece.about.action.kind is Kind.BACKWARD
 
 
 def _boundary(boundary: BoundaryAccount) -> dict[str, Any]:
@@ -194,8 +215,9 @@ def _circumstances(profile: Profile) -> Iterator[tuple[str, str]]:
     yield "sequences", f"{config.data.global_batch_size} a step of {config.data.seq_length:,} tokens, {config.run.dtype}"
     yield "steps", f"{profile.steps[0]} to {profile.steps[-1]}, {_recorded(profile)}"
     yield "devices", "; ".join(_devices(profile))
-    yield "clock error", f"at most {1e6 * profile.clock_error_seconds:,.1f} µs"
-    yield "clock drift", f"at most {1e6 * profile.largest_drift:,.2f} µs a second"
+    error, drift = 1e6 * profile.clock_error_seconds, 1e6 * profile.largest_drift
+    yield "clock error", f"at most {error:,.1f} µs" if error else "none: one host, one clock"
+    yield "clock drift", f"at most {drift:,.2f} µs a second"
 
 
 def _recorded(profile: Profile) -> str:
