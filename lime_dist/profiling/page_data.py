@@ -29,7 +29,7 @@ CAUSE_NAMES = {
     Cause.DATA: "data",
     Cause.HOST: "host (posting, sending, taking in)",
 }
-_CAUSES = tuple(Cause)
+_CAUSES = {cause: place for place, cause in enumerate(Cause)}
 
 
 def page_data(
@@ -115,7 +115,7 @@ def _pieces(
             awaited = 1 + deliveries[id(piece.delivery)]
         elif piece.collective is not None:
             awaited = -1 - collectives[piece.collective]
-        yield from (end - now, _CAUSES.index(piece.cause), names.abouts[piece.about], awaited)
+        yield from (end - now, _CAUSES[piece.cause], names.abouts[piece.about], awaited)
         now = end
 
 
@@ -177,14 +177,13 @@ def _rank(profile: Profile, timelines: Sequence[StepTimeline], rank: RankAccount
 
 
 def _backward_seconds(timelines: Sequence[StepTimeline], rank: int) -> float:
-    return fmean(
-        sum(piece.seconds for piece in timeline.pieces[rank] if _is_backward(piece)) for timeline in timelines
-    )
+    return fmean(sum(piece.seconds for piece in timeline.pieces[rank] if _is_backward(piece)) for timeline in timelines)
 
 
 def _is_backward(piece: Piece) -> bool:
-    is_pass = piece.cause is Cause.COMPUTE and isinstance(piece.about, Operation)
-    return is_pass and piece.about.action.kind is Kind.BACKWARD
+    if piece.cause is not Cause.COMPUTE or not isinstance(piece.about, Operation):
+        return False
+    return piece.about.action.kind is Kind.BACKWARD
 
 
 def _boundary(boundary: BoundaryAccount) -> dict[str, Any]:
@@ -212,7 +211,10 @@ def _circumstances(profile: Profile) -> Iterator[tuple[str, str]]:
     yield "policy", config.depth.policy
     yield "schedule", f"{plan.schedule}, {plan.num_microbatches} microbatches"
     yield "warm-up", "the schedule's own" if plan.warmup is None else f"{plan.warmup} forwards on the first stage"
-    yield "sequences", f"{config.data.global_batch_size} a step of {config.data.seq_length:,} tokens, {config.run.dtype}"
+    yield (
+        "sequences",
+        f"{config.data.global_batch_size} a step of {config.data.seq_length:,} tokens, {config.run.dtype}",
+    )
     yield "steps", f"{profile.steps[0]} to {profile.steps[-1]}, {_recorded(profile)}"
     yield "devices", "; ".join(_devices(profile))
     error, drift = 1e6 * profile.clock_error_seconds, 1e6 * profile.largest_drift

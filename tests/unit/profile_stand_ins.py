@@ -28,29 +28,29 @@ HOST_US, LATENCY_US, BYTES_PER_US = 20, 100, 400
 STEP_BEGINS_APART_US = 10_000_000
 
 
-def write_profile(run_dir: Path, *overrides: str, num_steps: int = 2) -> Path:
-    """The folder of a profile of the steps 3, 4, ... of a run with `BASE` and `overrides`."""
+def write_profile(run_dir: Path, *overrides: str, num_steps: int = 2, host: str = "host") -> Path:
+    """The folder of a profile of the steps 3, 4, ... of a run with `BASE` and `overrides`, whose ranks are on one host."""
     config = parse_config(BASE, overrides)
     plan = plan_run(check_config(config, config.layout.world_size))
     folder = profile_folder(run_dir, 3, 2 + num_steps)
     folder.mkdir(parents=True)
     steps = [_Step(plan, index).times() for index in range(num_steps)]
     for rank in range(plan.layout.world_size):
-        write_rank(folder, _record(plan, rank, tuple(step[rank] for step in steps)))
+        write_rank(folder, _record(rank, host, plan.layout.world_size, tuple(step[rank] for step in steps)))
     write_head(folder, plan, range(3, 3 + num_steps), ())
     return folder
 
 
-def _record(plan: RunPlan, rank: int, steps: tuple[StepTimes, ...]) -> RankRecord:
+def _record(rank: int, host: str, world_size: int, steps: tuple[StepTimes, ...]) -> RankRecord:
     return RankRecord(
         rank=rank,
-        host=f"host{plan.layout.coordinate(rank).pp_rank}",
+        host=host,
         device="CPU",
         cores=2,
         threads=1,
         offsets=(ClockOffset(0, 0, 1500), ClockOffset(10**12, 2000, 1500)),
         epoch_ns=1_700_000_000 * 10**9,
-        group_ranks={"world": tuple(range(plan.layout.world_size))},
+        group_ranks={"world": tuple(range(world_size))},
         steps=steps,
     )
 
