@@ -43,12 +43,12 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_parity(subparsers)
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as parallel.pp=4")
 
 
-def _add_nproc(parser: argparse.ArgumentParser) -> None:
+def add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="local ranks when no launcher started this (default: tp * pp * dp)"
     )
@@ -56,8 +56,8 @@ def _add_nproc(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("train", help="train a model; alone, under torchrun, srun or DeepSpeed's launcher")
-    _add_config(parser)
-    _add_nproc(parser)
+    add_config(parser)
+    add_nproc(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and the stage table, and stop"
     )
@@ -66,7 +66,7 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("plan", help="what each stage holds and what crosses each boundary")
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--compare", action="store_true", help="what each pattern would cost, side by side")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: an .svg file")
@@ -85,8 +85,8 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("eval", help="loss of a checkpoint on the held-out text")
-    _add_config(parser)
-    _add_nproc(parser)
+    add_config(parser)
+    add_nproc(parser)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="a step_N folder (default: the newest of the run's folder)"
     )
@@ -213,13 +213,13 @@ def _plot(plan: RunPlan, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    return _ended(_ready_on_ranks(args, ready_plan, "train"))
+    return ended(ready_on_ranks(args, ready_plan, "train"))
 
 
 _Ready = Callable[[Config, int | None], RunPlan]  # `ready_plan`, or the same for an evaluation
 
 
-def _ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more: Any) -> Any:
+def ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more: Any) -> Any:
     """As `_on_ranks`; signals are heard from here on, before the slow imports."""
     with _signals_heard():
         from lime_dist.preflight.input_files import check_files
@@ -240,7 +240,7 @@ def _signals_heard() -> Iterator[None]:
         yield
 
 
-def _ended(code: int) -> int:
+def ended(code: int) -> int:
     """A rank leaves at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give."""
     if find_place() is not None:
         from lime_dist.lifecycle.local import leave
@@ -261,10 +261,10 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     ready = partial(ready_to_evaluate, checkpoint=args.checkpoint)
-    code, report = _ready_on_ranks(args, ready, "evaluate", args.checkpoint)
+    code, report = ready_on_ranks(args, ready, "evaluate", args.checkpoint)
     if report is not None:
         print(json.dumps(report))
-    return _ended(code)
+    return ended(code)
 
 
 def _resolve(args: argparse.Namespace, ready: _Ready) -> RunPlan:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 # Of a step, behind its operations: what was sent has left; the tied embedding's gradient and the counts; replicas' gradients and
 # the norm; what all ranks tell each other; the optimiser; the run's records.
 PHASES = ("flush", "gradients", "norm", "agreement", "update", "record")
 
 
-class CollectiveTimes(NamedTuple):
+@dataclass(frozen=True)
+class CollectiveTimes:
     """When this rank came to a collective, and from when to when it waited for the others."""
 
     group_name: str

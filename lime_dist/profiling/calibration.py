@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
-from lime_dist.plan.costs import Costs, LinkSpeed, MoveCost, Rates, costs_of, pass_seconds
+from lime_dist.layout import Coordinate
+from lime_dist.plan.costs import Costs, LinkSpeed, MoveCost, Rates, pass_seconds
 from lime_dist.plan.operations import Verb
 from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.deliveries import Delivery
@@ -23,8 +24,9 @@ _END_PHASES = frozenset(("gradients", "norm", "agreement", "update", "record"))
 
 def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
     """With which any plan of the model can be priced."""
-    operations = _Operations(profile)
-    stages = profile.plan.stages
+    cores = cores_of_a_replica(profile)
+    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None)
+    stages = [_ranks_of(profile, stage) for stage in range(len(profile.plan.stages))]
     return Rates(
         seconds_per_flop=operations.seconds_per_flop,
         seconds_per_routing_flop=operations.seconds_per_flop,
@@ -32,24 +34,29 @@ def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates
         between_nodes=_slowest(links),
         links=links,
         moves=operations.moves,
-        data_seconds=median(_phase_seconds(timelines, stage, {"data"}, profile) for stage in range(len(stages))),
-        end_seconds=max(_phase_seconds(timelines, stage, _END_PHASES, profile) for stage in range(len(stages))),
-        cores=cores_of_a_replica(profile),
+        data_seconds=median(_phase_seconds(timelines, ranks, {"data"}) for ranks in stages),
+        end_seconds=max(_phase_seconds(timelines, ranks, _END_PHASES) for ranks in stages),
+        cores=cores,
     )
 
 
-def measured_costs(profile: Profile, timelines: Sequence[StepTimeline]) -> Costs:
-    """Of the profile's own plan: each pass of each stage as it was."""
-    rates = measured_rates(profile, timelines)
-    priced, operations = costs_of(profile.plan, rates), _Operations(profile)
-    stages = range(len(profile.plan.stages))
+def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tuple[int, int]) -> Costs:
+    """Of the profile's own plan, each pass of each stage as long as it was: what shared cores cost is in it.
+
+    pipeline: whose stages, by tensor rank and replica.
+    """
+    layout = profile.plan.layout
+    ranks = [
+        layout.global_rank(Coordinate(pp_rank=stage, tp_rank=pipeline[0], dp_rank=pipeline[1]))
+        for stage in range(layout.pp)
+    ]
+    operations = _Operations(profile, ranks, by_core=False)
     return Costs(
         runs=operations.runs,
-        links=priced.links,
-        data_seconds=tuple(_phase_seconds(timelines, stage, {"data"}, profile) for stage in stages),
-        end_seconds=tuple(_phase_seconds(timelines, stage, _END_PHASES, profile) for stage in stages),
-        moves=rates.moves,
-        cores=rates.cores,
+        links=measured_links(profile, timelines),
+        data_seconds=tuple(_phase_seconds(timelines, [rank], {"data"}) for rank in ranks),
+        end_seconds=tuple(_phase_seconds(timelines, [rank], _END_PHASES) for rank in ranks),
+        moves=operations.moves,
     )
 
 
@@ -66,16 +73,15 @@ def cores_of_a_replica(profile: Profile) -> float | None:
 
 
 class _Operations:
-    """Mean seconds of each, of all ranks of a stage and all steps."""
+    """Mean seconds of each, of all steps of some ranks. by_core: only those in which a rank had a core."""
 
-    def __init__(self, profile: Profile):
-        self._profile = profile
-        self._by_core = cores_of_a_replica(profile) is not None
+    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool):
+        self._profile, self._by_core = profile, by_core
         self._runs: dict[tuple[int, Kind], list[list[float]]] = defaultdict(list)
         self._moves: dict[Verb, list[float]] = defaultdict(list)
         self._other_threads = 0.0  # of a step, of all ranks
-        for record in profile.ranks:
-            for step, timed in zip(record.steps, timed_operations(profile, record.rank), strict=True):
+        for rank in ranks:
+            for step, timed in zip(profile.ranks[rank].steps, timed_operations(profile, rank), strict=True):
                 self._add(timed)
                 if self._by_core and step.busy is not None:
                     own = step.busy[-1] - step.busy[0]
@@ -160,9 +166,12 @@ def _slowest(links: Mapping[tuple[int, int], LinkSpeed]) -> LinkSpeed:
 # ---- the rest of a step
 
 
-def _phase_seconds(timelines: Sequence[StepTimeline], stage: int, phases: set | frozenset, profile: Profile) -> float:
-    """Mean over the stage's ranks of what these phases took, waits for other stages left out."""
-    ranks = [record.rank for record in profile.ranks if profile.plan.layout.coordinate(record.rank).pp_rank == stage]
+def _ranks_of(profile: Profile, stage: int) -> list[int]:
+    return [one.rank for one in profile.ranks if profile.plan.layout.coordinate(one.rank).pp_rank == stage]
+
+
+def _phase_seconds(timelines: Sequence[StepTimeline], ranks: Sequence[int], phases: set[str] | frozenset[str]) -> float:
+    """Mean over `ranks` of what these phases took, waits for other stages left out."""
     return fmean(
         sum(
             piece.seconds

@@ -115,7 +115,7 @@ def write_rank(folder: Path, record: RankRecord) -> None:
     about |= {"offsets": [list(offset) for offset in record.offsets]}
     about |= {"groups": [[name, list(record.group_ranks[name])] for name in names]}
     collectives = [
-        [index, names.index(each.group_name), *each[1:]]
+        [index, names.index(each.group_name), each.entered, each.wait_begun, each.wait_ended]
         for index, step in enumerate(record.steps)
         for each in step.collectives
     ]
