@@ -103,7 +103,7 @@ def _pieces(
     timeline: StepTimeline, rank: int, names: _Names, deliveries: dict[int, int], collectives: dict[Hashable, int]
 ) -> Iterator[int]:
     """The beginning; then of each piece its duration, cause, what it is about, and what was waited for: a delivery from 1
-    on, a collective from -1 down, or 0. A piece shorter than the unit goes, and no moment moves by more than half of it."""
+    on, a collective from -1 down, or 0. Shorter pieces than the unit go; no moment moves by more than half of it."""
     now = _us(timeline.begin_of(rank))
     yield now
     for piece in timeline.pieces[rank]:
@@ -119,20 +119,19 @@ def _pieces(
         now = end
 
 
-def _delivery(delivery: Delivery, names: _Names) -> list[int]:
+def _delivery(one: Delivery, names: _Names) -> list[int]:
     """Moments behind the first are counted from it."""
-    ready, *moments = map(_us, (
-        delivery.ready, delivery.handed, delivery.posted, delivery.started, delivery.arrived, delivery.needed, delivery.taken,
-    ))  # fmt: skip
+    ready = _us(one.ready)
+    moments = one.handed, one.posted, one.started, one.arrived, one.needed, one.taken
     return [
-        names.messages[delivery.message],
-        delivery.action.microbatch_index,
-        delivery.sender,
-        delivery.receiver,
+        names.messages[one.message],
+        one.action.microbatch_index,
+        one.sender,
+        one.receiver,
         ready,
-        *(moment - ready for moment in moments),
-        _us(delivery.transfer_seconds),
-        _us(delivery.exposed_seconds),
+        *(_us(moment) - ready for moment in moments),
+        _us(one.transfer_seconds),
+        _us(one.exposed_seconds),
     ]
 
 
@@ -218,8 +217,10 @@ def _circumstances(profile: Profile) -> Iterator[tuple[str, str]]:
     yield "steps", f"{profile.steps[0]} to {profile.steps[-1]}, {_recorded(profile)}"
     yield "devices", "; ".join(_devices(profile))
     error, drift = 1e6 * profile.clock_error_seconds, 1e6 * profile.largest_drift
-    yield "clock error", f"at most {error:,.1f} µs" if error else "none: one host, one clock"
-    yield "clock drift", f"at most {drift:,.2f} µs a second"
+    yield (
+        "clocks",
+        f"off by {error:,.1f} µs at most, drifting by {drift:,.2f} µs a second" if error else "one for all ranks",
+    )
 
 
 def _recorded(profile: Profile) -> str:

@@ -29,7 +29,7 @@ STEP_BEGINS_APART_US = 10_000_000
 
 
 def write_profile(run_dir: Path, *overrides: str, num_steps: int = 2, host: str = "host") -> Path:
-    """The folder of a profile of the steps 3, 4, ... of a run with `BASE` and `overrides`, whose ranks are on one host."""
+    """The folder of a profile of the steps 3, 4, ... of a run with `BASE` and `overrides`, all on one host."""
     config = parse_config(BASE, overrides)
     plan = plan_run(check_config(config, config.layout.world_size))
     folder = profile_folder(run_dir, 3, 2 + num_steps)
@@ -56,7 +56,7 @@ def _record(rank: int, host: str, world_size: int, steps: tuple[StepTimes, ...])
 
 
 class _Rank:
-    """Of one step. received: by what is awaited, the place among the receives of its way; here: of each way, when posted."""
+    """Of one step. received: by what is awaited, its place among the receives of its way, forward or backward."""
 
     def __init__(self, operations: tuple[Operation, ...], begin: int):
         self.operations, self.place = operations, 0
