@@ -262,6 +262,30 @@ def test_it_zooms_pans_tells_and_turns_to_another_step(page: Path) -> None:
         assert "rank 0 → rank 1" in told
 
 
+ALL_TOLD = """
+const tell = (found) => { fillTip(found); return tip.textContent.length > 20; };
+const pieces = step.rows.flatMap((row, rank) => [...row.begins.keys()].map((at) => findPiece(rank, row.begins[at] + 0.5)));
+const told = [...pieces, ...step.messages.map((message) => ({message})), ...step.path.map((segment) => ({segment}))].map(tell);
+tip.replaceChildren();
+show(0, step.end / 50);
+draw();
+document.body.dataset.told = [told.length, told.every((each) => each)].join();
+"""
+
+
+@needs_browser
+def test_replicas_and_virtual_stages_are_drawn_and_all_of_their_pieces_told(tmp_path: Path) -> None:
+    page = make_page(tmp_path, *EIGHT_RANKS)
+    with pictured(page):
+        parsed = seen(page, ALL_TOLD)
+        canvas = with_id(parsed, "timeline")
+        step = next(each for each in read_data(page)["steps"] if str(each["step"]) == canvas["data-step"])
+        number = sum(len(pieces) // 4 for pieces in step["pieces"]) + len(step["deliveries"]) + len(step["path"])
+        (body,) = (attributes for tag, attributes in parsed.tags if tag == "body")
+        assert body["data-told"] == f"{number},true"
+        assert 0 < int(canvas["data-drawn"] or 0) < number / 10  # a fiftieth of the step
+
+
 @needs_browser
 def test_a_page_that_asked_for_something_would_be_found_out(page: Path) -> None:
     asking = page.with_name("asking.html")
