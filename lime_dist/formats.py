@@ -8,11 +8,11 @@ RECENT_STEPS = 20  # the time left is judged by these
 
 
 def format_si(value: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if value < 1000:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if round(value) < 1000:
             return f"{value:.0f}{unit}" if unit == "" else f"{value:.1f}{unit}"
         value /= 1000
-    return f"{value:.1f}T"
+    return f"{value:.1f}E"
 
 
 def format_clock(seconds: float) -> str:
@@ -34,3 +34,11 @@ def format_bytes(count: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """In decimal units, as links are sold."""
+    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6)):
+        if bytes_per_second >= size:
+            return f"{bytes_per_second / size:.1f} {unit}"
+    return f"{bytes_per_second / 1e3:.1f} kB/s"

@@ -9,4 +9,11 @@ import warnings
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
-logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
+DEEPSPEED_LOGGER.addFilter(is_error)

@@ -27,6 +27,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
+from lime_dist.backends import DEEPSPEED_LOGGER, is_error
 from lime_dist.backends.megatron import DeepSpeedMpu, Groups
 from lime_dist.config import Config
 from lime_dist.lime.model import LimeStage
@@ -103,6 +104,8 @@ class ZeroOptimizer:
         self._placeholder = _router_placeholder(stage, config)
         _mark_for_norm(stage, groups.coordinate.tp_rank)
         tell_device(device)
+        if "log_level" in config.deepspeed:  # asked for, by `comms_logger` for one, which writes what it saw there
+            DEEPSPEED_LOGGER.removeFilter(is_error)
         self.engine, *_ = deepspeed.initialize(
             model=stage,
             optimizer=build_optimizer(stage, config, placeholder=self._placeholder),

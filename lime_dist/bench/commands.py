@@ -20,6 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_patterns(commands)
     _add_precision(commands)
     _add_pipeline(commands)
+    _add_prediction(commands)
 
 
 def _add_pipeline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,6 +35,16 @@ def _add_pipeline(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--quick", action="store_true", help="a smaller model and batch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a record for each way and limit there, too")
     parser.set_defaults(run=_pipeline)
+
+
+def _add_prediction(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "prediction", help="steps over slow links against what the simulator says of them after one profile (root)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as data.seq_length=512")
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="to time, for each limit (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="a smaller model and batch")
+    parser.set_defaults(run=_prediction)
 
 
 def _add_patterns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -116,6 +127,17 @@ def _pipeline(args: argparse.Namespace) -> int:
     print(report.to_markdown())
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    return 0
+
+
+def _prediction(args: argparse.Namespace) -> int:
+    from lime_dist.bench.pipeline.ways import make_ways
+
+    ways = make_ways(args.overrides, quick=args.quick)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as for `bench pipeline`
+    from lime_dist.bench.pipeline.prediction import prediction_table, run_prediction
+
+    print(prediction_table(run_prediction(ways, args.rounds)))
     return 0
 
 

@@ -21,6 +21,7 @@ from lime_dist.lifecycle.ending import FAILED, INTERRUPTED, NEVER_RESTART, REQUE
 from lime_dist.lifecycle.local import RankFailed, StoppedEarly
 from lime_dist.lifecycle.stopping import STOP_SIGNALS
 from lime_dist.preflight import commands as preflight_commands
+from lime_dist.profiling import commands as profiling_commands
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,13 +37,15 @@ def build_parser() -> argparse.ArgumentParser:
     cluster_commands.add_parser(subparsers)
     watching.add_parsers(subparsers)
     preflight_commands.add_parser(subparsers)
+    profiling_commands.add_parser(subparsers)
     return parser
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may stand before and after options, which argparse alone does not allow of a trailing list."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args, rest = parser.parse_known_args(profiling_commands.spelled_out(arguments))
     if rest and (not hasattr(args, "overrides") or any(item.startswith("-") or "=" not in item for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate
-from lime_dist.config import Config, dump_yaml, find_warnings, load_config
+from lime_dist.config import Config, check_config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, write_outcome
@@ -27,6 +29,8 @@ from lime_dist.lifecycle.launcher import (
     warn,
 )
 from lime_dist.lifecycle.stopping import leaving_when_asked, stop_request
+from lime_dist.plan.costs import Rates
+from lime_dist.plan.machine import Words, read_words
 from lime_dist.plan.run_plan import RunPlan, plan_run
 
 
@@ -39,12 +43,12 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_parity(subparsers)
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as parallel.pp=4")
 
 
-def _add_nproc(parser: argparse.ArgumentParser) -> None:
+def add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="local ranks when no launcher started this (default: tp * pp * dp)"
     )
@@ -52,8 +56,8 @@ def _add_nproc(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("train", help="train a model; alone, under torchrun, srun or DeepSpeed's launcher")
-    _add_config(parser)
-    _add_nproc(parser)
+    add_config(parser)
+    add_nproc(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and the stage table, and stop"
     )
@@ -62,17 +66,27 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("plan", help="what each stage holds and what crosses each boundary")
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--compare", action="store_true", help="what each pattern would cost, side by side")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: an .svg file")
+    parser.add_argument(
+        "--predict",
+        nargs="*",
+        metavar="WORD",
+        help="step time of this and of other settings, simulated: rate=400TFLOP/s of a device, links=50GB/s,900GB/s between "
+        "nodes and within one, latency=10us, node=8 ranks; or a run's folder, for what was measured there",
+    )
+    parser.add_argument(
+        "--sweep", type=int, metavar="N", help="with --predict: the fastest layouts of N ranks that fit run.memory"
+    )
     parser.set_defaults(run=_plan)
 
 
 def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("eval", help="loss of a checkpoint on the held-out text")
-    _add_config(parser)
-    _add_nproc(parser)
+    add_config(parser)
+    add_nproc(parser)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="a step_N folder (default: the newest of the run's folder)"
     )
@@ -123,6 +137,10 @@ def _seconds(text: str) -> float:
 def _plan(args: argparse.Namespace) -> int:
     from lime_dist.plan.table import compare_report, compare_table, plan_report, stage_table
 
+    if args.predict is not None:
+        return _predict(args)
+    if args.sweep is not None:
+        raise ConfigError("--sweep: is part of a prediction; add --predict")
     plan = ready_plan(load_config(args.config, args.overrides))
     warn(find_warnings(plan.config))
     if args.plot is not None:
@@ -132,6 +150,53 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         print(stage_table(plan) + (f"\n\n{compare_table(plan.config)}" if args.compare else ""))
     return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from lime_dist.plan.predict import compare_settings, prediction_report, prediction_table, without_limit
+    from lime_dist.plan.sweep import sweep, sweep_report, sweep_table
+
+    words = read_words(args.predict)
+    loaded = load_config(args.config, [*args.overrides, *words.overrides])
+    # A layout that does not fit `run.memory` is what a prediction may mend.
+    unlimited = ready_plan(without_limit(loaded)).config
+    config = replace(unlimited, run=loaded.run)
+    check_config(config)
+    warn(find_warnings(config))
+    rates, assumptions = _rates(words)
+    if args.sweep is not None:
+        found = sweep(config, rates, args.sweep, _progress())
+        report, text = {"sweep": sweep_report(found, rates, assumptions)}, sweep_table(found, rates, assumptions)
+    else:
+        comparison = compare_settings(config, rates, _progress())
+        report, text = prediction_report(comparison, assumptions), prediction_table(comparison, assumptions)
+    print(json.dumps({"predict": report}) if args.json else text)
+    return 0
+
+
+def _rates(words: Words) -> tuple[Rates, str]:
+    """What the prediction goes by, and in words."""
+    if words.profile is None:
+        return words.machine.rates(), str(words.machine)
+    rates = words.on(_measured_rates(words.profile))
+    return rates, f"what was measured in {words.profile}"
+
+
+def _measured_rates(folder: Path) -> Rates:
+    raise ConfigError(f"--predict: {folder}: cannot be read as a profile; give rate= and links= in its place")
+
+
+def _progress() -> Callable[[str], None]:
+    """A line on stderr every other second."""
+    last = time.monotonic()
+
+    def show(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 2:
+            last = time.monotonic()
+            print(f"lime-dist: {text}", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _plot(plan: RunPlan, path: Path) -> None:
@@ -148,13 +213,13 @@ def _plot(plan: RunPlan, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    return _ended(_ready_on_ranks(args, ready_plan, "train"))
+    return ended(ready_on_ranks(args, ready_plan, "train"))
 
 
 _Ready = Callable[[Config, int | None], RunPlan]  # `ready_plan`, or the same for an evaluation
 
 
-def _ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more: Any) -> Any:
+def ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more: Any) -> Any:
     """As `_on_ranks`; signals are heard from here on, before the slow imports."""
     with _signals_heard():
         from lime_dist.preflight.input_files import check_files
@@ -175,7 +240,7 @@ def _signals_heard() -> Iterator[None]:
         yield
 
 
-def _ended(code: int) -> int:
+def ended(code: int) -> int:
     """A rank leaves at once: interpreter shutdown takes seconds, which a scheduler that has sent TERM may not give."""
     if find_place() is not None:
         from lime_dist.lifecycle.local import leave
@@ -196,10 +261,10 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     ready = partial(ready_to_evaluate, checkpoint=args.checkpoint)
-    code, report = _ready_on_ranks(args, ready, "evaluate", args.checkpoint)
+    code, report = ready_on_ranks(args, ready, "evaluate", args.checkpoint)
     if report is not None:
         print(json.dumps(report))
-    return _ended(code)
+    return ended(code)
 
 
 def _resolve(args: argparse.Namespace, ready: _Ready) -> RunPlan:

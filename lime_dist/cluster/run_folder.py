@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lime_dist.checkpoint.reader import find_latest, step_of
 from lime_dist.config import Config, load_config
@@ -31,7 +33,9 @@ class Progress:
     step: int = 0
     loss: float | None = None
     tokens_per_second: float | None = None  # of the recent steps
+    mfu: float | None = None  # likewise; None too where a device's peak is not known
     step_seconds: float | None = None  # likewise
+    tokens_seen: int | None = None
 
 
 def read_progress(path: Path) -> Progress:
@@ -40,12 +44,22 @@ def read_progress(path: Path) -> Progress:
     if not recent:
         return Progress()
     last, seconds = recent[-1], [record["step_seconds"] for record in recent]
-    tokens = sum(record["tokens_per_second"] * record["step_seconds"] for record in recent)
     return Progress(
         step=last["step"],
         loss=last["loss"],
-        tokens_per_second=tokens / sum(seconds),
+        tokens_per_second=_over_time(recent, "tokens_per_second"),
+        mfu=_over_time(recent, "mfu"),
         step_seconds=sum(seconds) / len(seconds),
+        tokens_seen=last.get("tokens_seen"),
+    )
+
+
+def _over_time(records: Sequence[dict[str, Any]], rate: str) -> float | None:
+    """The mean of a rate over the steps' time; None where a step has none."""
+    if any(record.get(rate) is None for record in records):
+        return None
+    return sum(record[rate] * record["step_seconds"] for record in records) / sum(
+        record["step_seconds"] for record in records
     )
 
 

@@ -41,6 +41,8 @@ class Status:
     num_steps: int
     loss: float | None
     tokens_per_second: float | None
+    mfu: float | None
+    tokens_seen: int | None
     seconds_left: float | None  # of the training, at the pace of the recent steps
     checkpoint: LastCheckpoint | None
     restarts: int  # since the last submission
@@ -70,6 +72,8 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         num_steps=config.run.steps,
         loss=progress.loss,
         tokens_per_second=progress.tokens_per_second,
+        mfu=progress.mfu,
+        tokens_seen=progress.tokens_seen,
         seconds_left=_seconds_left(progress, config.run.steps),
         checkpoint=checkpoint,
         restarts=max(0, len(history) - 1),
@@ -147,6 +151,10 @@ def _step_line(status: Status) -> str:
     parts = [f"{status.step} of {status.num_steps}"]
     if status.loss is not None and status.tokens_per_second is not None:
         parts += [f"loss {status.loss:.4f}", f"{format_si(status.tokens_per_second)} tokens/s"]
+    if status.mfu is not None:
+        parts.append(f"mfu {100 * status.mfu:.1f}%")
+    if status.tokens_seen is not None:
+        parts.append(f"{format_si(status.tokens_seen)} tokens seen")
     return "  ".join(parts)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lime_dist.config.deepspeed_keys import (
     DEEPSPEED_VERSION,
+    LOG_LEVELS,
     OWNED,
     PASSED_ON,
     ZERO,
@@ -43,6 +44,7 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     _check_batch(config)
     _check_profile(config)
     _check_deepspeed(config)
+    _check_deepspeed_reports(config)
     return config
 
 
@@ -271,6 +273,23 @@ def _check_deepspeed(config: Config) -> None:
     _require(
         stage < 3 or config.pipeline.schedule != "gpipe" or config.pipeline.num_microbatches == 1,
         "pipeline.schedule: gpipe under ZeRO 3 would keep the last microbatch's gradient only; use 1f1b",
+    )
+
+
+def _check_deepspeed_reports(config: Config) -> None:
+    """Of what DeepSpeed would say of a run."""
+    for key in ("comms_logger", "flops_profiler"):
+        section = config.deepspeed.get(key, {})
+        _require(
+            isinstance(section, dict),
+            f"deepspeed.{key}: {shown(section)} must be a section, such as {{enabled: true}}",
+        )
+    level = config.deepspeed.get("log_level", LOG_LEVELS[0])
+    _require(level in LOG_LEVELS, f"deepspeed.log_level: {shown(level)} is unknown; use {' or '.join(LOG_LEVELS)}")
+    _require(
+        config.zero_stage >= 2 or not config.deepspeed.get("flops_profiler", {}).get("enabled"),
+        f"deepspeed.flops_profiler: fails under ZeRO {config.zero_stage}, where DeepSpeed sees no backward pass; remove it, as "
+        "`lime-dist plan` and metrics.jsonl have the FLOPs, or set deepspeed.zero_optimization.stage=2 (with parallel.pp=1)",
     )
 
 

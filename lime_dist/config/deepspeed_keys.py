@@ -36,6 +36,8 @@ PASSED_ON = frozenset((
     "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 ))  # fmt: skip
 
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
 # Under `zero_optimization`, by what they take.
 ZERO_BOOLEANS = frozenset((
     "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions", "overlap_comm",

@@ -89,6 +89,7 @@ RANGES: dict[str, Range] = {
     "run.seed": _whole(0, 2**32 - 1),
     "run.timeout_seconds": _from(1, _MONTH_SECONDS),
     "run.memory": _whole(1, 2**60),
+    "run.peak_tflops": _above(0, 1e6),
     "run.log_every": _whole(1, 10**9),
     "profile.steps": _whole(1, 10**9),
 }

@@ -163,6 +163,9 @@ class RunConfig:
         None  # what a rank may take of its device, such as 70GiB; a plan that needs more is refused
     )
     timeout_seconds: float = 600.0  # a rank that waits longer for another ends the job
+    peak_tflops: float | None = (
+        None  # of a device in run.dtype, dense; None: by its name (training/peak_flops.py), for MFU
+    )
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
 
     @property

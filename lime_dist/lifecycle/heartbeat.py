@@ -1,6 +1,6 @@
 """The file in which a rank shows that it lives: RUN/heartbeat/rank_00003.json. Judges nothing; needs no torch.
 
-Those of `lime-dist eval` lie in RUN/heartbeat/eval: the run that it reads may be training meanwhile.
+Those of `lime-dist eval` and `profile` lie in folders of their own below it: the run may be training meanwhile.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def heartbeat_folder(run_dir: Path) -> Path:
     return run_dir / "heartbeat"
 
 
-def eval_heartbeat_folder(run_dir: Path) -> Path:
-    return heartbeat_folder(run_dir) / "eval"
+def side_heartbeat_folder(run_dir: Path, command: str) -> Path:
+    """Of a command beside the run's training: eval, profile."""
+    return heartbeat_folder(run_dir) / command
 
 
 def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:

@@ -84,6 +84,7 @@ def clock_of(device: torch.device) -> Clock:
 class _Marks:
     """Of the step that is being recorded."""
 
+    process_busy: int = 0  # when it began
     marks: list[Any] = field(default_factory=list)
     busy: list[int | None] = field(default_factory=list)
     arrivals: list[_Arrival] = field(default_factory=list)
@@ -103,7 +104,7 @@ class Recorder:
         self._step = _Marks()
 
     def begin(self) -> None:
-        self._step = _Marks()
+        self._step = _Marks(process_busy=time.process_time_ns())
         self.mark()
 
     def mark(self) -> None:
@@ -124,10 +125,12 @@ class Recorder:
     def take(self) -> StepTimes:
         """The step that ends here. On a GPU the host waits for it."""
         step, read = self._step, self._clock.read
+        process_busy = time.process_time_ns() - step.process_busy
         busy = [count for count in step.busy if count is not None]
         return StepTimes(
             marks=read(step.marks),
             busy=busy or None,
+            process_busy=process_busy,
             arrivals=read([arrival.mark for arrival in step.arrivals]),
             collectives=[
                 CollectiveTimes(work.group_name, *read([work.entered, work.wait_begun, work.wait_ended]))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 # Of a step, behind its operations: what was sent has left; the tied embedding's gradient and the counts; replicas' gradients and
 # the norm; what all ranks tell each other; the optimiser; the run's records.
 PHASES = ("flush", "gradients", "norm", "agreement", "update", "record")
 
 
-class CollectiveTimes(NamedTuple):
+@dataclass(frozen=True)
+class CollectiveTimes:
     """When this rank came to a collective, and from when to when it waited for the others."""
 
     group_name: str
@@ -24,11 +24,13 @@ class StepTimes:
     """marks: the beginning; behind the data; behind each operation of the plan; behind each of `PHASES`.
 
     busy: what the training thread had had of a core by each mark; None on a GPU, whose marks are those of its stream.
+    process_busy: the same of all threads of the process, in the step.
     arrivals: by receive, in the order posted. sent_bytes: forward and backward, as the transport counted them.
     """
 
     marks: list[int]
     busy: list[int] | None
+    process_busy: int
     arrivals: list[int]
     collectives: list[CollectiveTimes]
     sent_bytes: tuple[int, int]

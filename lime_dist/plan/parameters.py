@@ -32,6 +32,11 @@ def logical_tensors(model: ModelConfig, pattern: Pattern) -> dict[str, LogicalTe
     return {piece.tensor.name: piece.tensor for spec in specs for piece in spec.pieces}
 
 
+def total_parameters(model: ModelConfig, pattern: Pattern) -> int:
+    """Of the unsharded model; an embedding that is the head too counts once."""
+    return sum(prod(tensor.shape) for tensor in logical_tensors(model, pattern).values())
+
+
 def plan_parameters(
     model: ModelConfig, transfer: ChunkTransfer, layers: range, *, tp: int, tp_rank: int, vocab_rows: int
 ) -> tuple[ParameterSpec, ...]:

@@ -67,6 +67,11 @@ class RunPlan:
         return STEP_FACTOR * sum(chunk.flops.total for chunk in self.chunks)
 
     @property
+    def model_flops_per_step(self) -> int:
+        """Of all replicas together."""
+        return self.model_flops_per_token * self.config.tokens_per_step
+
+    @property
     def boundary_bytes(self) -> list[int]:
         """Of one microbatch over each boundary, forward; with virtual stages the last one leads back to the first stage."""
         sent = [stage.sent_bytes for stage in self.stages]

@@ -14,13 +14,14 @@ from typing import Any
 from lime_dist.config import Config, ModelConfig
 from lime_dist.depth.kinds import routers_of
 from lime_dist.depth.pattern import Pattern
-from lime_dist.formats import format_bytes
+from lime_dist.formats import format_bytes, format_si
 from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.parameters import (
     count_parameters,
     logical_tensors,
     padded_vocab_size,
     plan_parameters,
+    total_parameters,
 )
 from lime_dist.plan.record import plan_record
 from lime_dist.plan.run_plan import RunPlan, replan_warmups
@@ -51,6 +52,7 @@ def plan_report(plan: RunPlan) -> dict[str, Any]:
 
     totals: entries and partial sums over all hops, under each policy. proven_minimum: what no plan can go below; without
     virtual stages by the vertex covers of all boundaries, with them by the minimum cut. warmups: what `pipeline.warmup` costs.
+    model_flops_per_token, model_flops_per_step: forward and backward (`flops.py`), of a step those of all replicas.
     """
     return {"plan": plan_record(plan), **_table_report(plan)}
 
@@ -63,6 +65,9 @@ def _table_report(plan: RunPlan) -> dict[str, Any]:
         "virtual_stages": plan.virtual_stages,
         "pattern": plan.transfer.pattern.name,
         "policy": config.depth.policy,
+        "total_parameters": total_parameters(config.model, plan.transfer.pattern),
+        "model_flops_per_token": plan.model_flops_per_token,
+        "model_flops_per_step": plan.model_flops_per_step,
         "stages": [_stage_report(config, stage, memory) for stage, memory in zip(plan.stages, plan.memory)],
         "hops": [_hop_report(plan, chunk, least) for chunk, least in zip(plan.chunks, fewest.hops)],
         "totals": {policy: _transfer_by(plan, policy).num_crossings for policy in POLICIES},
@@ -205,6 +210,7 @@ def stage_table(plan: RunPlan) -> str:
     tokens = f"{config.microbatch_size} x {config.data.seq_length} tokens"
     lines = [
         f"{_layout(config)}, pattern {report['pattern']}, policy {config.depth.policy}",
+        _model_line(report),
         f"schedule {pipeline.schedule}, {pipeline.num_microbatches} microbatches of {tokens}",
         f"bytes are of one microbatch on one tensor rank, forward{_sizes(report['hops'])}",
         "",
@@ -219,6 +225,12 @@ def stage_table(plan: RunPlan) -> str:
 def _layout(config: Config) -> str:
     virtual = config.parallel.virtual_stages
     return f"layout {config.layout}" + (f", {virtual} virtual stages" if virtual > 1 else "")
+
+
+def _model_line(report: dict[str, Any]) -> str:
+    parameters = report["total_parameters"]
+    a_token, a_step = (format_si(report[f"model_flops_per_{unit}"]) for unit in ("token", "step"))
+    return f"{parameters:,} parameters; model FLOPs, forward and backward: {a_token} a token, {a_step} a step"
 
 
 def _sizes(hops: Sequence[dict[str, Any]]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from statistics import median
 from typing import NamedTuple
 
 from lime_dist.pipeline.step_times import StepTimes
 from lime_dist.plan.operations import Operation, Verb
+from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.profile_files import Profile
 
 
@@ -50,6 +53,21 @@ class _Waits:
             total += max(0, min(end, span[1]) - max(begin, span[0]))
             self._next += 1
         return total
+
+
+def pass_seconds_of(profile: Profile, rank: int) -> dict[tuple[int, Kind], float]:
+    """Median time of computing of a pass, by chunk and kind, waits in collectives left out."""
+    passes: dict[tuple[int, Kind], list[float]] = defaultdict(list)
+    for step in timed_operations(profile, rank):
+        seconds = 0.0
+        for timed in step:
+            if timed.operation.verb is not Verb.RUN:
+                continue
+            seconds += timed.seconds - timed.collective
+            if timed.operation.until == "behind":
+                passes[timed.operation.action.chunk, timed.operation.action.kind].append(seconds)
+                seconds = 0.0
+    return {place: median(found) for place, found in passes.items()}
 
 
 def without_core(profile: Profile, rank: int) -> float:

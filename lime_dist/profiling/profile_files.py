@@ -23,7 +23,7 @@ from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.profiling.clock_offset import ClockOffset
 
 VERSION = 1
-_ARRAYS = ("marks", "busy", "arrivals", "collectives", "sent_bytes")
+_ARRAYS = ("marks", "busy", "process_busy", "arrivals", "collectives", "sent_bytes")
 _HEAD, _CONFIG = "profile.json", "config.yaml"
 
 
@@ -66,7 +66,6 @@ class MeasuredLink:
     from_stage: int
     to_stage: int
     bytes_per_second: float
-    latency_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def write_rank(folder: Path, record: RankRecord) -> None:
     about |= {"offsets": [list(offset) for offset in record.offsets]}
     about |= {"groups": [[name, list(record.group_ranks[name])] for name in names]}
     collectives = [
-        [index, names.index(each.group_name), *each[1:]]
+        [index, names.index(each.group_name), each.entered, each.wait_begun, each.wait_ended]
         for index, step in enumerate(record.steps)
         for each in step.collectives
     ]
@@ -127,6 +126,7 @@ def write_rank(folder: Path, record: RankRecord) -> None:
         "busy": _int64([step.busy or [] for step in record.steps]),
         "arrivals": _int64([step.arrivals for step in record.steps]),
         "collectives": _int64(collectives).reshape(-1, 5),
+        "process_busy": _int64([step.process_busy for step in record.steps]),
         "sent_bytes": _int64([step.sent_bytes for step in record.steps]),
     }
     _replace(_rank_file(folder, record.rank), lambda path: save_file(arrays, path, {"rank": json.dumps(about)}))
@@ -189,12 +189,15 @@ def read_profile(path: Path) -> Profile:
 def _read_rank(path: Path) -> RankRecord:
     with safe_open(path, framework="numpy") as file:
         about = json.loads(file.metadata()["rank"])
-        marks, busy, arrivals, collectives, sent_bytes = (file.get_tensor(name).tolist() for name in _ARRAYS)
+        marks, busy, process_busy, arrivals, collectives, sent_bytes = (
+            file.get_tensor(name).tolist() for name in _ARRAYS
+        )
     groups = about.pop("groups")
     steps = [
         StepTimes(
             marks=marks[index],
             busy=busy[index] or None,
+            process_busy=process_busy[index],
             arrivals=arrivals[index],
             collectives=[],
             sent_bytes=(sent_bytes[index][0], sent_bytes[index][1]),

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,26 @@ from lime_dist.checkpoint.reader import flush_to_disk
 from lime_dist.formats import RECENT_STEPS, format_clock, format_si
 from lime_dist.training.records import read_records
 
+MAX_WIDTH = 120  # of a progress line
+CHARTED = ("loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "mfu", "step_seconds")
+
 
 class Metrics:
     """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it.
 
+    peak_flops: operations a second that all devices of the run can do at most; None where that is not known.
     evaluated_step: the last one of which there is an evaluation.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, log_every: int):
+    def __init__(
+        self, run_dir: Path, *, first_step: int, num_steps: int, log_every: int, peak_flops: float | None = None
+    ):
         self._path = run_dir / "metrics.jsonl"
         _drop_lines_after(self._path, first_step)
         self.evaluated_step = _last_evaluated(self._path)
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._num_steps, self._log_every = num_steps, log_every
+        self._num_steps, self._log_every, self._peak_flops = num_steps, log_every, peak_flops
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._dead_gradients = DeadGradients()
 
@@ -43,10 +49,15 @@ class Metrics:
         grad_norm: float,
         lr: float,
         tokens: int,
+        tokens_seen: int,
+        model_flops: int,
         step_seconds: float,
         boundary_bytes: Sequence[int],
     ) -> None:
-        """Record update `step` (from 1)."""
+        """Record update `step` (from 1).
+
+        tokens, model_flops: of this step, over all replicas. tokens_seen: of all steps so far, those of earlier starts too.
+        """
         self._recent.append(step_seconds)
         record = {
             "step": step,
@@ -54,18 +65,26 @@ class Metrics:
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens_per_second": tokens / step_seconds,
+            "tokens_seen": tokens_seen,
+            "model_flops": model_flops,
+            **self._utilization(model_flops, step_seconds),
             "step_seconds": step_seconds,
             "boundary_bytes": list(boundary_bytes),
         }
         self._write(record)
-        for name in ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"):
-            self._board.add_scalar(f"train/{name}", record[name], step)
+        for name in CHARTED:
+            if name in record:
+                self._board.add_scalar(f"train/{name}", record[name], step)
         for boundary, count in enumerate(boundary_bytes):
             self._board.add_scalar(f"boundary_bytes/{boundary}-{boundary + 1}", count, step)
         if step % self._log_every == 0 or step == self._num_steps:
             print(self._progress(record), flush=True)
         if warning := self._dead_gradients.warning(step, grad_norm):
             print(f"lime-dist: {warning}", file=sys.stderr, flush=True)
+
+    def _utilization(self, model_flops: int, step_seconds: float) -> dict[str, float]:
+        """Model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B), a fraction of 1."""
+        return {} if self._peak_flops is None else {"mfu": model_flops / (step_seconds * self._peak_flops)}
 
     def evaluation(self, *, step: int, eval_loss: float, eval_seconds: float) -> None:
         self._write({"step": step, "eval_loss": eval_loss, "eval_seconds": eval_seconds})
@@ -96,26 +115,36 @@ class Metrics:
     def _progress(self, record: dict[str, Any]) -> str:
         step = record["step"]
         seconds_left = (self._num_steps - step) * sum(self._recent) / len(self._recent)
-        parts = [
+        before = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
-            f"loss {record['loss']:.4f}",
-            f"grad {record['grad_norm']:.3f}",
+            f"loss {_fixed(record['loss'], 4)}",
+            f"grad {_fixed(record['grad_norm'], 3)}",
             f"lr {record['lr']:.2e}",
             f"{format_si(record['tokens_per_second'])} tok/s",
-            *_sent(record["boundary_bytes"]),
-            f"left {format_clock(seconds_left)}",
+            *([f"mfu {_fixed(100 * record['mfu'], 1)}%"] if "mfu" in record else []),
         ]
-        return "  ".join(parts)
+        behind = f"left {format_clock(seconds_left)}"
+        lines = ["  ".join([*before, *sent, behind]) for sent in _sent(record["boundary_bytes"])]
+        return next((line for line in lines if len(line) <= MAX_WIDTH), lines[-1])
 
 
-def _sent(boundary_bytes: Sequence[int]) -> list[str]:
-    """Over all boundaries and over the busiest, however many there are; metrics.jsonl has each."""
-    if not boundary_bytes:
-        return []
-    most = max(boundary_bytes)
-    busiest = boundary_bytes.index(most)
-    sent = f"sent {format_si(sum(boundary_bytes))}B"
-    return [sent if len(boundary_bytes) == 1 else f"{sent}, most {busiest}>{busiest + 1} {format_si(most)}B"]
+def _fixed(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if value < 1000 or not math.isfinite(value) else f"{value:.{decimals - 1}e}"
+
+
+def _sent(boundary_bytes: Sequence[int]) -> Iterator[list[str]]:
+    """Over all boundaries and over the busiest, however many there are; then less, as a line may have no room for it.
+
+    metrics.jsonl has each.
+    """
+    if boundary_bytes:
+        most = max(boundary_bytes)
+        busiest = boundary_bytes.index(most)
+        sent = f"sent {format_si(sum(boundary_bytes))}B"
+        if len(boundary_bytes) > 1:
+            yield [f"{sent}, most {busiest}>{busiest + 1} {format_si(most)}B"]
+        yield [sent]
+    yield []
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

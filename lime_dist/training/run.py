@@ -22,7 +22,7 @@ from lime_dist.data.dataset import TokenSamples
 from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.errors import ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
-from lime_dist.lifecycle.heartbeat import eval_heartbeat_folder
+from lime_dist.lifecycle.heartbeat import side_heartbeat_folder
 from lime_dist.lifecycle.launcher import Place
 from lime_dist.lifecycle.ownership import Ownership
 from lime_dist.lifecycle.pulse import Pulse
@@ -30,12 +30,14 @@ from lime_dist.lifecycle.stopping import stop_request
 from lime_dist.lifecycle.watchdog import Watchdog
 from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.plan.run_plan import RunPlan, plan_run
+from lime_dist.profiling.links import measure_links
 from lime_dist.profiling.profiler import Profiler
 from lime_dist.training.agreement import tell_all
 from lime_dist.training.batches import BatchReader
 from lime_dist.training.joint_stop import JointStop, Stopped
 from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
+from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
 from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.training.world import join_world
@@ -109,7 +111,7 @@ def evaluate(plan: RunPlan, place: Place, checkpoint: Path | None = None) -> tup
     Raises: CheckpointError, ConfigError.
     """
     config, request, pulse = plan.config, stop_request(), Pulse()
-    with Watchdog(config, place, pulse, eval_heartbeat_folder(Path(config.run.dir))):
+    with Watchdog(config, place, pulse, side_heartbeat_folder(Path(config.run.dir), "eval")):
         groups, device = join_world(config, place, compare=check_alike)
         try:
             found = DONE, _evaluate_checkpoint(plan, groups, device, JointStop(request, device), pulse, checkpoint)
@@ -121,6 +123,49 @@ def evaluate(plan: RunPlan, place: Place, checkpoint: Path | None = None) -> tup
         pulse.finish()
         dist.barrier()
     return found
+
+
+_UNRECORDED_STEPS = 3  # the first ones, which open connections and allocate
+
+
+def profile(plan: RunPlan, place: Place, num_steps: int) -> tuple[int, str | None]:
+    """Record `num_steps` steps from the initial weights, of which nothing but the profile is kept: the exit code, and its folder."""
+    config, request, pulse = plan.config, stop_request(), Pulse()
+    with Watchdog(config, place, pulse, side_heartbeat_folder(Path(config.run.dir), "profile")):
+        groups, device = join_world(config, place, compare=check_alike)
+        try:
+            found = DONE, _record_steps(plan, groups, device, JointStop(request, device), pulse, num_steps)
+        except Stopped as cause:
+            if place.rank == 0:
+                print(f"lime-dist: {cause}: no profile was made; start it again", file=sys.stderr, flush=True)
+            found = REQUEUE, None
+        pulse.beat("leave")
+        pulse.finish()
+        dist.barrier()
+    return found
+
+
+def _record_steps(
+    plan: RunPlan, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse, num_steps: int
+) -> str | None:
+    """Raises: Stopped."""
+    between = _between(stop, pulse)
+    samples, rank = open_training_data(plan.config, between), Rank(plan, groups, device, pulse)
+    samples.prepare(0, between)
+    first, last = _UNRECORDED_STEPS + 1, _UNRECORDED_STEPS + num_steps
+    profiler = Profiler(rank, first=first, last=last, links=measure_links(groups, plan, device))
+    size, watch, folder = plan.config.data.global_batch_size, Stopwatch(), None
+    with BatchReader(samples.batch, rank.rows(), size, last * size) as batches:
+        for step in range(1, last + 1):
+            between()
+            pulse.begin_step(step)
+            watch.lap()
+            profiler.begin(step)
+            rank.train_step(batches.batch((step - 1) * size), lr_factor=0.0)
+            folder = profiler.end()
+            if rank.is_logger:
+                print(f"step {step}/{last}  {watch.lap():.3f} s", file=sys.stderr, flush=True)
+    return str(folder) if rank.is_logger else None
 
 
 def _evaluate_checkpoint(
@@ -292,6 +337,8 @@ class TrainingRun:
                 grad_norm=result.grad_norm,
                 lr=config.optim.lr * factor,
                 tokens=config.tokens_per_step,
+                tokens_seen=self.samples_seen * config.data.seq_length,
+                model_flops=self.rank.run_plan.model_flops_per_step,
                 step_seconds=watch.lap(),
                 boundary_bytes=result.boundary_bytes,
             ),
@@ -350,8 +397,20 @@ class TrainingRun:
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
         self._metrics = Metrics(
-            run_dir, first_step=self.step, num_steps=self.config.run.steps, log_every=self.config.run.log_every
+            run_dir,
+            first_step=self.step,
+            num_steps=self.config.run.steps,
+            log_every=self.config.run.log_every,
+            peak_flops=_peak_flops(self.config, self._device),
         )
+
+
+def _peak_flops(config: Config, device: torch.device) -> float | None:
+    """Of all ranks, as if all devices were like this one."""
+    tflops = config.run.peak_tflops
+    if tflops is None and device.type == "cuda":
+        tflops = find_peak_tflops(torch.cuda.get_device_name(device), config.run.dtype)
+    return None if tflops is None else tflops * 1e12 * config.layout.world_size
 
 
 def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:

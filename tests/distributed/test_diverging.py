@@ -120,7 +120,9 @@ def test_metrics_stay_json_and_a_dead_model_is_named(tmp_path: Path, capsys: pyt
     metrics = Metrics(tmp_path, first_step=0, num_steps=9, log_every=1)
     for step in range(1, 8):
         norm = 0.0 if step > 1 else 1.0
-        metrics.step(step=step, loss=1.0, grad_norm=norm, lr=1, tokens=1, step_seconds=1, boundary_bytes=[])
+        metrics.step(
+            step=step, loss=1.0, grad_norm=norm, lr=1, tokens=1, tokens_seen=step, model_flops=1, step_seconds=1, boundary_bytes=[]
+        )  # fmt: skip
     metrics.evaluation(step=7, eval_loss=math.nan, eval_seconds=1.0)
     metrics.close()
 

@@ -52,7 +52,9 @@ BASE = {
     "checkpoint": {"every": 3, "keep": 9},
     "run": {"dir": "run", "device": "cpu", "steps": 5, "timeout_seconds": 60},
 }  # fmt: skip
-STEP_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "boundary_bytes"}
+STEP_KEYS = {
+    "step", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "model_flops", "step_seconds", "boundary_bytes",
+}  # fmt: skip
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # fp32: layouts differ in the order of sums, which a few updates enlarge: on some CPUs to 1.04e-5 of a moment. A batch, moment or
 # rate that is lost shows at 1e-3.
@@ -211,12 +213,27 @@ def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
         assert line.keys() == STEP_KEYS
         assert line["boundary_bytes"] == planned
         assert line["tokens_per_second"] == pytest.approx(12 * 12 / line["step_seconds"])
+        assert (line["tokens_seen"], line["model_flops"]) == (12 * 12 * line["step"], report["model_flops_per_step"])
     assert [line["lr"] for line in steps(run_dir)] == pytest.approx([0.025, 0.05, 0.05, 0.0375, 0.0125])
     assert list(evaluations(run_dir)) == [0, 3, 5]
     others = [line for line in lines(run_dir) if "loss" not in line]
     assert [line["step"] for line in others] == [0, 3, 3, 5, 5]
     for line in others:
         assert line.keys() in ({"step", "eval_loss", "eval_seconds"}, {"step", "save_seconds"})
+
+
+def test_utilization_of_a_resumed_run_that_switches(tmp_path: Path) -> None:
+    """The FLOPs are those of the pattern that each step has, the peak that of all ranks."""
+    more = ["depth.switch_at={2: first:1}", "run.peak_tflops=0.5"]
+    assert train(tmp_path, "pp=2 dp=2", *more, "run.steps=3") == 0
+    assert train(tmp_path, "pp=2 dp=2", *more, "run.steps=4") == 0
+    config = load_config("run.yaml", overrides("pp=2 dp=2") + more)
+    full, fewer = (plan_run(config.at_step(step)).model_flops_per_step for step in (0, 2))
+    assert fewer < full
+    assert [line["model_flops"] for line in steps(tmp_path)] == [full, full, fewer, fewer]
+    assert [line["tokens_seen"] for line in steps(tmp_path)] == [12 * 12 * step for step in (1, 2, 3, 4)]
+    for line in steps(tmp_path):
+        assert line["mfu"] == pytest.approx(line["model_flops"] / (line["step_seconds"] * 4 * 0.5e12))
 
 
 def test_tensorboard_holds_the_losses(whole: Callable[[str], Path]) -> None:

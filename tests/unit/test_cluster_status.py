@@ -124,6 +124,18 @@ def test_a_running_job(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_tokens_and_utilization_of_a_run(run: Path) -> None:
+    """Over the recent steps' time: a slow step weighs more."""
+    lines = []
+    for step, (seconds, mfu) in enumerate(((1.0, 0.5), (3.0, 0.1)), start=1):
+        record = {"step": step, "loss": 2.0, "tokens_per_second": 3000.0, "step_seconds": seconds}
+        lines.append(json.dumps(record | {"tokens_seen": 1_500_000_000 * step, "model_flops": 10, "mfu": mfu}))
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    status = read_status(run, NOW)
+    assert status.tokens_seen == 3_000_000_000 and status.mfu == pytest.approx(0.2)
+    assert "step        2 of 100  loss 2.0000  3.0k tokens/s  mfu 20.0%  3.0G tokens seen" in to_text(status)
+
+
 def test_json_has_the_same(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ OVERRIDES = [  # override, where it goes, value
     ("deepspeed.zero_optimization.stage=0", "deepspeed", {"zero_optimization": {"stage": 0}}),
     ("run.dir=a=b", "run.dir", "a=b"),
     ("model.num_kv_heads=null", "model.num_kv_heads", None),
+    ("run.peak_tflops=989", "run.peak_tflops", 989.0),
 ]
 
 
@@ -232,6 +233,12 @@ REFUSED = [  # overrides, error, how the message begins
     ("deepspeed.zero_optimization.stage=3 pipeline.schedule=gpipe pipeline.num_microbatches=2 data.global_batch_size=2", ConfigError, "pipeline.schedule: gpipe under ZeRO 3"),
     ("deepspeed.zero_optimization.stage=two", ConfigError, "deepspeed.zero_optimization.stage: 'two' with"),
     ("deepspeed.zero_optimization.stage=true", ConfigError, "deepspeed.zero_optimization.stage: True with"),
+    ("deepspeed.comms_logger=3", ConfigError, "deepspeed.comms_logger: 3 must be a section"),
+    ("deepspeed.flops_profiler=true", ConfigError, "deepspeed.flops_profiler: True must be a section"),
+    ("deepspeed.flops_profiler.enabled=true", ConfigError, "deepspeed.flops_profiler: fails under ZeRO 1, where"),
+    ("deepspeed.flops_profiler.enabled=true deepspeed.zero_optimization.stage=0", ConfigError, "deepspeed.flops_profiler: fails under ZeRO 0"),
+    ("deepspeed.log_level=loud", ConfigError, "deepspeed.log_level: 'loud' is unknown; use debug or info"),
+    ("deepspeed.log_level={a:1}", ConfigError, "deepspeed.log_level: {'a:1': None} is unknown; use debug or info"),
     ("deepspeed.zero_optimization=2", ConfigError, "deepspeed.zero_optimization: must be a section"),
     ("deepspeed.train_batch_size=8", ConfigError, "deepspeed.train_batch_size: is set from data.global_batch_size"),
     ("deepspeed.gradient_accumulation_steps=8", ConfigError, "deepspeed.gradient_accumulation_steps: is set from pipeline.num_microbatches"),
@@ -288,6 +295,8 @@ def test_what_cannot_run_is_refused_by_key(overrides: str, error: type[ConfigErr
 ALLOWED = (
     "parallel.pp=8 deepspeed.zero_optimization.stage=0",
     "deepspeed.zero_optimization.stage=3 parallel.tp=4 parallel.sequence_parallel=true",
+    "deepspeed.flops_profiler.enabled=true deepspeed.zero_optimization.stage=2",
+    "deepspeed.flops_profiler.enabled=false deepspeed.comms_logger.enabled=true deepspeed.log_level=info",
     "deepspeed.zero_optimization.reduce_bucket_size=1000 deepspeed.wall_clock_breakdown=true",
     "parallel.pp=3 pipeline.partition=[1,6,1] pipeline.boundary_cost=[1,2.5]",
     "model.hidden_size=16",

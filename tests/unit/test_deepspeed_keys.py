@@ -11,6 +11,7 @@ import deepspeed
 import deepspeed.runtime.config
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.logging import log_levels
 
 from lime_dist.config import deepspeed_keys as keys
 
@@ -42,6 +43,10 @@ def test_top_level_keys() -> None:
     removed: Mapping[str, str] = deepspeed.runtime.config._REMOVED_TOP_LEVEL_CONFIG_KEYS
     assert Recorder.asked - set(removed) == (set(keys.PASSED_ON) | set(keys.OWNED)) - set(removed)
     assert not set(removed) & keys.PASSED_ON
+
+
+def test_log_levels() -> None:
+    assert set(keys.LOG_LEVELS) == set(log_levels)
 
 
 def test_zero_keys_and_what_they_take() -> None:

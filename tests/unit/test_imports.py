@@ -13,11 +13,13 @@ ROOT = Path(lime_dist.__file__).parent
 ORDER = (
     "errors", "formats", "layout", "lifecycle.ending", "lifecycle.stopping", "lifecycle.ownership", "cluster.nodelist", "data", "lifecycle.launcher",
     "lifecycle.network", "lifecycle.rendezvous", "lifecycle.wire", "lifecycle.local", "lifecycle.pulse", "plan.tensors", "depth", "plan.partition", "plan.schedule",
-    "config", "plan", "lime", "training.optim", "pipeline", "backends", "training.world", "training.rank", "testing",
+    "config", "pipeline.step_times", "plan", "lime", "training.optim", "pipeline", "backends", "training.world", "training.rank", "testing",
 )  # fmt: skip
 TORCH_FREE = (
     "errors", "formats", "layout", "cluster", "config", "depth", "plan", "training.records", "lifecycle.ending", "lifecycle.stopping",
     "lifecycle.ownership", "lifecycle.launcher", "lifecycle.network", "lifecycle.pulse", "lifecycle.heartbeat", "lifecycle.silence",
+    "pipeline.step_times", "profiling.accounting", "profiling.analysis", "profiling.calibration", "profiling.critical_path", "profiling.findings",
+    "profiling.profile_files", "profiling.screen", "profiling.timeline",
 )  # fmt: skip
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.training.metrics import Metrics
 
-KEYS = ["step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "boundary_bytes"]
+KEYS = [
+    "step", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "model_flops", "step_seconds", "boundary_bytes",
+]  # fmt: skip
 
 
-def record(run_dir: Path, steps: range, *, loss: float, num_steps: int = 6, log_every: int = 1) -> None:
+def record(run_dir: Path, steps: range, *, loss: float, num_steps: int = 6, log_every: int = 1, **more: float) -> None:
     """A run's `steps`, as after a resume at the step before; every loss is `loss`."""
-    metrics = Metrics(run_dir, first_step=steps.start - 1, num_steps=num_steps, log_every=log_every)
+    metrics = Metrics(run_dir, first_step=steps.start - 1, num_steps=num_steps, log_every=log_every, **more)
     for step in steps:
         metrics.step(
             step=step,
@@ -23,6 +26,8 @@ def record(run_dir: Path, steps: range, *, loss: float, num_steps: int = 6, log_
             grad_norm=2.0,
             lr=0.5,
             tokens=1000,
+            tokens_seen=1000 * step,
+            model_flops=3_000_000,
             step_seconds=0.25,
             boundary_bytes=[1500, 2_000_000],
         )
@@ -39,7 +44,8 @@ def test_a_line_a_step(tmp_path: Path) -> None:
     record(tmp_path, range(1, 3), loss=4.5)
     first, second, evaluation = read(tmp_path)
     assert list(first) == KEYS and (first["step"], second["step"]) == (1, 2)
-    assert first | {"step": 2} == second
+    assert first | {"step": 2, "tokens_seen": 2000} == second
+    assert (first["tokens_seen"], first["model_flops"]) == (1000, 3_000_000)
     assert (first["loss"], first["grad_norm"], first["lr"], first["step_seconds"]) == (4.5, 2.0, 0.5, 0.25)
     assert first["tokens_per_second"] == 4000 and first["boundary_bytes"] == [1500, 2_000_000]
     assert evaluation == {"step": 2, "eval_loss": 4.5, "eval_seconds": 0.5}
@@ -70,6 +76,15 @@ def test_tensorboard_follows(tmp_path: Path) -> None:
     assert [point.step for point in board.Scalars("eval/loss")] == [2, 4, 6]
 
 
+def test_utilization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, range(1, 3), loss=4.5, peak_flops=48e6)
+    assert [line["mfu"] for line in read(tmp_path) if "loss" in line] == [3e6 / (0.25 * 48e6)] * 2
+    assert capsys.readouterr().out.count("  4.0k tok/s  mfu 25.0%  sent ") == 2
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.value for point in board.Scalars("train/mfu")] == [0.25] * 2
+    assert [point.value for point in board.Scalars("train/tokens_seen")] == [1000, 2000]
+
+
 def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path, range(1, 11), loss=4.5, num_steps=310, log_every=10)
     said = [line for line in capsys.readouterr().out.splitlines() if "held-out" not in line]
@@ -78,20 +93,61 @@ def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ]
 
 
+def long_line(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], *, peak_flops: float | None = None, **facts: Any
+) -> str:
+    """The first step of a long and large run, whose numbers are wide."""
+    known: dict[str, Any] = {
+        "num_steps": 500_000, "loss": 10.12345, "grad_norm": 9.876, "tokens": 4_000_000, "model_flops": 0, "step_seconds": 4.01,
+    }  # fmt: skip
+    known |= facts
+    metrics = Metrics(run_dir, first_step=0, num_steps=known.pop("num_steps"), log_every=1, peak_flops=peak_flops)
+    metrics.step(step=1, lr=1e-3, tokens_seen=known["tokens"], **known)
+    metrics.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) <= 120
+    return line
+
+
+def bytes_of(num_stages: int, most: int = 61) -> list[int]:
+    return [12_345_678_901 + (boundary == most) for boundary in range(num_stages - 1)]
+
+
 @pytest.mark.parametrize(("num_stages", "said"), ((1, ""), (2, "sent 12.3GB"), (64, "sent 777.8GB, most 61>62 12.3GB")))
 def test_progress_lines_fit_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], num_stages: int, said: str
 ) -> None:
-    """The first step of a long and large run, whose numbers are wide."""
-    metrics = Metrics(tmp_path, first_step=0, num_steps=500_000, log_every=1)
-    boundary_bytes = [12_345_678_901 + (boundary == 61) for boundary in range(num_stages - 1)]
-    metrics.step(
-        step=1, loss=10.12345, grad_norm=9.876, lr=1e-3, tokens=4_000_000, step_seconds=4.01, boundary_bytes=boundary_bytes
-    )  # fmt: skip
-    metrics.close()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert len(line) <= 120
+    line = long_line(tmp_path, capsys, boundary_bytes=bytes_of(num_stages))
     assert line.partition(" tok/s")[2] == (f"  {said}" if said else "") + "  left 556:56:36"
+
+
+def test_what_finds_no_room_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The busiest boundary first, then the bytes: they are in metrics.jsonl, and the same at every step."""
+    facts = {"peak_flops": 16 * 989e12, "model_flops": 26_145_000_000_000_000}
+    line = long_line(tmp_path, capsys, boundary_bytes=bytes_of(64), **facts)
+    assert line.endswith(" tok/s  mfu 41.2%  sent 777.8GB  left 556:56:36")
+    line = long_line(tmp_path, capsys, num_steps=90_000, boundary_bytes=bytes_of(512, most=500))
+    assert line.endswith(" tok/s  sent 6.3TB, most 500>501 12.3GB  left 100:14:56")
+    line = long_line(tmp_path, capsys, num_steps=90_000, boundary_bytes=bytes_of(512, most=500), **facts)
+    assert line.endswith(" tok/s  mfu 41.2%  sent 6.3TB  left 100:14:56")
+
+
+def test_the_widest_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = long_line(
+        tmp_path,
+        capsys,
+        peak_flops=1e3,
+        num_steps=10**9,
+        loss=123456.789,
+        grad_norm=123456.789,
+        tokens=999_400 * 100,
+        model_flops=10**6,
+        step_seconds=100.0,
+        boundary_bytes=[999_400_000_000_000] * 511,
+    )
+    assert line == (
+        "step          1/1000000000  loss 1.235e+05  grad 1.23e+05  lr 1.00e-03  999.4k tok/s  mfu 1e+03%  left 27777777:45:00"
+    )
 
 
 def test_the_last_step_is_always_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

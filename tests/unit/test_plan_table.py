@@ -49,6 +49,8 @@ def test_keys_and_numbers_of_the_report() -> None:
     report = plan_report(plan_run(config))
     assert report["layout"] == {"tp": 1, "pp": 4, "dp": 1}
     assert (report["pattern"], report["policy"]) == ("full", "least")
+    assert report["total_parameters"] == sum(stage["parameters_per_tp_rank"] for stage in report["stages"])
+    assert report["model_flops_per_step"] == 16 * 128 * report["model_flops_per_token"]
     assert [(stage["stage_index"], stage["layers"]) for stage in report["stages"]] == [
         (0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])
     ]  # fmt: skip
@@ -63,6 +65,16 @@ def test_keys_and_numbers_of_the_report() -> None:
     # Stage 1 holds what it received and made, for each of the three microbatches that 1F1B has in flight there.
     assert report["stages"][1]["entries_in_flight_bytes"] == 3 * 4 * report["hops"][0]["entry_bytes"]
     assert report["stages"][1]["received_bytes"] == report["hops"][0]["bundle_bytes"]
+
+
+def test_line_of_the_model() -> None:
+    """By hand, without routers: LLaMA's matrices, twice their number a token forward and three times that in all."""
+    report = plan_report(plan_run(make_config("parallel.pp=2", "parallel.tp=4", "depth.router=none")))
+    matrices = 8 * (256 * (2 * 256 + 2 * 128) + 3 * 256 * 704) + 2048 * 256
+    assert report["total_parameters"] == matrices + 17 * 256, "17 norms; the embedding is the head too"
+    assert report["model_flops_per_token"] == 3 * (2 * matrices + 8 * 4 * 128 * 256)
+    line = stage_table(plan_run(make_config("parallel.pp=2", "parallel.tp=4", "depth.router=none"))).splitlines()[1]
+    assert line == "6,426,880 parameters; model FLOPs, forward and backward: 41.7M a token, 85.4G a step"
 
 
 def make_virtual(pp: int, virtual_stages: int, *overrides: str) -> Config:

@@ -71,10 +71,10 @@ def measure(job: Job, hosts: Sequence[Host] | None) -> Findings:
     if hosts is not None and host is not None:
         host.enter()
         os.environ["MASTER_ADDR"] = hosts[0].address
-    return _Bench(job, host, *join_world(_ring(job.ways).config, place)).run()
+    return _Bench(job, host, *join_world(ring(job.ways).config, place)).run()
 
 
-def _ring(ways: Sequence[Way]) -> Way:
+def ring(ways: Sequence[Way]) -> Way:
     """One whose groups have all that the others' need."""
     return max(ways, key=lambda way: way.config.parallel.virtual_stages)
 
@@ -146,9 +146,13 @@ class _Bench:
 
 
 def _build(way: Way, groups: Groups, device: torch.device) -> Trainer:
-    if way.config.parallel.virtual_stages == 1:
-        groups = replace(groups, wrap_forward=None, wrap_backward=None)
-    return _TRAINERS[way.pipeline](way.config, groups, device)
+    return _TRAINERS[way.pipeline](way.config, groups_of(way, groups), device)
+
+
+def groups_of(way: Way, groups: Groups) -> Groups:
+    """Of those of `ring` what the way's plan has messages for."""
+    has_wrap = way.config.parallel.virtual_stages > 1
+    return groups if has_wrap else replace(groups, wrap_forward=None, wrap_backward=None)
 
 
 def _agreed(value: float) -> float:

@@ -1,0 +1,46 @@
+"""All that is worked out of a profile, once, for whoever shows it. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lime_dist.profiling.accounting import Account, account
+from lime_dist.profiling.critical_path import Segment, critical_path
+from lime_dist.profiling.findings import Fault, find_faults, sentences
+from lime_dist.profiling.profile_files import Profile, read_profile
+from lime_dist.profiling.timeline import StepTimeline, read_timelines
+
+
+@dataclass(frozen=True)
+class Analysis:
+    profile: Profile
+
+    @classmethod
+    def read(cls, path: Path) -> Analysis:
+        """Of a run or a profile's folder. Raises: ProfileError."""
+        return cls(read_profile(path))
+
+    @cached_property
+    def timelines(self) -> tuple[StepTimeline, ...]:
+        return tuple(read_timelines(self.profile))
+
+    @cached_property
+    def account(self) -> Account:
+        return account(self.profile, self.timelines)
+
+    @cached_property
+    def faults(self) -> Sequence[Fault]:
+        return find_faults(self.profile, self.timelines, self.account)
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        return sentences(self.profile, self.account, self.faults)
+
+    @cached_property
+    def path(self) -> tuple[Segment, ...]:
+        """Of the step nearest to the mean."""
+        mean = self.account.step_seconds
+        return critical_path(min(self.timelines, key=lambda timeline: abs(timeline.seconds - mean)))

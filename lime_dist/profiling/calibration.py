@@ -1,0 +1,183 @@
+"""What a profile says a machine costs, for `plan/simulate.py`. Pure data.
+
+On CPUs that ranks share, computing is counted by the time that a rank had of a core, and the simulator lets ranks share the
+cores again; what other threads of a rank did, which move its messages, is laid on its sends.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median
+
+from lime_dist.layout import Coordinate
+from lime_dist.plan.costs import Costs, LinkSpeed, MoveCost, Rates, pass_seconds
+from lime_dist.plan.operations import Verb
+from lime_dist.plan.schedule import Kind
+from lime_dist.profiling.deliveries import Delivery
+from lime_dist.profiling.operation_times import Timed, timed_operations
+from lime_dist.profiling.profile_files import Profile
+from lime_dist.profiling.timeline import Cause, StepTimeline
+
+_END_PHASES = frozenset(("gradients", "norm", "agreement", "update", "record"))
+
+
+def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
+    """With which any plan of the model can be priced."""
+    cores = cores_of_a_replica(profile)
+    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None)
+    stages = [_ranks_of(profile, stage) for stage in range(len(profile.plan.stages))]
+    return Rates(
+        seconds_per_flop=operations.seconds_per_flop,
+        seconds_per_routing_flop=operations.seconds_per_flop,
+        within_node=_slowest(links := measured_links(profile, timelines)),
+        between_nodes=_slowest(links),
+        links=links,
+        moves=operations.moves,
+        data_seconds=median(_phase_seconds(timelines, ranks, {"data"}) for ranks in stages),
+        end_seconds=max(_phase_seconds(timelines, ranks, _END_PHASES) for ranks in stages),
+        cores=cores,
+    )
+
+
+def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tuple[int, int]) -> Costs:
+    """Of the profile's own plan, each pass of each stage as long as it was: what shared cores cost is in it.
+
+    pipeline: whose stages, by tensor rank and replica.
+    """
+    layout = profile.plan.layout
+    ranks = [
+        layout.global_rank(Coordinate(pp_rank=stage, tp_rank=pipeline[0], dp_rank=pipeline[1]))
+        for stage in range(layout.pp)
+    ]
+    operations = _Operations(profile, ranks, by_core=False)
+    return Costs(
+        runs=operations.runs,
+        links=measured_links(profile, timelines),
+        data_seconds=tuple(_phase_seconds(timelines, [rank], {"data"}) for rank in ranks),
+        end_seconds=tuple(_phase_seconds(timelines, [rank], _END_PHASES) for rank in ranks),
+        moves=operations.moves,
+    )
+
+
+def cores_of_a_replica(profile: Profile) -> float | None:
+    """That the stages of one tensor rank of one replica share, if ranks have less than a core each for each thread."""
+    by_host: dict[str, int] = defaultdict(int)
+    for record in profile.ranks:
+        by_host[record.host] += record.threads
+    shares = [1.0 if one.cores is None else min(1.0, one.cores / by_host[one.host]) for one in profile.ranks]
+    return None if min(shares) == 1.0 else fmean(shares) * len(profile.plan.stages)
+
+
+# ---- operations
+
+
+class _Operations:
+    """Mean seconds of each, of all steps of some ranks. by_core: only those in which a rank had a core."""
+
+    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool):
+        self._profile, self._by_core = profile, by_core
+        self._runs: dict[tuple[int, Kind], list[list[float]]] = defaultdict(list)
+        self._moves: dict[Verb, list[float]] = defaultdict(list)
+        self._other_threads = 0.0  # of a step, of all ranks
+        for rank in ranks:
+            for step, timed in zip(profile.ranks[rank].steps, timed_operations(profile, rank), strict=True):
+                self._add(timed)
+                if self._by_core and step.busy is not None:
+                    own = step.busy[-1] - step.busy[0]
+                    self._other_threads += max(0, step.process_busy - own) / 1e9
+
+    def _add(self, operations: Iterable[Timed]) -> None:
+        of_pass: list[float] = []
+        for timed in operations:
+            seconds = timed.busy if self._by_core and timed.busy is not None else timed.seconds - timed.collective
+            if timed.operation.verb is Verb.RUN:
+                of_pass.append(seconds + timed.collective)
+                if timed.operation.until == "behind":
+                    self._runs[timed.operation.action.chunk, timed.operation.action.kind].append(of_pass)
+                    of_pass = []
+            elif timed.operation.verb is not Verb.AWAIT or self._by_core:
+                self._moves[timed.operation.verb].append(seconds)
+
+    @property
+    def runs(self) -> dict[tuple[int, Kind], tuple[float, ...]]:
+        """By chunk and kind, of each RUN of a pass."""
+        return {place: tuple(map(fmean, zip(*passes))) for place, passes in self._runs.items()}
+
+    @property
+    def moves(self) -> dict[Verb, MoveCost]:
+        number = len(self._moves[Verb.SEND])
+        others = {Verb.SEND: self._other_threads / number} if number else {}
+        return {
+            verb: MoveCost(seconds=fmean(seconds) + others.get(verb, 0.0))
+            for verb, seconds in self._moves.items()
+            if seconds
+        }
+
+    @property
+    def seconds_per_flop(self) -> dict[Kind, float]:
+        plan = self._profile.plan
+        unit = Rates(
+            seconds_per_flop=dict.fromkeys(Kind, 1.0),
+            seconds_per_routing_flop=dict.fromkeys(Kind, 1.0),
+            within_node=LinkSpeed(bytes_per_second=1.0),
+            between_nodes=LinkSpeed(bytes_per_second=1.0),
+        )
+        return {
+            kind: sum(sum(self.runs[chunk.chunk, kind]) for chunk in plan.chunks)
+            / sum(sum(pass_seconds(plan, unit, chunk, kind)) for chunk in plan.chunks)
+            for kind in Kind
+        }
+
+
+# ---- links
+
+
+def measured_links(profile: Profile, timelines: Sequence[StepTimeline]) -> dict[tuple[int, int], LinkSpeed]:
+    """By (from stage, to stage): what messages took alone."""
+    ways: dict[tuple[int, int], list[Delivery]] = defaultdict(list)
+    for timeline in timelines:
+        for delivery in timeline.deliveries:
+            ways[timeline.stage_of(delivery.sender), timeline.stage_of(delivery.receiver)].append(delivery)
+    return {way: _speed(deliveries) for way, deliveries in ways.items()}
+
+
+def _speed(deliveries: Sequence[Delivery]) -> LinkSpeed:
+    """A line through the median times of messages of each size, where there are two sizes or more."""
+    by_size: dict[int, list[float]] = defaultdict(list)
+    for delivery in deliveries:
+        by_size[delivery.message.num_bytes].append(delivery.transfer_seconds)
+    points = [(size, median(seconds), len(seconds)) for size, seconds in by_size.items()]
+    weight = sum(count for *_, count in points)
+    mean_size = sum(size * count for size, _, count in points) / weight
+    mean_seconds = max(1e-9, sum(seconds * count for _, seconds, count in points) / weight)
+    spread = sum(count * (size - mean_size) ** 2 for size, _, count in points)
+    slope = sum(count * (size - mean_size) * (seconds - mean_seconds) for size, seconds, count in points)
+    per_byte = min(slope / spread if spread else 0.0, mean_seconds / mean_size)
+    if per_byte <= 0:
+        per_byte = mean_seconds / mean_size
+    return LinkSpeed(bytes_per_second=1 / per_byte, latency_seconds=max(0.0, mean_seconds - per_byte * mean_size))
+
+
+def _slowest(links: Mapping[tuple[int, int], LinkSpeed]) -> LinkSpeed:
+    return min(links.values(), key=lambda link: link.bytes_per_second, default=LinkSpeed(bytes_per_second=1e12))
+
+
+# ---- the rest of a step
+
+
+def _ranks_of(profile: Profile, stage: int) -> list[int]:
+    return [one.rank for one in profile.ranks if profile.plan.layout.coordinate(one.rank).pp_rank == stage]
+
+
+def _phase_seconds(timelines: Sequence[StepTimeline], ranks: Sequence[int], phases: set[str] | frozenset[str]) -> float:
+    """Mean over `ranks` of what these phases took, waits for other stages left out."""
+    return fmean(
+        sum(
+            piece.seconds
+            for piece in timeline.pieces[rank]
+            if piece.about in phases and piece.cause is not Cause.DEPENDENCY
+        )
+        for timeline in timelines
+        for rank in ranks
+    )

@@ -1,0 +1,71 @@
+"""`lime-dist profile`: record a short run, or show what was recorded. Nothing heavy is imported until one runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lime_dist.checkpoint.edges import ready_plan
+from lime_dist.cli.commands import add_config, add_nproc, ended, ready_on_ranks
+
+_STEPS = 10
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `profile` and its commands; `profile CONFIG` stands for `profile run CONFIG` (`spelled_out`)."""
+    parser = subparsers.add_parser(
+        "profile", help="where a step's time goes: `profile CONFIG` records a short run, `profile show RUN` tells"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_show(commands)
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """`profile CONFIG ...` with its `run`."""
+    if len(arguments) > 1 and arguments[0] == "profile" and arguments[1] not in ("run", "show", "-h", "--help"):
+        return ["profile", "run", *arguments[1:]]
+    return arguments
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("run", help="a few steps from the initial weights, recorded; started as `train` is")
+    add_config(parser)
+    add_nproc(parser)
+    parser.add_argument("--steps", type=_positive, default=_STEPS, metavar="N", help=f"to record (default: {_STEPS})")
+    parser.set_defaults(run=_run)
+
+
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("show", help="one screen: what waits, for what, and what to do")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder (its newest profile), or a profile's")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_show)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _run(args: argparse.Namespace) -> int:
+    code, folder = ready_on_ranks(args, ready_plan, "profile", args.steps)
+    if folder is not None:
+        _print(Path(folder))
+    return ended(code)
+
+
+def _show(args: argparse.Namespace) -> int:
+    _print(args.folder, as_json=args.json)
+    return 0
+
+
+def _print(folder: Path, *, as_json: bool = False) -> None:
+    from lime_dist.profiling.analysis import Analysis
+    from lime_dist.profiling.screen import profile_report, profile_screen
+
+    analysis = Analysis.read(folder)
+    parts = analysis.profile, analysis.account, analysis.path, analysis.sentences
+    print(json.dumps(profile_report(*parts)) if as_json else profile_screen(*parts))

@@ -1,0 +1,197 @@
+"""A profile as one terminal screen: three sentences, boundaries, ranks, the critical path. Pure data."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lime_dist.formats import format_bytes, format_rate
+from lime_dist.plan.table import align_columns
+from lime_dist.profiling.accounting import Account, BoundaryAccount, RankAccount
+from lime_dist.profiling.critical_path import Segment
+from lime_dist.profiling.profile_files import Profile
+from lime_dist.profiling.timeline import Cause
+
+MAX_RANKS = 16  # of the table; of more the slowest of each stage
+LONGEST_MESSAGES = 3
+
+
+def profile_screen(profile: Profile, account: Account, path: Sequence[Segment], sentences: Sequence[str]) -> str:
+    """path: of the step nearest to the mean."""
+    return "\n".join(
+        [
+            *_head(profile),
+            "",
+            *sentences,
+            "",
+            *_boundary_lines(account),
+            *([""] if account.boundaries else []),
+            *_rank_lines(account),
+            "",
+            *_path_lines(account, path),
+        ]
+    )
+
+
+def _head(profile: Profile) -> Iterator[str]:
+    plan = profile.plan
+    chunks = f", {plan.virtual_stages} virtual stages" if plan.virtual_stages > 1 else ""
+    first, last = profile.steps[0], profile.steps[-1]
+    steps = f"steps {first} to {last}" if last > first else f"step {first}"
+    yield (
+        f"{steps} of {plan.layout}{chunks}, {plan.schedule}, {plan.num_microbatches} microbatches, pattern "
+        f"{plan.transfer.pattern.name}, policy {plan.config.depth.policy}, on {profile.ranks[0].device}"
+    )
+    error, drift = 1e6 * profile.clock_error_seconds, 1e6 * profile.largest_drift
+    clocks = f"to {error:.0f} us, drift {drift:.1f} us/s" if error else "one clock"
+    yield f"times are of the mean step; clocks of ranks: {clocks}"
+
+
+def _boundary_lines(account: Account) -> list[str]:
+    if not account.boundaries:
+        return []
+    head = ("boundary", "", "sent", "planned", "on the link", "bandwidth", "alone before", "hidden", "exposed", "waited most for")  # fmt: skip
+    return align_columns(head, [_boundary_row(each) for each in account.boundaries])
+
+
+def _boundary_row(each: BoundaryAccount) -> tuple[str, ...]:
+    longest = max(each.exposed_by, key=lambda cargo: each.exposed_by[cargo])
+    return (
+        each.name,
+        each.direction,
+        format_bytes(each.sent_bytes),
+        format_bytes(each.planned_bytes),
+        _ms(each.busy),
+        format_rate(each.bytes_per_second),
+        "-" if each.measured is None else format_rate(each.measured.bytes_per_second),
+        f"{100 * each.hidden_share:.0f} %",
+        _ms(each.exposed),
+        longest if each.exposed_by[longest] > 0 else "-",
+    )
+
+
+_COLUMNS: dict[str, tuple[Cause, ...]] = {
+    "compute": (Cause.COMPUTE,),
+    "bubble": (Cause.DEPENDENCY,),
+    "queue": (Cause.QUEUE,),
+    "transfer": (Cause.TRANSFER,),
+    "tp": (Cause.TENSOR,),
+    "dp": (Cause.DATA_PARALLEL,),
+    "embedding": (Cause.EMBEDDING,),
+    "agreement": (Cause.AGREEMENT,),
+    "optimizer": (Cause.OPTIMIZER,),
+    "data": (Cause.DATA,),
+    "host": (Cause.HOST,),
+}
+
+
+def _rank_lines(account: Account) -> list[str]:
+    shown = _shown_ranks(account)
+    names = [name for name, causes in _COLUMNS.items() if any(_of(rank, causes) > 0 for rank in shown)]
+    with_cores = any(rank.without_core > 0 for rank in shown)
+    head = ("rank", "stage", "step", *names, *(("(without a core)",) if with_cores else ()))
+    rows = [
+        (
+            str(rank.rank),
+            str(rank.stage),
+            _ms(rank.step_seconds),
+            *(_ms(_of(rank, _COLUMNS[name])) for name in names),
+            *((_ms(rank.without_core),) if with_cores else ()),
+        )
+        for rank in shown
+    ]
+    left_out = len(account.ranks) - len(shown)
+    note = [f"{left_out} more ranks: of each stage the one that computes longest is shown"] if left_out else []
+    return [*align_columns(head, rows), *note]
+
+
+def _shown_ranks(account: Account) -> list[RankAccount]:
+    if len(account.ranks) <= MAX_RANKS:
+        return list(account.ranks)
+    by_stage: dict[int, list[RankAccount]] = defaultdict(list)
+    for rank in account.ranks:
+        by_stage[rank.stage].append(rank)
+    return [max(ranks, key=lambda one: one.seconds[Cause.COMPUTE]) for ranks in by_stage.values()]
+
+
+def _of(rank: RankAccount, causes: Sequence[Cause]) -> float:
+    return sum(rank.seconds[cause] for cause in causes)
+
+
+def _path_lines(account: Account, path: Sequence[Segment]) -> Iterator[str]:
+    total = sum(segment.seconds for segment in path)
+    parts = sorted(path_parts(path).items(), key=lambda part: -part[1])
+    named = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in parts[:6])
+    yield f"critical path, {_ms(total)}: {named}"
+    messages = sorted((one for one in path if one.kind == "message"), key=lambda one: -one.seconds)
+    if messages:
+        longest = "; ".join(f"{one.text}, {_ms(one.seconds)}" for one in messages[:LONGEST_MESSAGES])
+        yield f"longest messages on it: {longest}, of {_ms(total)}"
+
+
+def path_parts(path: Sequence[Segment]) -> dict[str, float]:
+    """Seconds of the path by where they are spent."""
+    parts: dict[str, float] = defaultdict(float)
+    for segment in path:
+        parts[_part(segment)] += segment.seconds
+    return dict(parts)
+
+
+def _part(segment: Segment) -> str:
+    if segment.kind == "compute":
+        return f"stage {segment.stage} computes"
+    if segment.kind == "message":
+        return f"messages over {segment.text.rsplit(' over ', 1)[1]}"
+    return {"collective": "collectives", "wait": "the step before", "host": "host and optimizer"}[segment.kind]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
+
+
+# ---- JSON
+
+
+def profile_report(
+    profile: Profile, account: Account, path: Sequence[Segment], sentences: Sequence[str]
+) -> dict[str, Any]:
+    """The same for scripts, in seconds and bytes."""
+    return {
+        "steps": list(profile.steps),
+        "step_seconds": account.step_seconds,
+        "bubble_share": account.bubble_share,
+        "clock_error_seconds": profile.clock_error_seconds,
+        "clock_drift": profile.largest_drift,
+        "sentences": list(sentences),
+        "boundaries": [
+            {
+                "boundary": each.name,
+                "direction": each.direction,
+                "planned_bytes": each.planned_bytes,
+                "sent_bytes": each.sent_bytes,
+                "busy_seconds": each.busy,
+                "transfer_seconds": each.transfer,
+                "exposed_seconds": each.exposed,
+                "exposed_by": dict(each.exposed_by),
+                "bytes_per_second": each.bytes_per_second,
+                "hidden_share": each.hidden_share,
+                "measured_bytes_per_second": None if each.measured is None else each.measured.bytes_per_second,
+            }
+            for each in account.boundaries
+        ],
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "stage": rank.stage,
+                "host": rank.host,
+                "step_seconds": rank.step_seconds,
+                "seconds": {cause.value: seconds for cause, seconds in rank.seconds.items()},
+                "without_core_seconds": rank.without_core,
+            }
+            for rank in account.ranks
+        ],
+        "critical_path": [
+            {"begin": one.begin, "end": one.end, "rank": one.rank, "kind": one.kind, "text": one.text} for one in path
+        ],
+    }
