@@ -226,6 +226,8 @@ class _Work:
                 spend(times.host())
             step.marks.append(self.now[rank])
         for phase in PHASES:
+            if phase == "flush":
+                yield from self._flush(rank)
             spend(times.phase(rank, phase))
             if phase in groups:
                 yield from self._meet(rank, groups[phase], step, times.others)
@@ -233,6 +235,14 @@ class _Work:
         arrivals = [channel.arrival(index) for channel, index in in_order]
         step.arrivals.extend(arrival for arrival in arrivals if arrival is not None)
         found[rank] = StepTimes(**{**vars(step), "sent_bytes": (sent[Kind.FORWARD], sent[Kind.BACKWARD])})
+
+    def _flush(self, rank: int) -> Iterator[None]:
+        """What was sent has left when it has arrived."""
+        for (sender, _, _), channel in list(self._channels.items()):
+            if sender == rank and channel.handed:
+                while (arrival := channel.arrival(len(channel.handed) - 1)) is None:
+                    yield
+                self.now[rank] = max(self.now[rank], arrival)
 
     def _channel(self, rank: int, operation: Operation) -> _Channel:
         sends = operation.verb is Verb.SEND
