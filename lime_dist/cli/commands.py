@@ -188,15 +188,15 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _rates(words: Words) -> tuple[Rates, str]:
-    """What the prediction goes by, and in words."""
+    """What the prediction goes by, and in words. Raises: ProfileError."""
     if words.profile is None:
         return words.machine.rates(), str(words.machine)
-    rates = words.on(_measured_rates(words.profile))
-    return rates, f"what was measured in {words.profile}"
+    from lime_dist.profiling.analysis import Analysis
+    from lime_dist.profiling.calibration import measured_rates
 
-
-def _measured_rates(folder: Path) -> Rates:
-    raise ConfigError(f"--predict: {folder}: cannot be read as a profile; give rate= and links= in its place")
+    analysis = Analysis.read(words.profile)
+    rates = words.on(measured_rates(analysis.profile, analysis.timelines))
+    return rates, f"what was measured in {analysis.profile.folder}"
 
 
 def _progress() -> Callable[[str], None]:
