@@ -55,7 +55,9 @@ def test_a_late_sender_on_a_fast_link_is_a_dependency() -> None:
     assert ms(profile, 1) == {Cause.COMPUTE: 20, Cause.DEPENDENCY: 20}
 
 
-@pytest.mark.parametrize("overrides", [(), ("pipeline.warmup=4",), ("pipeline.schedule=gpipe",), ("parallel.virtual_stages=2",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("pipeline.warmup=4",), ("pipeline.schedule=gpipe",), ("parallel.virtual_stages=2",)]
+)
 @pytest.mark.parametrize("seed", range(5))
 def test_infinitely_fast_links_are_never_waited_for(overrides: tuple[str, ...], seed: int) -> None:
     """However long each pass takes, also where the receiver posts long after the last message was handed over."""
@@ -71,7 +73,9 @@ def test_infinitely_fast_links_are_never_waited_for(overrides: tuple[str, ...], 
 def test_a_punctual_sender_on_a_slow_link_is_transfer() -> None:
     profile = recorded(make_plan(*TWO_STAGES, *ONE_MICROBATCH), Times(link=lambda *way: 7 * MS))
     assert ms(profile, 0) == {Cause.COMPUTE: 20, Cause.DEPENDENCY: 27, Cause.TRANSFER: 7}
-    assert ms(profile, 1) == {Cause.COMPUTE: 20, Cause.DEPENDENCY: 10, Cause.TRANSFER: 7 + 7}, "the last gradient leaves, too"
+    assert ms(profile, 1) == {Cause.COMPUTE: 20, Cause.DEPENDENCY: 10, Cause.TRANSFER: 7 + 7}, (
+        "the last gradient leaves, too"
+    )
     (forward, backward) = account_of(profile).boundaries
     assert (forward.name, forward.direction, backward.name, backward.direction) == ("0>1", "forward", "1>0", "backward")
     for each in (forward, backward):
@@ -115,9 +119,7 @@ def test_what_two_channels_share_is_half_queue() -> None:
     plan = make_plan("parallel.pp=3", LLAMA, "pipeline.num_microbatches=8")
     profile = recorded(plan, Times(link=lambda *way: 25 * MS))
     shared = [
-        delivery
-        for delivery in timeline_of(profile).deliveries
-        if any(share.part == 0.5 for share in delivery.shares)
+        delivery for delivery in timeline_of(profile).deliveries if any(share.part == 0.5 for share in delivery.shares)
     ]
     assert shared and all(1 in (delivery.sender, delivery.receiver) for delivery in shared)
     for delivery in shared:
