@@ -78,6 +78,11 @@ class Profile:
     ranks: tuple[RankRecord, ...]
     links: tuple[MeasuredLink, ...] = field(default=())
 
+    @property
+    def num_marks(self) -> int:
+        """All that was recorded of operations."""
+        return sum(len(step.marks) for rank in self.ranks for step in rank.steps)
+
     @cached_property
     def clock_error_seconds(self) -> float:
         """Of the rank whose clock is known worst."""

@@ -125,11 +125,11 @@ class _Step:
         collectives = self._collectives()
         ranks = [self._rank_step(record, collectives[record.rank]) for record in self._profile.ranks]
         deliveries = deliver(self._channels(ranks))
+        sent: dict[int, list[Delivery]] = {step.record.rank: [] for step in ranks}
+        for delivery in deliveries.values():
+            sent[delivery.sender].append(delivery)
         pieces = {
-            step.record.rank: tuple(
-                _Pieces(step, self._operations[self._stage(step.record.rank)], deliveries).all_pieces()
-            )
-            for step in ranks
+            rank: tuple(self._pieces(step, deliveries, sent[rank])) for step in ranks for rank in [step.record.rank]
         }
         return StepTimeline(
             step=self._profile.steps[self._index],
@@ -137,6 +137,12 @@ class _Step:
             pieces=pieces,
             deliveries=tuple(deliveries.values()),
         )
+
+    def _pieces(
+        self, step: _RankStep, deliveries: Mapping[tuple[int, int], Delivery], sent: Sequence[Delivery]
+    ) -> Iterator[Piece]:
+        operations = self._operations[self._stage(step.record.rank)]
+        return _Pieces(step, operations, deliveries, sent).all_pieces()
 
     def _stage(self, rank: int) -> int:
         return self._plan.layout.coordinate(rank).pp_rank
@@ -259,12 +265,16 @@ def _operations(plan: RunPlan, stage_index: int) -> tuple[Operation, ...]:
 
 
 class _Pieces:
-    """One rank's."""
+    """One rank's. sent: its own of `deliveries`."""
 
     def __init__(
-        self, step: _RankStep, operations: Sequence[Operation], deliveries: Mapping[tuple[int, int], Delivery]
+        self,
+        step: _RankStep,
+        operations: Sequence[Operation],
+        deliveries: Mapping[tuple[int, int], Delivery],
+        sent: Sequence[Delivery],
     ):
-        self._step, self._operations, self._deliveries = step, operations, deliveries
+        self._step, self._operations, self._deliveries, self._sent = step, operations, deliveries, sent
         self._collectives = sorted(step.collectives, key=lambda each: each.wait_begun)
         self._next_collective = 0
 
@@ -282,7 +292,10 @@ class _Pieces:
             yield from self._operation(operation, place, begin, ends[place])
             begin = ends[place]
         for phase, end in zip(PHASES, ends[len(self._operations) :], strict=True):
-            yield from self._with_collectives(begin, end, _CAUSES[phase], phase)
+            if phase == "flush":
+                yield from _flushing(self._sent, begin, end)
+            else:
+                yield from self._with_collectives(begin, end, _CAUSES[phase], phase)
             begin = end
 
     def _operation(self, operation: Operation, place: int, begin: float, end: float) -> Iterator[Piece]:
@@ -310,7 +323,6 @@ class _Pieces:
 
 
 _CAUSES = {
-    "flush": Cause.TRANSFER,
     "gradients": Cause.HOST,
     "norm": Cause.OPTIMIZER,
     "agreement": Cause.HOST,
@@ -319,11 +331,16 @@ _CAUSES = {
 }
 
 
+_TICK = 1e-9  # of the ranks' clocks, in seconds
+
+
 def _waiting(delivery: Delivery, operation: Operation, begin: float, end: float) -> Iterator[Piece]:
     """For a message: until it is handed over for its sender, then for the link, then what taking it in costs."""
     arrived = min(max(delivery.arrived, begin), end)
     handed = min(max(delivery.handed, begin), arrived)
-    carried = handed + (arrived - handed) - min(arrived - handed, delivery.transfer_behind(handed))
+    carried = max(handed, arrived - delivery.transfer_behind(handed))
+    if carried - handed < _TICK:  # what adding up the shares has lost
+        carried = handed
     for one, following, cause in (
         (begin, handed, Cause.DEPENDENCY),
         (handed, carried, Cause.QUEUE),
@@ -331,6 +348,17 @@ def _waiting(delivery: Delivery, operation: Operation, begin: float, end: float)
     ):
         yield Piece(one, following, cause, operation, delivery=delivery)
     yield Piece(arrived, end, Cause.HOST, operation)
+
+
+def _flushing(sent: Sequence[Delivery], begin: float, end: float) -> Iterator[Piece]:
+    """Until the last message has left: while its receiver computes and has not posted it yet, nothing is on the link."""
+    last = max(sent, key=lambda delivery: delivery.arrived, default=None)
+    if last is None or last.arrived <= begin:
+        yield Piece(begin, end, Cause.HOST, "flush")
+        return
+    posted = min(max(last.posted, begin), end)
+    yield Piece(begin, posted, Cause.DEPENDENCY, "flush", delivery=last)
+    yield Piece(posted, end, Cause.TRANSFER, "flush", delivery=last)
 
 
 def _in_collective(collective: Collective, begin: float, end: float, about: Operation | str) -> Iterator[Piece]:
