@@ -123,7 +123,9 @@ class _Step:
         sent: dict[int, list[Delivery]] = {step.record.rank: [] for step in ranks}
         for delivery in deliveries.values():
             sent[delivery.sender].append(delivery)
-        pieces = {rank: tuple(self._pieces(step, deliveries, sent[rank])) for step in ranks for rank in [step.record.rank]}
+        pieces = {
+            rank: tuple(self._pieces(step, deliveries, sent[rank])) for step in ranks for rank in [step.record.rank]
+        }
         return StepTimeline(
             step=self._profile.steps[self._index],
             layout=self._plan.layout,
