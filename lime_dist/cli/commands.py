@@ -78,7 +78,10 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "nodes and within one, latency=10us, node=8 ranks; or a run's folder, for what was measured there",
     )
     parser.add_argument(
-        "--sweep", type=int, metavar="N", help="with --predict: the fastest layouts of N ranks that fit run.memory"
+        "--sweep",
+        type=_positive,
+        metavar="N",
+        help="with --predict: the fastest layouts of N ranks that fit run.memory",
     )
     parser.set_defaults(run=_plan)
 
@@ -131,6 +134,13 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _positive(text: str) -> int:
+    problem = RANGES["parallel.dp"].problem(int(text))
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
+    return int(text)
+
+
 # ---- handlers
 
 
@@ -156,14 +166,17 @@ def _predict(args: argparse.Namespace) -> int:
     from lime_dist.plan.predict import compare_settings, prediction_report, prediction_table, without_limit
     from lime_dist.plan.sweep import sweep, sweep_report, sweep_table
 
+    for option in ("compare", "plot"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option}: is of the plan, which --predict does not show; give one of them")
     words = read_words(args.predict)
+    rates, assumptions = _rates(words)
     loaded = load_config(args.config, [*args.overrides, *words.overrides])
     # A layout that does not fit `run.memory` is what a prediction may mend.
     unlimited = ready_plan(without_limit(loaded)).config
     config = replace(unlimited, run=loaded.run)
     check_config(config)
     warn(find_warnings(config))
-    rates, assumptions = _rates(words)
     if args.sweep is not None:
         found = sweep(config, rates, args.sweep, _progress())
         report, text = {"sweep": sweep_report(found, rates, assumptions)}, sweep_table(found, rates, assumptions)
@@ -175,15 +188,15 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _rates(words: Words) -> tuple[Rates, str]:
-    """What the prediction goes by, and in words."""
+    """What the prediction goes by, and in words. Raises: ProfileError."""
     if words.profile is None:
         return words.machine.rates(), str(words.machine)
-    rates = words.on(_measured_rates(words.profile))
-    return rates, f"what was measured in {words.profile}"
+    from lime_dist.profiling.analysis import Analysis
+    from lime_dist.profiling.calibration import measured_rates
 
-
-def _measured_rates(folder: Path) -> Rates:
-    raise ConfigError(f"--predict: {folder}: cannot be read as a profile; give rate= and links= in its place")
+    analysis = Analysis.read(words.profile)
+    rates = words.on(measured_rates(analysis.profile, analysis.timelines))
+    return rates, f"what was measured in {analysis.profile.folder}"
 
 
 def _progress() -> Callable[[str], None]:

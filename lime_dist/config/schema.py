@@ -149,6 +149,7 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     steps: list[int] | None = None  # [first, last] to record, see `lime-dist profile`; None: none
+    kernels: bool = False  # by torch.profiler too, which slows these steps: all times are of slowed ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Protocol
 
-from lime_dist.plan.flops import BACKWARD_FACTOR
+from lime_dist.config import Config
+from lime_dist.plan.flops import BACKWARD_FACTOR, ChunkFlops
 from lime_dist.plan.memory import FP32
 from lime_dist.plan.messages import Point
 from lime_dist.plan.operations import Verb
 from lime_dist.plan.parameters import padded_vocab_size, plan_parameters
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Kind
-from lime_dist.plan.shape import DTYPE_BYTES
+from lime_dist.plan.shape import DTYPE_BYTES, BundleShape
 from lime_dist.plan.stages import ChunkPlan, StagePlan
+from lime_dist.plan.transfer import ChunkTransfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +110,35 @@ def costs_of(plan: RunPlan, rates: Rates) -> Costs:
 # ---- passes
 
 
-def pass_seconds(plan: RunPlan, rates: Rates, chunk: ChunkPlan, kind: Kind) -> tuple[float, float]:
+class Work(Protocol):
+    """Of a chunk: what its passes compute."""
+
+    @property
+    def layers(self) -> range: ...
+    @property
+    def transfer(self) -> ChunkTransfer: ...
+    @property
+    def shape(self) -> BundleShape: ...
+    @property
+    def flops(self) -> ChunkFlops: ...
+
+
+def pass_seconds(config: Config, rates: Rates, work: Work, kind: Kind) -> tuple[float, float]:
     """Of the chunk's layers, and of the head."""
-    config, flops = plan.config, chunk.flops
+    flops = work.flops
     tokens = config.microbatch_size * config.data.seq_length / config.parallel.tp
     recomputed = config.parallel.recompute == "layer"
     head_factor = 1 if kind is Kind.FORWARD else BACKWARD_FACTOR
     factor = head_factor if kind is Kind.FORWARD else head_factor + recomputed
     seconds = flops.layers * rates.seconds_per_flop[kind] + flops.routing * rates.seconds_per_routing_flop[kind]
-    collectives = _collectives(plan, rates, chunk) * (1 + (recomputed and kind is Kind.BACKWARD))
+    collectives = _collectives(config.parallel.tp, rates, work) * (1 + (recomputed and kind is Kind.BACKWARD))
     return factor * tokens * seconds + collectives, head_factor * tokens * flops.head * rates.seconds_per_flop[kind]
 
 
 def _runs(plan: RunPlan, rates: Rates, chunk: ChunkPlan, kind: Kind) -> tuple[float, ...]:
     """Routing is taken to be spread over the layers evenly. The head is at the end of a forward and the beginning of a backward."""
     until = [operation.until for operation in chunk.operations[kind] if operation.verb is Verb.RUN]
-    layers, head = pass_seconds(plan, rates, chunk, kind)
+    layers, head = pass_seconds(plan.config, rates, chunk, kind)
     done = [0.0, *(_share_done(point, chunk.layers, kind) for point in until)]
     seconds = [layers * (end - begin) + rates.run_seconds for begin, end in zip(done, done[1:])]
     seconds[-1 if kind is Kind.FORWARD else 0] += head
@@ -137,17 +153,15 @@ def _share_done(point: Point | None, layers: range, kind: Kind) -> float:
     return (before + 0.5) / len(layers)
 
 
-def _collectives(plan: RunPlan, rates: Rates, chunk: ChunkPlan) -> float:
+def _collectives(tp: int, rates: Rates, work: Work) -> float:
     """Of a pass either way: two all-reduces of the residual a layer, or the reduce-scatters and all-gathers that come to the
     same bytes; for each entry one all-to-all from heads to tokens, for each reader one back."""
-    tp, shape = plan.layout.tp, chunk.shape
     if tp == 1 or not rates.tensor_collectives:
         return 0.0
-    link, num_layers = rates.link(tp - 1), len(chunk.layers)
-    num_exchanges = len(chunk.transfer.own_entries(chunk.layers))
-    num_exchanges += sum(reader in chunk.layers for reader in chunk.transfer.reads)
+    layers, transfer, shape, link = work.layers, work.transfer, work.shape, rates.link(tp - 1)
+    num_exchanges = len(transfer.own_entries(layers)) + sum(reader in layers for reader in transfer.reads)
     reduced = link.seconds(2 * (tp - 1) / tp * shape.residual_bytes * tp)
-    return 2 * num_layers * reduced + num_exchanges * link.seconds((tp - 1) / tp * shape.entry_bytes)
+    return 2 * len(layers) * reduced + num_exchanges * link.seconds((tp - 1) / tp * shape.entry_bytes)
 
 
 # ---- links, and the end of a step

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lime_dist.config.reading import nearest
 from lime_dist.errors import ConfigError, shown
-from lime_dist.formats import format_si
 from lime_dist.plan.costs import LinkSpeed, Rates
 from lime_dist.plan.schedule import Kind
 
@@ -49,9 +48,9 @@ class Machine:
         )
 
     def __str__(self) -> str:
-        between, within = map(format_si, self.links)
+        between, within = map(_shown, self.links)
         return (
-            f"{format_si(self.rate)}FLOP/s a device whatever the microbatch's size, routing at 1/{ROUTING_SLOWDOWN} of it; links "
+            f"{_shown(self.rate)}FLOP/s a device whatever the microbatch's size, routing at 1/{ROUTING_SLOWDOWN} of it; links of "
             f"{between}B/s between nodes and {within}B/s within one of {self.node_size} ranks, {self.latency * 1e6:g} us a message; "
             "tensor collectives and the replicas' reduction by their bytes and not overlapped; nothing for data, optimiser and host"
         )
@@ -160,6 +159,12 @@ def _parse_node(text: str) -> float | None:
 
 def _positive(number: float) -> float | None:
     return number if 0 < number and isfinite(number) else None
+
+
+def _shown(number: float) -> str:
+    """As `parse_rate` and `parse_speed` read it, but for the unit."""
+    prefix = next((one for one in "PTGM" if number >= _PREFIXES[one]), "k")
+    return f"{number / _PREFIXES[prefix]:g} {prefix}"
 
 
 _READERS: dict[str, tuple[int, Callable[[str], float | None]]] = {  # the most values, and how one is read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from textwrap import fill
 from typing import Any
 
 from lime_dist.config import Config, check_config, parse_config
@@ -15,10 +16,14 @@ from lime_dist.config.reading import to_dict
 from lime_dist.errors import ConfigError, LayoutError
 from lime_dist.formats import format_bytes
 from lime_dist.plan.costs import Rates, costs_of, pass_seconds
+from lime_dist.plan.flops import ChunkFlops, chunk_flops
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import Kind
+from lime_dist.plan.shape import BundleShape, plan_shape
 from lime_dist.plan.simulate import Simulated, simulate_long
-from lime_dist.plan.table import align_columns
+from lime_dist.plan.stages import plan_transfer_of
+from lime_dist.plan.table import MAX_WIDTH, align_columns
+from lime_dist.plan.transfer import ChunkTransfer
 
 # arXiv 2502.09245v2, 150M parameters: validation perplexity over that of the full pattern, in per cent.
 PERPLEXITY = {
@@ -31,6 +36,11 @@ PERPLEXITY = {
     "first:6": 0.40,
     "full": 0.0,
 }
+QUALITY_NOTE = (
+    "quality: perplexity over the full pattern's in the paper (arXiv 2502.09245, 150M parameters), whose last j may count the "
+    "layer's own entry; last:j here reads j earlier ones"
+)
+HEAD = ("setting", "step", "against today", "bubble", "exposed", "memory/rank", "quality")
 PATTERNS = ("first:2", "first:4", "last:4", "within_stage+first:2", "block:4")
 SHOWN = 8  # of the other settings, the fastest
 WORTH_IT = 0.01  # of a step: less is not advised
@@ -39,7 +49,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is changed of a config, by key, ascending in no order but that of changing. keeps_model: whether it trains the same."""
+    """changes: of a config, value by key. keeps_model: whether the same model is trained."""
 
     changes: Mapping[str, str]
     keeps_model: bool = True
@@ -100,14 +110,13 @@ def without_limit(config: Config) -> Config:
 
 def predict(config: Config, rates: Rates, setting: Setting) -> Prediction:
     """Of a checked config. Raises: ConfigError where the setting does not fit it."""
-    plan = plan_unlimited(setting.of(config))
-    limit = config.run.memory_bytes
-    return Prediction(
-        setting=setting,
-        plan=plan,
-        simulated=simulate_long(plan, costs_of(plan, rates)),
-        fits=limit is None or all(memory.total_bytes <= limit for memory in plan.memory),
-    )
+    plan, limit = plan_unlimited(setting.of(config)), config.run.memory_bytes
+    fits = limit is None or all(memory.total_bytes <= limit for memory in plan.memory)
+    return predict_plan(plan, rates, setting, fits=fits)
+
+
+def predict_plan(plan: RunPlan, rates: Rates, setting: Setting, *, fits: bool) -> Prediction:
+    return Prediction(setting=setting, plan=plan, simulated=simulate_long(plan, costs_of(plan, rates)), fits=fits)
 
 
 # ---- other settings
@@ -120,11 +129,12 @@ def options(config: Config, rates: Rates) -> Iterator[tuple[str, Setting]]:
         others = [pattern for pattern in PATTERNS if pattern != depth.name]
         yield from (("depth", Setting(changes={"depth.pattern": one}, keeps_model=False)) for one in others)
         yield "depth", Setting(changes={"depth.router": "none"}, keeps_model=False)
-        yield "policy", Setting(changes={"depth.policy": "relay" if depth.policy == "least" else "least"})
     for number in _microbatch_numbers(config):
         yield "microbatches", Setting(changes={"pipeline.num_microbatches": str(number)})
     if parallel.pp == 1:
         return
+    if depth.router != "none":
+        yield "policy", Setting(changes={"depth.policy": "relay" if depth.policy == "least" else "least"})
     yield from _warmups(config)
     for virtual_stages in {1, 2, 4} - {parallel.virtual_stages}:
         changes = {"parallel.virtual_stages": str(virtual_stages)} | _reset(config, partition=True)
@@ -196,12 +206,25 @@ def _moved(counts: list[int], seconds: list[float]) -> Iterator[list[int]]:
 
 def _stage_seconds(config: Config, rates: Rates, counts: list[int]) -> list[float]:
     """Of a microbatch forward and backward."""
-    pipeline = replace(config.pipeline, partition=counts)
-    plan = plan_run(without_limit(replace(config, pipeline=pipeline)))
-    return [
-        sum(sum(pass_seconds(plan, rates, chunk, kind)) for chunk in stage.chunks for kind in Kind)
-        for stage in plan.stages
-    ]
+    config = replace(config, pipeline=replace(config.pipeline, partition=counts))
+    transfer, shape = plan_transfer_of(config), plan_shape(config)
+    chunks = [_ChunkWork(layers, transfer.chunk(chunk), shape, config) for chunk, layers in enumerate(config.chunks)]
+    seconds = [sum(sum(pass_seconds(config, rates, chunk, kind)) for kind in Kind) for chunk in chunks]
+    return [sum(seconds[stage :: config.parallel.pp]) for stage in range(config.parallel.pp)]
+
+
+@dataclass(frozen=True)
+class _ChunkWork:
+    """Without the messages, which take longest to plan."""
+
+    layers: range
+    transfer: ChunkTransfer
+    shape: BundleShape
+    config: Config
+
+    @property
+    def flops(self) -> ChunkFlops:
+        return chunk_flops(self.config, self.transfer, self.layers)
 
 
 # ---- today's and others
@@ -228,13 +251,18 @@ class Comparison:
 
     @property
     def best_pattern(self) -> Prediction | None:
-        """Of those whose loss of quality is known and small: less than without reading any."""
-        return self._best(lambda one: not one.setting.keeps_model and (one.perplexity or 9.0) < PERPLEXITY["last:6"])
+        """Of those whose loss of quality is known and small."""
+        return self._best(lambda one: not one.setting.keeps_model and _is_cheap(one))
 
     def _best(self, suits: Callable[[Prediction], bool]) -> Prediction | None:
         suiting = [one for one in (*self.singles, self.combination) if one is not None and one.fits and suits(one)]
         best = min(suiting, key=lambda one: one.step_seconds, default=None)
-        return best if best is not None and best.against(self.today) <= -WORTH_IT else None
+        is_wanted = best is not None and (not self.today.fits or best.against(self.today) <= -WORTH_IT)
+        return best if is_wanted else None
+
+
+def _is_cheap(one: Prediction) -> bool:
+    return one.perplexity is not None and one.perplexity < PERPLEXITY["last:6"]
 
 
 def compare_settings(config: Config, rates: Rates, progress: Progress = lambda text: None) -> Comparison:
@@ -308,15 +336,15 @@ def _report(one: Prediction, today: Prediction) -> dict[str, Any]:
 
 
 def prediction_table(comparison: Comparison, assumptions: str) -> str:
-    head = "setting", "step", "against today", "bubble", "exposed", "memory/rank", "quality"
-    lines = align_columns(head, [_row(one, comparison.today) for one in comparison.shown])
-    notes = [
-        advice(comparison),
-        f"assumed: {assumptions}",
-        "quality: perplexity over the full pattern's in the paper (arXiv 2502.09245, 150M parameters), whose last j may count the "
-        "layer's own entry; last:j here reads j earlier ones",
-    ]
-    return "\n".join([*lines, *notes])
+    rows = [HEAD, *(_row(one, comparison.today) for one in comparison.shown)]
+    width = max(len(row[0]) for row in rows)
+    head, *others = [(row[0].ljust(width), *row[1:]) for row in rows]
+    notes = (advice(comparison), f"assumed: {assumptions}", QUALITY_NOTE)
+    return "\n".join([*align_columns(head, others), "", *map(wrapped, notes)])
+
+
+def wrapped(note: str) -> str:
+    return fill(note, width=MAX_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _row(one: Prediction, today: Prediction) -> tuple[str, ...]:
@@ -332,10 +360,10 @@ def _row(one: Prediction, today: Prediction) -> tuple[str, ...]:
 
 
 def _quality(one: Prediction) -> str:
-    known = "" if one.perplexity is None else f"+{one.perplexity:.2f} %"
     if one.setting.keeps_model:
-        return known or "same model"
-    return f"{known or 'not known'}, changes the model"
+        return "same model"
+    known = "not known" if one.perplexity is None else f"+{one.perplexity:.2f} %"
+    return f"{known}, changes the model"
 
 
 def format_seconds(seconds: float) -> str:
@@ -345,11 +373,13 @@ def format_seconds(seconds: float) -> str:
 def advice(comparison: Comparison) -> str:
     """One sentence: what to try first."""
     today, same, pattern = comparison.today, comparison.best_of_the_same_model, comparison.best_pattern
+    begin = "" if today.fits else "today's setting is over run.memory; "
     if same is not None:
-        return f"try first: {_gain(same, today)}, and the model stays as it is{_or_else(pattern, same, today)}"
+        return f"{begin}try first: {_gain(same, today)}, and the model stays as it is{_or_else(pattern, same, today)}"
     if pattern is not None:
-        return f"nothing that keeps the model helps by 1 %; {_gain(pattern, today)} for {_price(pattern, today)}"
-    return "nothing here is 1 % faster and fits: keep today's setting"
+        nothing = "helps by 1 %" if today.fits else "fits"
+        return f"{begin}nothing that keeps the model {nothing}; {_gain(pattern, today)} for {_price(pattern, today)}"
+    return "nothing here is 1 % faster and fits: keep today's setting" if today.fits else "nothing here fits run.memory"
 
 
 def _gain(one: Prediction, today: Prediction) -> str:

@@ -182,7 +182,8 @@ class _Simulation:
         self._costs, self._cores = costs, inf if costs.cores is None else costs.cores
         self._now = self._processed = 0.0
         self._computing: list[tuple[float, int]] = []
-        self._events: list[tuple[float, int, int, _Flow | None]] = []  # time, order, version or stage, flow
+        # Time, order of making, flow and its version then (another by now: it has got another speed); no flow: a stage begins.
+        self._events: list[tuple[float, int, int, _Flow | None]] = []
         self._num_events = 0
         self._links = {way: _Link(speed) for way, speed in costs.links.items()}
         self._ways = self._plan_ways(stages)
@@ -407,7 +408,7 @@ class _Simulation:
             dependency=stage.dependency,
             queue=stage.queue,
             transfer=stage.transfer,
-            drain=step - stage.finished - end,
+            drain=max(0.0, step - stage.finished - end),
             end=end,
         )
 

@@ -10,33 +10,36 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import accumulate, product
 from typing import Any
 
 from lime_dist.config import Config
 from lime_dist.errors import ConfigError, LayoutError
 from lime_dist.formats import format_bytes, format_si
-from lime_dist.plan.costs import Rates
+from lime_dist.plan.costs import Costs, Rates, costs_of
 from lime_dist.plan.flops import BACKWARD_FACTOR, layer_flops_per_token
 from lime_dist.plan.partition import plan_partition
-from lime_dist.plan.predict import Prediction, Progress, Setting, format_seconds, plan_unlimited, predict
+from lime_dist.plan.predict import Prediction, Progress, Setting, format_seconds, plan_unlimited, predict_plan, wrapped
+from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Kind
 from lime_dist.plan.shape import DTYPE_BYTES
 from lime_dist.plan.table import align_columns
 
 VIRTUAL_STAGES = (1, 2, 4)
 SHOWN = 10
+HEAD = ("step", "tokens/s", "of the rate", "bubble", "exposed", "memory/rank", "setting")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """best: those that fit `run.memory`, the fastest first. num_layouts: that the model and its batch allow. num_planned: of
-    those, that had to be looked at."""
+    """best: those that fit `run.memory`, the fastest first. num_layouts: that the model and its batch allow. num_simulated: of
+    those, that could be among the fastest."""
 
     num_ranks: int
     best: tuple[Prediction, ...]
     num_layouts: int
-    num_planned: int
+    num_simulated: int
 
 
 def sweep(config: Config, rates: Rates, num_ranks: int, progress: Progress = lambda text: None) -> Sweep:
@@ -44,39 +47,42 @@ def sweep(config: Config, rates: Rates, num_ranks: int, progress: Progress = lam
 
     Raises: ConfigError without that limit, or where no layout is within it.
     """
-    if config.run.memory_bytes is None:
+    limit = config.run.memory_bytes
+    if limit is None:
         raise ConfigError("--sweep: needs what a rank may take of its device; set run.memory=70GiB")
-    settings = sorted(
-        (_bound(config, rates, one), index, one)
-        for index, one in enumerate(_layouts(config, num_ranks, rates.node_size))
-    )
+    candidates = [_Candidate(sizes) for sizes in _layouts(config, num_ranks, rates.node_size)]
+    waiting = [(_bound(config, rates, one.sizes), index, one) for index, one in enumerate(candidates)]
+    heapify(waiting)
     best: list[tuple[float, int, Prediction]] = []
-    smallest, num_planned = None, 0
-    for bound, index, sizes in settings:
-        if len(best) >= SHOWN and bound >= best[SHOWN - 1][0]:
-            break
-        progress(f"layout {num_planned + 1} of at most {len(settings)}: {sizes}")
-        num_planned += 1
-        found = _predict(config, rates, sizes)
-        if isinstance(found, int):
-            smallest = found if smallest is None else min(found, smallest)
-        elif found is not None:
+    while waiting and (len(best) < SHOWN or waiting[0][0] < best[SHOWN - 1][0]):
+        bound, index, one = heappop(waiting)
+        progress(f"{one.sizes}: at least {format_seconds(bound)}, {len(waiting)} layouts are left")
+        if one.plan is None:
+            one.plan = _find_plan(config, one.sizes)
+            if one.plan is not None and one.memory_bytes <= limit:
+                heappush(waiting, (max(bound, _planned_bound(one.plan, costs_of(one.plan, rates))), index, one))
+        else:
+            found = one.predicted(config, rates)
             insort(best, (found.step_seconds, index, found))
     if not best:
-        raise _none_fits(config, num_ranks, smallest)
-    predictions = tuple(one for _, _, one in best[:SHOWN])
-    return Sweep(num_ranks=num_ranks, best=predictions, num_layouts=len(settings), num_planned=num_planned)
+        raise _none_fits(config, num_ranks, [one.memory_bytes for one in candidates if one.plan is not None])
+    return Sweep(
+        num_ranks=num_ranks,
+        best=tuple(one for _, _, one in best[:SHOWN]),
+        num_layouts=len(candidates),
+        num_simulated=len(best),
+    )
 
 
-def _none_fits(config: Config, num_ranks: int, smallest: int | None) -> ConfigError:
-    if smallest is None:
+def _none_fits(config: Config, num_ranks: int, needs: list[int]) -> ConfigError:
+    if not needs:
         return LayoutError(
             f"--sweep: no layout of {num_ranks} ranks suits the model and data.global_batch_size="
             f"{config.data.global_batch_size}; give another number of ranks"
         )
     return LayoutError(
         f"run.memory: {config.run.memory}, but a rank of the smallest layout of {num_ranks} ranks needs about "
-        f"{format_bytes(smallest)}; raise run.memory or the number of ranks"
+        f"{format_bytes(min(needs))}; raise run.memory or the number of ranks"
     )
 
 
@@ -139,28 +145,61 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // one for one in small)})
 
 
-def _predict(config: Config, rates: Rates, sizes: _Sizes) -> Prediction | int | None:
-    """Bytes of the fullest rank where that is too much; None where something else does not fit."""
-    setting, limit = sizes.setting(config), config.run.memory_bytes
+@dataclass
+class _Candidate:
+    """plan: None until it is looked at, or where it does not fit the model."""
+
+    sizes: _Sizes
+    plan: RunPlan | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the fullest rank."""
+        assert self.plan is not None
+        return max(memory.total_bytes for memory in self.plan.memory)
+
+    def predicted(self, config: Config, rates: Rates) -> Prediction:
+        assert self.plan is not None
+        return predict_plan(self.plan, rates, self.sizes.setting(config), fits=True)
+
+
+def _find_plan(config: Config, sizes: _Sizes) -> RunPlan | None:
     try:
-        plan = plan_unlimited(setting.of(config))
-        most = max(memory.total_bytes for memory in plan.memory)
-        return most if limit is not None and most > limit else predict(config, rates, setting)
+        return plan_unlimited(sizes.setting(config).of(config))
     except ConfigError:
-        return None
+        return None  # its microbatches do not suit its stages, or ZeRO's stage its pipeline
 
 
 # ---- what a layout cannot beat
 
 
 def _bound(config: Config, rates: Rates, sizes: _Sizes) -> float:
-    """Seconds of a step, without routing, latency and waits."""
+    """Seconds of a step before it is planned: routing as if it were spread evenly, no latency, no waits."""
     tokens = config.tokens_per_step / (sizes.dp * sizes.num_microbatches)
     chunks = _chunk_seconds(config, rates, sizes, tokens)
     first, stages = chunks[: sizes.pp], [sum(chunks[stage :: sizes.pp]) for stage in range(sizes.pp)]
-    ways = accumulate(first, initial=0.0)  # to each stage and back
-    passes = max(way + sizes.num_microbatches * seconds for way, seconds in zip(ways, stages))
+    even = sizes.num_microbatches * (sum(chunks) + _routing_seconds(config, rates, sizes, tokens)) / sizes.pp
+    passes = max(even, _passes_seconds(first, stages, sizes.num_microbatches))
     return max(passes, _wire_seconds(config, rates, sizes, tokens)) + _reduction_seconds(config, rates, sizes)
+
+
+def _passes_seconds(first: Sequence[float], stages: Sequence[float], num_microbatches: int) -> float:
+    """first, stages: forward and backward of a microbatch, through each stage's first chunk and through all."""
+    ways = accumulate(first, initial=0.0)  # of the first one to each stage, and of the last one back
+    return max(way + num_microbatches * seconds for way, seconds in zip(ways, stages))
+
+
+def _planned_bound(plan: RunPlan, costs: Costs) -> float:
+    """The same of a plan: every pass and every message counted, no waits."""
+    num_stages, number = len(plan.stages), plan.num_microbatches
+    chunks = [sum(sum(costs.runs[chunk.chunk, kind]) for kind in Kind) for chunk in plan.chunks]
+    stages = [sum(chunks[stage::num_stages]) for stage in range(num_stages)]
+    wires = [0.0] * num_stages
+    for chunk in plan.chunks:
+        for message in (message for kind in Kind for message in chunk.sent[kind]):
+            way = message.from_chunk % num_stages, message.to_chunk % num_stages
+            wires[way[0]] += number * message.num_bytes / costs.links[way].bytes_per_second
+    return max(_passes_seconds(chunks[:num_stages], stages, number), *wires) + max(costs.end_seconds)
 
 
 def _chunk_seconds(config: Config, rates: Rates, sizes: _Sizes, tokens: float) -> list[float]:
@@ -178,6 +217,15 @@ def _chunk_seconds(config: Config, rates: Rates, sizes: _Sizes, tokens: float) -
         len(layers) * seconds for layers in plan_partition(model.num_layers, sizes.pp, "auto", sizes.virtual_stages)
     ]
     return [*chunks[:-1], chunks[-1] + head]
+
+
+def _routing_seconds(config: Config, rates: Rates, sizes: _Sizes, tokens: float) -> float:
+    """Of a microbatch through all stages: every edge is added once, somewhere."""
+    pattern = config.pattern
+    num_reads = sum(len(sources) for layer, sources in enumerate(pattern.sources) if pattern.has_router(layer))
+    seconds = rates.seconds_per_routing_flop
+    factor = seconds[Kind.FORWARD] + BACKWARD_FACTOR * seconds[Kind.BACKWARD]
+    return tokens / sizes.tp * num_reads * pattern.routing.read_flops(config.model) * factor
 
 
 def _wire_seconds(config: Config, rates: Rates, sizes: _Sizes, tokens: float) -> float:
@@ -209,7 +257,7 @@ def sweep_report(found: Sweep, rates: Rates, assumptions: str) -> dict[str, Any]
         "assumptions": assumptions,
         "ranks": found.num_ranks,
         "layouts": found.num_layouts,
-        "layouts_planned": found.num_planned,
+        "layouts_simulated": found.num_simulated,
         "best": [_report(one, rates, found.num_ranks) for one in found.best],
     }
 
@@ -235,19 +283,18 @@ def share_of_rate(one: Prediction, rates: Rates, num_ranks: int) -> float:
 
 
 def sweep_table(found: Sweep, rates: Rates, assumptions: str) -> str:
-    head = "step", "tokens/s", "of the rate", "bubble", "exposed", "memory/rank", "setting"
-    lines = align_columns(head, [_row(one, rates, found.num_ranks) for one in found.best])
-    return "\n".join(
-        [
-            *lines,
-            f"the fastest of {found.num_layouts} layouts of {found.num_ranks} ranks, of which {found.num_planned} had to be "
-            f"simulated; try first: {found.best[0].setting}",
-            f"assumed: {assumptions}",
-        ]
+    rows = [HEAD, *(_row(one, rates, found.num_ranks) for one in found.best)]
+    width = max(len(row[-1]) for row in rows)
+    head, *others = [(*row[:-1], row[-1].ljust(width)) for row in rows]
+    notes = (
+        f"the fastest of {found.num_layouts} layouts of {found.num_ranks} ranks, of which {found.num_simulated} had to be "
+        f"simulated; try first: {found.best[0].setting}",
+        f"assumed: {assumptions}",
     )
+    return "\n".join([*(line.rstrip() for line in align_columns(head, others)), "", *map(wrapped, notes)])
 
 
-def _row(one: Prediction, rates: Rates, num_ranks: int) -> Sequence[str]:
+def _row(one: Prediction, rates: Rates, num_ranks: int) -> tuple[str, ...]:
     report = _report(one, rates, num_ranks)
     return (
         format_seconds(one.step_seconds),

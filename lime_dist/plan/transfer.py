@@ -80,12 +80,12 @@ class ChunkTransfer:
             return ()
         return tuple(sorted({*self.received.partial_sums, *self.sent.partial_sums, *self.added_before}))
 
-    @property
+    @cached_property
     def added(self) -> frozenset[int]:
         """The sources that the chunk adds into sums of readers."""
         return frozenset(source for sources in self.reads.values() for source in sources)
 
-    @property
+    @cached_property
     def added_before(self) -> frozenset[int]:
         """The readers to whose sums entries are added before the chunk's layers run: those received or kept."""
         not_own = {*self.received.raw_entries, *(entry for entries in self.kept.values() for entry in entries)}

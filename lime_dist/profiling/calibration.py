@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
+import numpy
+
 from lime_dist.layout import Coordinate
 from lime_dist.plan.costs import Costs, LinkSpeed, MoveCost, Rates, pass_seconds
 from lime_dist.plan.operations import Verb
@@ -25,12 +27,13 @@ _END_PHASES = frozenset(("gradients", "norm", "agreement", "update", "record"))
 def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
     """With which any plan of the model can be priced."""
     cores = cores_of_a_replica(profile)
-    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None)
+    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None, apart=True)
+    per_flop = {kind: operations.seconds_per_flop(kind) for kind in Kind}
     stages = [_ranks_of(profile, stage) for stage in range(len(profile.plan.stages))]
     return Rates(
-        seconds_per_flop=operations.seconds_per_flop,
-        seconds_per_routing_flop=operations.seconds_per_flop,
-        within_node=_slowest(links := measured_links(profile, timelines)),
+        seconds_per_flop={kind: layers for kind, (layers, _) in per_flop.items()},
+        seconds_per_routing_flop={kind: routing for kind, (_, routing) in per_flop.items()},
+        within_node=_slowest(links := measured_links(timelines)),
         between_nodes=_slowest(links),
         links=links,
         moves=operations.moves,
@@ -41,7 +44,8 @@ def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates
 
 
 def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tuple[int, int]) -> Costs:
-    """Of the profile's own plan, each pass of each stage as long as it was: what shared cores cost is in it.
+    """Of the profile's own plan, each pass of each stage as long as it was: what shared cores cost is in it, and what its
+    messages take of the host, which is laid on the next RUN.
 
     pipeline: whose stages, by tensor rank and replica.
     """
@@ -50,13 +54,12 @@ def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tu
         layout.global_rank(Coordinate(pp_rank=stage, tp_rank=pipeline[0], dp_rank=pipeline[1]))
         for stage in range(layout.pp)
     ]
-    operations = _Operations(profile, ranks, by_core=False)
+    operations = _Operations(profile, ranks, by_core=False, apart=False)
     return Costs(
         runs=operations.runs,
-        links=measured_links(profile, timelines),
+        links=measured_links(timelines, frozenset(ranks)),
         data_seconds=tuple(_phase_seconds(timelines, [rank], {"data"}) for rank in ranks),
         end_seconds=tuple(_phase_seconds(timelines, [rank], _END_PHASES) for rank in ranks),
-        moves=operations.moves,
     )
 
 
@@ -73,10 +76,13 @@ def cores_of_a_replica(profile: Profile) -> float | None:
 
 
 class _Operations:
-    """Mean seconds of each, of all steps of some ranks. by_core: only those in which a rank had a core."""
+    """Mean seconds of each, of all steps of some ranks.
 
-    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool):
-        self._profile, self._by_core = profile, by_core
+    by_core: only those in which a rank had a core. apart: what messages take of the host is not laid on the next RUN.
+    """
+
+    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool, apart: bool):
+        self._profile, self._by_core, self._apart = profile, by_core, apart
         self._runs: dict[tuple[int, Kind], list[list[float]]] = defaultdict(list)
         self._moves: dict[Verb, list[float]] = defaultdict(list)
         self._other_threads = 0.0  # of a step, of all ranks
@@ -89,15 +95,19 @@ class _Operations:
 
     def _add(self, operations: Iterable[Timed]) -> None:
         of_pass: list[float] = []
+        on_host = 0.0
         for timed in operations:
             seconds = timed.busy if self._by_core and timed.busy is not None else timed.seconds - timed.collective
             if timed.operation.verb is Verb.RUN:
-                of_pass.append(seconds + timed.collective)
+                of_pass.append(seconds + timed.collective + on_host)
+                on_host = 0.0
                 if timed.operation.until == "behind":
                     self._runs[timed.operation.action.chunk, timed.operation.action.kind].append(of_pass)
                     of_pass = []
-            elif timed.operation.verb is not Verb.AWAIT or self._by_core:
+            elif self._by_core or self._apart and timed.operation.verb is not Verb.AWAIT:
                 self._moves[timed.operation.verb].append(seconds)
+            elif timed.operation.verb is not Verb.AWAIT:
+                on_host += seconds
 
     @property
     def runs(self) -> dict[tuple[int, Kind], tuple[float, ...]]:
@@ -114,30 +124,53 @@ class _Operations:
             if seconds
         }
 
-    @property
-    def seconds_per_flop(self) -> dict[Kind, float]:
-        plan = self._profile.plan
-        unit = Rates(
-            seconds_per_flop=dict.fromkeys(Kind, 1.0),
-            seconds_per_routing_flop=dict.fromkeys(Kind, 1.0),
-            within_node=LinkSpeed(bytes_per_second=1.0),
-            between_nodes=LinkSpeed(bytes_per_second=1.0),
+    def seconds_per_flop(self, kind: Kind) -> tuple[float, float]:
+        """Of layers and head, and of routing."""
+        chunks, runs = self._profile.plan.chunks, self.runs
+        of_layers, of_routing = (
+            [sum(pass_seconds(self._profile.plan.config, rates, chunk, kind)) for chunk in chunks] for rates in _UNITS
         )
-        return {
-            kind: sum(sum(self.runs[chunk.chunk, kind]) for chunk in plan.chunks)
-            / sum(sum(pass_seconds(plan, unit, chunk, kind)) for chunk in plan.chunks)
-            for kind in Kind
-        }
+        return _fitted(of_layers, of_routing, [sum(runs[chunk.chunk, kind]) for chunk in chunks])
+
+
+def _unit(layers: float, routing: float) -> Rates:
+    """With which a pass takes as many seconds as it has operations of these."""
+    none = LinkSpeed(bytes_per_second=1.0)
+    return Rates(
+        seconds_per_flop=dict.fromkeys(Kind, layers),
+        seconds_per_routing_flop=dict.fromkeys(Kind, routing),
+        within_node=none,
+        between_nodes=none,
+    )
+
+
+_UNITS = _unit(1.0, 0.0), _unit(0.0, 1.0)
+_MOST_OVER = 40.0  # times as long as one of a matrix product a routing FLOP may take, to be believed
+
+
+def _fitted(layers: Sequence[float], routing: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Least squares over the chunks, which differ in their routing; one rate where that tells nothing that can be."""
+    both = numpy.array([layers, routing]).T
+    if numpy.linalg.matrix_rank(both) == 2:
+        of_layers, of_routing = numpy.linalg.lstsq(both, numpy.array(seconds), rcond=None)[0].tolist()
+        if 0 < of_layers <= of_routing <= _MOST_OVER * of_layers:
+            return of_layers, of_routing
+    alike = sum(seconds) / (sum(layers) + sum(routing))
+    return alike, alike
 
 
 # ---- links
 
 
-def measured_links(profile: Profile, timelines: Sequence[StepTimeline]) -> dict[tuple[int, int], LinkSpeed]:
-    """By (from stage, to stage): what messages took alone."""
+def measured_links(
+    timelines: Sequence[StepTimeline], senders: frozenset[int] | None = None
+) -> dict[tuple[int, int], LinkSpeed]:
+    """By (from stage, to stage): what messages took alone. senders: global ranks; None: all."""
     ways: dict[tuple[int, int], list[Delivery]] = defaultdict(list)
     for timeline in timelines:
         for delivery in timeline.deliveries:
+            if senders is not None and delivery.sender not in senders:
+                continue
             ways[timeline.stage_of(delivery.sender), timeline.stage_of(delivery.receiver)].append(delivery)
     return {way: _speed(deliveries) for way, deliveries in ways.items()}
 

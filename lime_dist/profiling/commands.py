@@ -8,6 +8,9 @@ from pathlib import Path
 
 from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.cli.commands import add_config, add_nproc, ended, ready_on_ranks
+from lime_dist.errors import ConfigError
+from lime_dist.profiling.analysis import Analysis
+from lime_dist.profiling.screen import profile_report, profile_screen
 
 _STEPS = 10
 
@@ -41,6 +44,12 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser("show", help="one screen: what waits, for what, and what to do")
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder (its newest profile), or a profile's")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the timeline; opens offline")
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a .json or .json.gz for Perfetto; FOLDER/: one a rank, for HolisticTraceAnalysis",
+    )
     parser.set_defaults(run=_show)
 
 
@@ -53,19 +62,33 @@ def _positive(text: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     code, folder = ready_on_ranks(args, ready_plan, "profile", args.steps)
     if folder is not None:
-        _print(Path(folder))
+        _print(Analysis.read(Path(folder)))
     return ended(code)
 
 
 def _show(args: argparse.Namespace) -> int:
-    _print(args.folder, as_json=args.json)
+    analysis = Analysis.read(args.folder)
+    if args.html is not None:
+        _write_page(analysis, args.html)
+    if args.trace is not None:
+        from lime_dist.profiling.trace import write_trace
+
+        write_trace(analysis.profile, analysis.timelines, args.trace)
+    _print(analysis, as_json=args.json)
     return 0
 
 
-def _print(folder: Path, *, as_json: bool = False) -> None:
-    from lime_dist.profiling.analysis import Analysis
-    from lime_dist.profiling.screen import profile_report, profile_screen
+def _write_page(analysis: Analysis, path: Path) -> None:
+    from lime_dist.profiling.page import write_page
 
-    analysis = Analysis.read(folder)
+    if path.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--html: {path} must end in .html")
+    try:
+        write_page(analysis.profile, analysis.timelines, analysis.account, path, analysis.sentences)
+    except OSError as error:
+        raise ConfigError(f"--html: {path}: {error.strerror or error}; give a file that can be written") from None
+
+
+def _print(analysis: Analysis, *, as_json: bool = False) -> None:
     parts = analysis.profile, analysis.account, analysis.path, analysis.sentences
     print(json.dumps(profile_report(*parts)) if as_json else profile_screen(*parts))

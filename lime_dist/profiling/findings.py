@@ -13,17 +13,19 @@ from statistics import fmean, median
 
 from lime_dist.formats import format_rate
 from lime_dist.plan.costs import Costs, LinkSpeed
-from lime_dist.plan.flops import BACKWARD_FACTOR
 from lime_dist.plan.schedule import Kind
 from lime_dist.plan.simulate import simulate
 from lime_dist.profiling.accounting import Account
 from lime_dist.profiling.calibration import wall_costs
-from lime_dist.profiling.operation_times import pass_seconds_of
+from lime_dist.profiling.operation_times import OwnTime, own_time
 from lime_dist.profiling.profile_files import Profile
 from lime_dist.profiling.timeline import Cause, StepTimeline
 
 SLOW_LINK = 0.7  # of the bandwidth of the fastest boundary
-SLOW_RANK = 1.12  # times as long a FLOP as the median of the others
+SLOW_PEER = 1.15  # times as long as the median of those that do the same
+SLOW_STAGE = 1.25  # times as long a FLOP as the median of the other stages, whose layers are not quite the same
+OF_ONE_KIND, IN_BURSTS = 2.0, 2.5  # times as far from the others, where only some of the passes are slow
+HELD_UP = 2.5  # times as long as any other, what messages take of the host
 WORTH_NAMING = 0.02  # of a step
 
 
@@ -87,8 +89,8 @@ class _DataLike(_Change):
 def find_faults(profile: Profile, timelines: Sequence[StepTimeline], account: Account) -> list[Fault]:
     """Those that cost a fair part of a step, the dearest first."""
     suspects = [
-        *_slow_links(profile, account),
-        *_slow_ranks(profile, timelines, account),
+        *_slow_links(profile, timelines),
+        *_slow_ranks(profile),
         *_late_data(account, profile),
     ]
     costs = {place: wall_costs(profile, timelines, place) for place in {one.pipeline for one in suspects}}
@@ -113,133 +115,143 @@ def _priced(suspect: _Suspect, suspects: Sequence[_Suspect], profile: Profile, c
 
 # ---- links
 
+_Way = tuple[int, int]  # of stages
 
-def _slow_links(profile: Profile, account: Account) -> Iterator[_Suspect]:
-    """By boundary; the two of a stage together where both are slow and others are not, as they are on one card."""
-    speeds = {
-        (each.from_stage, each.to_stage): each.bytes_per_second for each in account.boundaries if each.transfer > 0
-    }
-    if len(account.boundaries) < 4:
+
+def _slow_links(profile: Profile, timelines: Sequence[StepTimeline]) -> Iterator[_Suspect]:
+    """By boundary; those of a stage together where all are slow, as they are on one card."""
+    speeds = _speeds(profile, timelines)
+    if sum(map(len, speeds.values())) < 4:
         return  # one boundary has none to compare with
-    fastest = max(speeds.values())
-    slow = {way: speed for way, speed in speeds.items() if speed < SLOW_LINK * fastest}
-    like = LinkSpeed(bytes_per_second=median(speed for way, speed in speeds.items() if way not in slow))
-    for ways, name in _grouped(slow, profile):
-        speed = min(slow[way] for way in ways)
-        yield _Suspect(
-            kind="link",
-            name=f"{name} ({format_rate(speed)}, where others reach {format_rate(like.bytes_per_second)})",
-            mend=f"look at the network card, cable and switch port of {name}",
-            pipeline=(0, 0),
-            without=_LinksLike(tuple(ways), like),
-        )
+    fastest = max(speed for own in speeds.values() for speed in own.values())
+    slow = {
+        pipeline: {way: speed for way, speed in own.items() if speed < SLOW_LINK * fastest}
+        for pipeline, own in speeds.items()
+    }
+    others = [speed for pipeline, own in speeds.items() for way, speed in own.items() if way not in slow[pipeline]]
+    like = LinkSpeed(bytes_per_second=median(others))
+    alike = len({tuple(sorted(own)) for own in slow.values()}) == 1
+    for pipeline, own in slow.items():
+        for ways, name in _grouped(own, len(profile.plan.stages)):
+            of_ranks = "" if alike else f" of tensor rank {pipeline[0]}, replica {pipeline[1]}"
+            yield _Suspect(
+                kind="link",
+                name=f"{name}{of_ranks} ({format_rate(min(own[way] for way in ways))}, where others reach {format_rate(like.bytes_per_second)})",
+                mend=f"look at the network card, cable and switch port of {name}{of_ranks}",
+                pipeline=pipeline,
+                without=_LinksLike(tuple(ways), like),
+            )
+        if alike:
+            return
 
 
-def _grouped(slow: Mapping[tuple[int, int], float], profile: Profile) -> Iterator[tuple[list[tuple[int, int]], str]]:
+def _speeds(profile: Profile, timelines: Sequence[StepTimeline]) -> dict[tuple[int, int], dict[_Way, float]]:
+    """Bytes a second by pipeline (its tensor rank and replica) and way."""
+    layout = profile.plan.layout
+    carried: dict[tuple[int, int], dict[_Way, list[float]]] = {}
+    for timeline in timelines:
+        for delivery in timeline.deliveries:
+            sender, receiver = layout.coordinate(delivery.sender), layout.coordinate(delivery.receiver)
+            own = carried.setdefault((sender.tp_rank, sender.dp_rank), {})
+            sums = own.setdefault((sender.pp_rank, receiver.pp_rank), [0.0, 0.0])
+            sums[0] += delivery.message.num_bytes
+            sums[1] += delivery.transfer_seconds
+    return {
+        pipeline: {way: num_bytes / seconds for way, (num_bytes, seconds) in own.items() if seconds > 0}
+        for pipeline, own in carried.items()
+    }
+
+
+def _grouped(slow: Mapping[_Way, float], num_stages: int) -> Iterator[tuple[list[_Way], str]]:
     left = dict(slow)
-    num_stages = len(profile.plan.stages)
     for stage in range(num_stages):
-        boundaries = {tuple(sorted(way)) for way in left if stage in way}
-        neighbours = [way for way in left if stage in way]
-        if len(boundaries) < 2 or num_stages < 3:
+        ways = [way for way in left if stage in way]
+        boundaries = sorted({(min(way), max(way)) for way in ways})
+        if len(boundaries) < 2 or num_stages < 4 or len(ways) == len(slow) == 2 * (num_stages - 1):
             continue
-        if any(abs(left[one] / left[neighbours[0]] - 1) > 0.35 for one in neighbours):
-            continue  # as slow as each other, or not the same card
-        for way in neighbours:
+        if max(left[way] for way in ways) > 1.5 * min(left[way] for way in ways):
+            continue  # not one card: one of them is slower still
+        for way in ways:
             del left[way]
-        yield neighbours, f"the links of stage {stage}, {_listed(sorted(boundaries))}"
-    for boundary in sorted({tuple(sorted(way)) for way in left}):
-        ways = [way for way in left if tuple(sorted(way)) == boundary]
-        both = len(ways) == 2
-        name = f"the link {boundary[0]}>{boundary[1]}" if both else f"the way {ways[0][0]}>{ways[0][1]}"
-        yield ways, name
-
-
-def _listed(boundaries: Sequence[tuple[int, ...]]) -> str:
-    return " and ".join(f"{one}>{other}" for one, other in boundaries)
+        yield ways, f"the links of stage {stage}, {' and '.join(f'{one}>{other}' for one, other in boundaries)}"
+    for one, other in sorted({(min(way), max(way)) for way in left}):
+        ways = [way for way in left if {*way} == {one, other}]
+        yield ways, f"the link {one}>{other}" if len(ways) == 2 else f"the way {ways[0][0]}>{ways[0][1]}"
 
 
 # ---- ranks
 
 
-def _slow_ranks(profile: Profile, timelines: Sequence[StepTimeline], account: Account) -> Iterator[_Suspect]:
+def _slow_ranks(profile: Profile) -> Iterator[_Suspect]:
     """A whole stage, or single ranks of one: those that stand beside each other and do the same tell best."""
     layout = profile.plan.layout
-    passes = {record.rank: pass_seconds_of(profile, record.rank) for record in profile.ranks}
-    per_flop = {rank: _per_flop(profile, own) for rank, own in passes.items()}
-    by_stage = {
-        stage: [rank for rank in passes if layout.coordinate(rank).pp_rank == stage] for stage in range(layout.pp)
-    }
+    own = {record.rank: own_time(profile, record.rank) for record in profile.ranks}
+    by_stage = {stage: [rank for rank in own if layout.coordinate(rank).pp_rank == stage] for stage in range(layout.pp)}
+    of_stages = {}
     for stage, ranks in by_stage.items():
-        slow = _slow_among(ranks, passes) if len(ranks) > 1 else {}
-        for rank, factors in slow.items():
-            yield _slow_peer(profile, rank, factors, ranks, passes)
-        if slow or layout.pp == 1:
-            continue
-        others = [fmean(per_flop[rank] for rank in other) for index, other in by_stage.items() if index != stage]
-        own = fmean(per_flop[rank] for rank in ranks)
-        if own > SLOW_RANK * median(others):
-            yield _slow_stage(profile, stage, ranks, own / median(others))
+        slow = {rank: times for rank in ranks if (times := _over(own[rank], _without(own, ranks, rank), SLOW_PEER))}
+        yield from (_slow_peer(profile, rank, times) for rank, times in slow.items())
+        flops = sum(chunk.flops.total for chunk in profile.plan.stages[stage].chunks)
+        of_stages[stage] = _mean(([own[rank] for rank in ranks if rank not in slow]), flops)
+    for stage, ranks in by_stage.items():
+        if times := _over(of_stages[stage], _without(of_stages, of_stages, stage), SLOW_STAGE):
+            yield _slow_stage(profile, stage, ranks, times)
 
 
-_Passes = Mapping[tuple[int, Kind], float]
+def _without(own: Mapping[int, OwnTime], members: Iterable[int], left_out: int) -> list[OwnTime]:
+    return [own[member] for member in members if member != left_out]
 
 
-def _per_flop(profile: Profile, passes: _Passes) -> float:
-    """Seconds."""
-    flops = 0
-    for chunk, kind in passes:
-        factor = 1 if kind is Kind.FORWARD else BACKWARD_FACTOR
-        flops += factor * profile.plan.chunks[chunk].flops.total
-    return sum(passes.values()) / flops
+def _mean(times: Sequence[OwnTime], flops: int) -> OwnTime:
+    """For each FLOP."""
+    return OwnTime(*(fmean(each) / flops for each in zip(*times)))
 
 
-def _slow_among(ranks: Sequence[int], passes: Mapping[int, _Passes]) -> dict[int, dict[tuple[int, Kind], float]]:
-    """Ranks whose passes take longer than their peers', and by what each is to be multiplied to be like theirs."""
-    slow = {}
-    for rank in ranks:
-        peers = [other for other in ranks if other != rank]
-        like = {place: median(passes[other][place] for other in peers) for place in passes[rank]}
-        if sum(passes[rank].values()) > SLOW_RANK * sum(like.values()):
-            slow[rank] = {place: min(1.0, like[place] / seconds) for place, seconds in passes[rank].items()}
-    return slow
+def _over(own: OwnTime, others: Sequence[OwnTime], slow: float) -> float | None:
+    """How many times as long it takes as the median of the others, where that stands out.
+
+    What takes longer in each pass shows in the quickest of them, of both kinds or clearly of one; what comes in bursts, such as
+    another process on the core, in the whole alone, where there is more noise.
+    """
+    if not others:
+        return None
+    forward, backward, whole = (mine / median(theirs) for mine, theirs in zip(own[:3], zip(*others)))
+    if min(forward, backward) > slow or max(forward, backward) > 1 + OF_ONE_KIND * (slow - 1):
+        return max(whole, (own.forward + own.backward) / median(one.forward + one.backward for one in others))
+    # A rank that is short of a core is short of it where it hands over: others go first.
+    on_host = own.host / max(1e-12, max(one.host for one in others))
+    is_held_up = whole > slow and on_host > HELD_UP
+    return whole if is_held_up or whole > 1 + IN_BURSTS * (slow - 1) else None
 
 
-def _slow_peer(
-    profile: Profile,
-    rank: int,
-    factors: Mapping[tuple[int, Kind], float],
-    ranks: Sequence[int],
-    passes: Mapping[int, _Passes],
-) -> _Suspect:
-    place = profile.plan.layout.coordinate(rank)
-    is_tensor = profile.plan.layout.tp > 1
-    times = fmean(1 / factor for factor in factors.values())
+def _slow_peer(profile: Profile, rank: int, times: float) -> _Suspect:
+    layout = profile.plan.layout
+    place = layout.coordinate(rank)
+    is_tensor = layout.tp > 1
+    which = f"tensor rank {place.tp_rank}" if is_tensor else f"replica {place.dp_rank}"
     others = "the others of its tensor group" if is_tensor else "the other replicas"
-    name = f"rank {rank} (stage {place.pp_rank}, {'tensor rank ' + str(place.tp_rank) if is_tensor else 'replica ' + str(place.dp_rank)})"
     return _Suspect(
         kind="tensor rank" if is_tensor else "rank",
-        name=f"{name}, which computes {times:.2f} times as long as {others}",
-        mend=f"look at host {profile.ranks[rank].host} for other processes, clocks and heat of the device of rank {rank}",
+        name=f"rank {rank} ({which} of stage {place.pp_rank}), which takes {times:.2f} times as long as {others}",
+        mend=f"look at host {profile.ranks[rank].host or 'of it'} for other processes, and at the clocks and heat of the device of rank {rank}",
         pipeline=(place.tp_rank, place.dp_rank),
-        without=_RunsScaled(dict(factors)),
+        without=_runs_scaled(profile, place.pp_rank, 1 / times),
     )
 
 
 def _slow_stage(profile: Profile, stage: int, ranks: Sequence[int], times: float) -> _Suspect:
-    chunks = [chunk.chunk for chunk in profile.plan.stages[stage].chunks]
-    host = profile.ranks[ranks[0]].host
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     return _Suspect(
         kind="rank",
-        name=f"stage {stage} (rank {_shown_ranks(ranks)}), which computes {times:.2f} times as long as its layers' share",
-        mend=f"look at host {host} for other processes, clocks and heat, or give stage {stage} fewer layers (pipeline.partition)",
+        name=f"stage {stage} ({shown}), which takes {times:.2f} times as long for its layers as the others",
+        mend=f"look at the host of {shown} for other processes, clocks and heat, or give stage {stage} fewer layers (pipeline.partition)",
         pipeline=(0, 0),
-        without=_RunsScaled({(chunk, kind): 1 / times for chunk in chunks for kind in Kind}),
+        without=_runs_scaled(profile, stage, 1 / times),
     )
 
 
-def _shown_ranks(ranks: Sequence[int]) -> str:
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+def _runs_scaled(profile: Profile, stage: int, factor: float) -> _RunsScaled:
+    return _RunsScaled({(chunk.chunk, kind): factor for chunk in profile.plan.stages[stage].chunks for kind in Kind})
 
 
 # ---- data
@@ -275,7 +287,7 @@ def _first(step: float, faults: Sequence[Fault]) -> str:
     if not faults:
         return f"A step takes {_ms(step)}, and no link, rank or data loader stands out."
     named = "; ".join(f"{_ms(fault.seconds)} to {fault.name}" for fault in faults)
-    return f"A step takes {_ms(step)}, of which {named}."
+    return f"A step takes {_ms(step)}; of these go {named}."
 
 
 def _second(account: Account, faults: Sequence[Fault]) -> str:

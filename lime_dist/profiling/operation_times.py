@@ -55,19 +55,42 @@ class _Waits:
         return total
 
 
-def pass_seconds_of(profile: Profile, rank: int) -> dict[tuple[int, Kind], float]:
-    """Median time of computing of a pass, by chunk and kind, waits in collectives left out."""
+class OwnTime(NamedTuple):
+    """Seconds of a step that a rank itself was busy, from its first operation to its last: no waits.
+
+    forward, backward: computing, as if each pass took as long as the quickest quarter of its kind. whole, host: of the median
+    step, with what messages take of the host, and that alone.
+    """
+
+    forward: float
+    backward: float
+    whole: float
+    host: float
+
+
+def own_time(profile: Profile, rank: int) -> OwnTime:
     passes: dict[tuple[int, Kind], list[float]] = defaultdict(list)
+    steps, hosts = [], []
     for step in timed_operations(profile, rank):
-        seconds = 0.0
+        of_pass = 0.0
+        steps.append(0.0)
+        hosts.append(0.0)
         for timed in step:
-            if timed.operation.verb is not Verb.RUN:
+            if timed.operation.verb is Verb.AWAIT:
                 continue
-            seconds += timed.seconds - timed.collective
+            own = timed.seconds - timed.collective
+            steps[-1] += own
+            if timed.operation.verb is Verb.RUN:
+                of_pass += own
+            else:
+                hosts[-1] += own
             if timed.operation.until == "behind":
-                passes[timed.operation.action.chunk, timed.operation.action.kind].append(seconds)
-                seconds = 0.0
-    return {place: median(found) for place, found in passes.items()}
+                passes[timed.operation.action.chunk, timed.operation.action.kind].append(of_pass)
+                of_pass = 0.0
+    steady = dict.fromkeys(Kind, 0.0)
+    for (_, kind), found in passes.items():
+        steady[kind] += sorted(found)[len(found) // 4] * len(found) / len(steps)
+    return OwnTime(steady[Kind.FORWARD], steady[Kind.BACKWARD], median(steps), median(hosts))
 
 
 def without_core(profile: Profile, rank: int) -> float:

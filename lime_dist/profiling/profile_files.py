@@ -1,4 +1,6 @@
-"""A profile's folder: `config.yaml`, `profile.json`, and for each rank `rank_N.safetensors`. Pure data, no torch."""
+"""A profile's folder: `config.yaml`, `profile.json`, and for each rank `rank_N.safetensors`, with profile.kernels
+`rank_N.kernels.json.gz` beside it. Pure data, no torch.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +80,11 @@ class Profile:
     ranks: tuple[RankRecord, ...]
     links: tuple[MeasuredLink, ...] = field(default=())
 
+    @property
+    def num_marks(self) -> int:
+        """All that was recorded of operations."""
+        return sum(len(step.marks) for rank in self.ranks for step in rank.steps)
+
     @cached_property
     def clock_error_seconds(self) -> float:
         """Of the rank whose clock is known worst."""
@@ -134,6 +141,11 @@ def write_rank(folder: Path, record: RankRecord) -> None:
 
 def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.safetensors"
+
+
+def kernels_file(folder: Path, rank: int) -> Path:
+    """Chrome trace of torch.profiler, of a profile recorded with profile.kernels."""
+    return folder / f"rank_{rank}.kernels.json.gz"
 
 
 def _int64(rows: Sequence[Any]) -> numpy.ndarray:

@@ -16,7 +16,15 @@ from lime_dist.pipeline.recorder import Recorder
 from lime_dist.pipeline.step_times import StepTimes
 from lime_dist.profiling.clock_offset import ClockOffset
 from lime_dist.profiling.clocks import measure_offset
-from lime_dist.profiling.profile_files import MeasuredLink, RankRecord, profile_folder, write_head, write_rank
+from lime_dist.profiling.kernel_trace import KernelTrace
+from lime_dist.profiling.profile_files import (
+    MeasuredLink,
+    RankRecord,
+    kernels_file,
+    profile_folder,
+    write_head,
+    write_rank,
+)
 from lime_dist.training.rank import Rank
 
 
@@ -29,6 +37,7 @@ class Profiler:
         self._steps: list[StepTimes] = []
         self._stack = ExitStack()
         self._before: ClockOffset | None = None
+        self._kernels: KernelTrace | None = None
 
     def begin(self, step: int) -> None:
         """Step `step` (from 1) begins."""
@@ -53,6 +62,9 @@ class Profiler:
         self._stack.close()
 
     def _start(self) -> None:
+        if self._rank.config.profile.kernels:  # before ranks meet, as it takes long to start
+            self._kernels = KernelTrace(self._rank.device)
+            self._stack.callback(self._kernels.stop)
         self._before = measure_offset(self._rank.device)
         recorder = Recorder(self._rank.device)
         self._stack.enter_context(recorder.recording(self._rank.transport))
@@ -67,10 +79,18 @@ class Profiler:
             self._folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         write_rank(self._folder, _record(self._rank.device, offsets, tuple(self._steps)))
+        self._write_kernels()
         dist.barrier()
         if self._rank.is_logger:  # last: a folder that has it is whole
             write_head(self._folder, self._rank.run_plan, range(self._first, self._last + 1), self._links)
         return self._folder
+
+    def _write_kernels(self) -> None:
+        global_rank = dist.get_rank()
+        if self._kernels is None:
+            kernels_file(self._folder, global_rank).unlink(missing_ok=True)  # of an earlier recording of these steps
+        else:
+            self._kernels.write(self._folder, global_rank)
 
 
 def _record(device: torch.device, offsets: tuple[ClockOffset, ClockOffset], steps: tuple[StepTimes, ...]) -> RankRecord:

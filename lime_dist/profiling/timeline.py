@@ -99,6 +99,11 @@ def read_timelines(profile: Profile) -> Iterator[StepTimeline]:
         yield _Step(profile, index).timeline()
 
 
+def step_origin(profile: Profile, index: int) -> float:
+    """When the first rank began the recorded step of this index, in ns of rank 0's clock: where its timeline is at 0."""
+    return min(record.on_first_clock(record.steps[index].marks[0]) for record in profile.ranks)
+
+
 @dataclass
 class _RankStep:
     """One rank's record of a step, in seconds since it began. ends: of the data, of each operation, of each phase."""
@@ -113,7 +118,7 @@ class _RankStep:
 class _Step:
     def __init__(self, profile: Profile, index: int):
         self._profile, self._plan, self._index = profile, profile.plan, index
-        self._origin = min(record.on_first_clock(record.steps[index].marks[0]) for record in profile.ranks)
+        self._origin = step_origin(profile, index)
         self._operations = [_operations(self._plan, stage) for stage in range(len(self._plan.stages))]
 
     def timeline(self) -> StepTimeline:

@@ -16,10 +16,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lime_dist.checkpoint.reader import flush_to_disk
 from lime_dist.formats import RECENT_STEPS, format_clock, format_si
+from lime_dist.profiling.accounting import Account, account
+from lime_dist.profiling.profile_files import read_profile
+from lime_dist.profiling.timeline import read_timelines
 from lime_dist.training.records import read_records
 
 MAX_WIDTH = 120  # of a progress line
 CHARTED = ("loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "mfu", "step_seconds")
+
+
+MARKS_AT_ONCE = 2_000_000  # some ten seconds
 
 
 class Metrics:
@@ -96,7 +102,19 @@ class Metrics:
         print(f"saved {folder} in {save_seconds:.1f} s", flush=True)
 
     def profiled(self, folder: Path) -> None:
+        """A profile is whole: its figures, step by step, where working them out does not hold up a run of many ranks."""
+        profile = read_profile(folder)
+        if profile.num_marks <= MARKS_AT_ONCE:
+            for timeline in read_timelines(profile):
+                self._profiled_step(timeline.step, account(profile, [timeline]))
         print(f"profile {folder}; look at it with `lime-dist profile show {folder}`", flush=True)
+
+    def _profiled_step(self, step: int, figures: Account) -> None:
+        self._board.add_scalar("profile/bubble_share", figures.bubble_share, step)
+        for boundary in figures.boundaries:
+            name = f"{boundary.from_stage}-{boundary.to_stage}_{boundary.direction}"
+            self._board.add_scalar(f"profile_exposed_ms/{name}", 1e3 * boundary.exposed, step)
+            self._board.add_scalar(f"profile_bytes_per_second/{name}", boundary.bytes_per_second, step)
 
     def flush_to_disk(self) -> None:
         """On return what was recorded survives a power cut."""

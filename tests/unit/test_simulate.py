@@ -114,6 +114,17 @@ def test_messages_that_share_a_card_take_twice_as_long() -> None:
     assert sum(stage.queue for stage in simulated.stages) > 1.0
 
 
+def test_a_message_leaves_when_its_receive_is_posted() -> None:
+    """The first gradient is ready at 5, when the first of three forwards ends; its receive is posted at 10, ahead of the third."""
+    plan = with_microbatches(3, LLAMA, "parallel.pp=2", "pipeline.warmup=3", "pipeline.receives_ahead=1")
+    costs = make_costs(plan, {kind: 0.0 for kind in Kind})
+    runs = costs.runs | {(0, Kind.FORWARD): (5.0,)}
+    back = LinkSpeed(bytes_per_second=residual_speed(plan, 7.0))
+    simulated = simulate(plan, replace(costs, runs=runs, links=costs.links | {(1, 0): back}))
+    assert simulated.step_seconds == pytest.approx(10 + 3 * 7)
+    assert simulated.stages[0].transfer == pytest.approx(2 + 7 + 7)
+
+
 def test_eager_warmup_hides_what_1f1b_exposes() -> None:
     def exposed(*overrides: str) -> Simulated:
         plan = with_microbatches(16, LLAMA, *overrides)
