@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 from lime_dist.config import check_config, dump_yaml, load_config
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.pipeline.step_times import PHASES, CollectiveTimes, StepTimes
+from lime_dist.plan.operations import Verb
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.profiling.clock_offset import ClockOffset
 
@@ -180,52 +182,116 @@ def read_profile(path: Path) -> Profile:
             raise ProfileError(f"{folder}: written by another version of lime-dist; record it again")
         config = load_config(folder / _CONFIG, ())
         plan = plan_run(check_config(config, config.layout.world_size))
-        ranks = tuple(_read_rank(_rank_file(folder, rank)) for rank in range(plan.layout.world_size))
-        links = tuple(MeasuredLink(**link) for link in head["links"])
-        profile = Profile(folder=folder, plan=plan, steps=tuple(map(int, head["steps"])), ranks=ranks, links=links)
+        ranks = tuple(_read_rank(folder, rank) for rank in range(plan.layout.world_size))
+        links = tuple(_link(**link) for link in head["links"])
+        steps = tuple(map(_whole, head["steps"]))
+        profile = Profile(folder=folder, plan=plan, steps=steps, ranks=ranks, links=links)
     except ProfileError:
         raise
-    except (OSError, LimeDistError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+    except _DAMAGE as error:
         raise ProfileError(f"{folder}: not a whole profile ({one_line(error)}); record it again") from None
     _check(profile)
     return profile
 
 
-def _read_rank(path: Path) -> RankRecord:
-    with safe_open(path, framework="numpy") as file:
+# What reading what is not as it was written may raise.
+_DAMAGE = (
+    OSError, LimeDistError, SafetensorError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError,
+)  # fmt: skip
+
+
+def _link(*, from_stage: object, to_stage: object, bytes_per_second: object) -> MeasuredLink:
+    if not isinstance(bytes_per_second, int | float):
+        raise TypeError(f"{bytes_per_second!r} is no bandwidth")
+    return MeasuredLink(from_stage=_whole(from_stage), to_stage=_whole(to_stage), bytes_per_second=bytes_per_second)
+
+
+def _read_rank(folder: Path, rank: int) -> RankRecord:
+    with safe_open(_rank_file(folder, rank), framework="numpy") as file:
         about = json.loads(file.metadata()["rank"])
-        marks, busy, process_busy, arrivals, collectives, sent_bytes = (
-            file.get_tensor(name).tolist() for name in _ARRAYS
-        )
-    groups = about.pop("groups")
-    steps = [
-        StepTimes(
-            marks=marks[index],
-            busy=busy[index] or None,
-            process_busy=process_busy[index],
-            arrivals=arrivals[index],
-            collectives=[],
-            sent_bytes=(sent_bytes[index][0], sent_bytes[index][1]),
-        )
-        for index in range(len(marks))
-    ]
-    for index, group, *times in collectives:
-        steps[index].collectives.append(CollectiveTimes(groups[group][0], *times))
-    before, after = about.pop("offsets")
+        arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+    groups = [(_text(name), tuple(map(_whole, ranks))) for name, ranks in about["groups"]]
+    _check_arrays(arrays, len(groups))
+    before, after = (ClockOffset(*map(_whole, offset)) for offset in about["offsets"])
+    if abs(after.ahead - before.ahead) > abs(after.at - before.at):
+        raise ValueError("a clock that ran backwards")
+    if about["rank"] != rank:
+        raise ValueError("a file of another rank")
     return RankRecord(
-        **about,
-        offsets=(ClockOffset(*before), ClockOffset(*after)),
-        group_ranks={name: tuple(ranks) for name, ranks in groups},
-        steps=tuple(steps),
+        rank=rank,
+        host=_text(about["host"]),
+        device=_text(about["device"]),
+        cores=None if about["cores"] is None else _count(about["cores"]),
+        threads=_count(about["threads"]),
+        offsets=(before, after),
+        epoch_ns=_whole(about["epoch_ns"]),
+        group_ranks=dict(groups),
+        steps=tuple(_steps({name: array.tolist() for name, array in arrays.items()}, [name for name, _ in groups])),
     )
 
 
+def _steps(arrays: Mapping[str, list[Any]], group_names: Sequence[str]) -> Iterator[StepTimes]:
+    collectives: dict[int, list[CollectiveTimes]] = defaultdict(list)
+    for index, group, *times in arrays["collectives"]:
+        collectives[index].append(CollectiveTimes(group_names[group], *times))
+    rows = zip(*(arrays[name] for name in ("marks", "busy", "process_busy", "arrivals", "sent_bytes")), strict=True)
+    for index, (marks, busy, process_busy, arrivals, (forward, backward)) in enumerate(rows):
+        yield StepTimes(
+            marks=marks,
+            busy=busy or None,
+            process_busy=process_busy,
+            arrivals=arrivals,
+            collectives=collectives[index],
+            sent_bytes=(forward, backward),
+        )
+
+
+# ---- what is read is checked
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or abs(value) >= 2**63:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _count(value: object) -> int:
+    if _whole(value) < 1:
+        raise ValueError(f"{value!r} is no number of cores or threads")
+    return _whole(value)
+
+
+def _check_arrays(arrays: Mapping[str, numpy.ndarray], num_groups: int) -> None:
+    """Raises: ValueError."""
+    marks, collectives, num_steps = arrays["marks"], arrays["collectives"], len(arrays["marks"])
+    shapes = {name: array.shape for name, array in arrays.items()}
+    fit = (
+        all(array.dtype == numpy.int64 for array in arrays.values())
+        and (marks.ndim, arrays["arrivals"].ndim, collectives.shape[1:]) == (2, 2, (5,))
+        and shapes["busy"] in (marks.shape, (num_steps, 0))
+        and (shapes["process_busy"], shapes["sent_bytes"]) == ((num_steps,), (num_steps, 2))
+        and (marks[:, 1:] >= marks[:, :-1]).all()
+        and ((collectives[:, :2] >= 0) & (collectives[:, :2] < (num_steps, num_groups))).all()
+    )
+    if not fit:
+        raise ValueError("times that do not fit together")
+
+
 def _check(profile: Profile) -> None:
+    """Raises: ProfileError."""
+    layout = profile.plan.layout
     for record in profile.ranks:
-        stage = profile.plan.stages[profile.plan.layout.coordinate(record.rank).pp_rank]
+        stage = profile.plan.stages[layout.coordinate(record.rank).pp_rank]
         operations = list(stage.operations(stage.actions))
-        receives = sum(operation.verb.value == "receive" for operation in operations)
+        receives = sum(operation.verb is Verb.RECEIVE for operation in operations)
         expected = (2 + len(operations) + len(PHASES), receives)
-        for step in record.steps:
-            if (len(step.marks), len(step.arrivals)) != expected or len(record.steps) != len(profile.steps):
-                raise ProfileError(f"{profile.folder}: rank {record.rank} recorded another plan; record it again")
+        is_same = all((len(step.marks), len(step.arrivals)) == expected for step in record.steps)
+        strangers = {rank for ranks in record.group_ranks.values() for rank in ranks} - {*range(layout.world_size)}
+        if not is_same or strangers or not len(record.steps) == len(profile.steps) > 0:
+            raise ProfileError(f"{profile.folder}: rank {record.rank} recorded another plan; record it again")

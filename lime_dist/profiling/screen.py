@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from textwrap import wrap
 from typing import Any
 
 from lime_dist.formats import format_bytes, format_rate
@@ -15,26 +16,32 @@ from lime_dist.profiling.timeline import Cause
 
 MAX_RANKS = 16  # of the table; of more the slowest of each stage
 LONGEST_MESSAGES = 3
+WIDTH = 120  # columns of the terminal
 
 
 def profile_screen(profile: Profile, account: Account, path: Sequence[Segment], sentences: Sequence[str]) -> str:
     """path: of the step nearest to the mean."""
     return "\n".join(
         [
-            *_head(profile),
+            *_wrapped(_head(profile, account)),
             "",
-            *sentences,
+            *_wrapped(sentences),
             "",
             *_boundary_lines(account),
             *([""] if account.boundaries else []),
             *_rank_lines(account),
             "",
-            *_path_lines(account, path),
+            *_wrapped(_path_lines(path)),
         ]
     )
 
 
-def _head(profile: Profile) -> Iterator[str]:
+def _wrapped(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from wrap(text, WIDTH, break_on_hyphens=False)
+
+
+def _head(profile: Profile, account: Account) -> Iterator[str]:
     plan = profile.plan
     chunks = f", {plan.virtual_stages} virtual stages" if plan.virtual_stages > 1 else ""
     first, last = profile.steps[0], profile.steps[-1]
@@ -45,65 +52,88 @@ def _head(profile: Profile) -> Iterator[str]:
     )
     error, drift = 1e6 * profile.clock_error_seconds, 1e6 * profile.largest_drift
     clocks = f"to {error:.0f} us, drift {drift:.1f} us/s" if error else "one clock"
-    yield f"times are of the mean step; clocks of ranks: {clocks}"
+    unit = "seconds" if _is_long(account) else "ms"
+    yield f"times are of the mean step, in tables in {unit}; clocks of ranks: {clocks}"
+
+
+def _is_long(account: Account) -> bool:
+    """So that numbers stay narrow, and of one unit, which tables then need not say."""
+    return account.step_seconds >= 10
+
+
+def _in_table(account: Account) -> Callable[[float], str]:
+    return (lambda seconds: f"{seconds:.2f}") if _is_long(account) else (lambda seconds: f"{1e3 * seconds:.1f}")
 
 
 def _boundary_lines(account: Account) -> list[str]:
     if not account.boundaries:
         return []
-    head = ("boundary", "", "sent", "planned", "on the link", "bandwidth", "alone before", "hidden", "exposed", "waited most for")  # fmt: skip
-    return align_columns(head, [_boundary_row(each) for each in account.boundaries])
+    head = (
+        "boundary",
+        "",
+        "sent",
+        "planned",
+        "on link",
+        "bandwidth",
+        "alone before",
+        "hidden",
+        "exposed",
+        "waited most for",
+    )
+    return align_columns(head, [_boundary_row(each, _in_table(account)) for each in account.boundaries])
 
 
-def _boundary_row(each: BoundaryAccount) -> tuple[str, ...]:
+def _boundary_row(each: BoundaryAccount, in_table: Callable[[float], str]) -> tuple[str, ...]:
     longest = max(each.exposed_by, key=lambda cargo: each.exposed_by[cargo])
     return (
         each.name,
         each.direction,
         format_bytes(each.sent_bytes),
         format_bytes(each.planned_bytes),
-        _ms(each.busy),
+        in_table(each.busy),
         format_rate(each.bytes_per_second),
         "-" if each.measured is None else format_rate(each.measured.bytes_per_second),
         f"{100 * each.hidden_share:.0f} %",
-        _ms(each.exposed),
+        in_table(each.exposed),
         longest if each.exposed_by[longest] > 0 else "-",
     )
 
 
-_COLUMNS: dict[str, tuple[Cause, ...]] = {
-    "compute": (Cause.COMPUTE,),
-    "bubble": (Cause.DEPENDENCY,),
-    "queue": (Cause.QUEUE,),
-    "transfer": (Cause.TRANSFER,),
-    "tp": (Cause.TENSOR,),
-    "dp": (Cause.DATA_PARALLEL,),
-    "embedding": (Cause.EMBEDDING,),
-    "agreement": (Cause.AGREEMENT,),
-    "optimizer": (Cause.OPTIMIZER,),
-    "data": (Cause.DATA,),
-    "host": (Cause.HOST,),
+_COLUMNS = {
+    "compute": Cause.COMPUTE,
+    "bubble": Cause.DEPENDENCY,
+    "queue": Cause.QUEUE,
+    "transfer": Cause.TRANSFER,
+    "tp": Cause.TENSOR,
+    "dp": Cause.DATA_PARALLEL,
+    "embed": Cause.EMBEDDING,
+    "agree": Cause.AGREEMENT,
+    "optim": Cause.OPTIMIZER,
+    "data": Cause.DATA,
+    "host": Cause.HOST,
 }
 
 
 def _rank_lines(account: Account) -> list[str]:
     shown = _shown_ranks(account)
-    names = [name for name, causes in _COLUMNS.items() if any(_of(rank, causes) > 0 for rank in shown)]
-    with_cores = any(rank.without_core > 0 for rank in shown)
-    head = ("rank", "stage", "step", *names, *(("(without a core)",) if with_cores else ()))
+    columns = {name: cause for name, cause in _COLUMNS.items() if any(rank.seconds[cause] > 0 for rank in shown)}
+    with_cores, in_table = any(rank.without_core > 0 for rank in shown), _in_table(account)
+    head = ("rank", "stage", "step", *columns, *(("no core",) if with_cores else ()))
     rows = [
         (
             str(rank.rank),
             str(rank.stage),
-            _ms(rank.step_seconds),
-            *(_ms(_of(rank, _COLUMNS[name])) for name in names),
-            *((_ms(rank.without_core),) if with_cores else ()),
+            in_table(rank.step_seconds),
+            *(in_table(rank.seconds[cause]) for cause in columns.values()),
+            *((in_table(rank.without_core),) if with_cores else ()),
         )
         for rank in shown
     ]
     left_out = len(account.ranks) - len(shown)
-    note = [f"{left_out} more ranks: of each stage the one that computes longest is shown"] if left_out else []
-    return [*align_columns(head, rows), *note]
+    notes = [f"{left_out} more ranks: of each stage the one that computes longest is shown"] if left_out else []
+    if with_cores:
+        notes.append("no core: of computing, for which other processes had the core")
+    return [*align_columns(head, rows), *notes]
 
 
 def _shown_ranks(account: Account) -> list[RankAccount]:
@@ -115,11 +145,7 @@ def _shown_ranks(account: Account) -> list[RankAccount]:
     return [max(ranks, key=lambda one: one.seconds[Cause.COMPUTE]) for ranks in by_stage.values()]
 
 
-def _of(rank: RankAccount, causes: Sequence[Cause]) -> float:
-    return sum(rank.seconds[cause] for cause in causes)
-
-
-def _path_lines(account: Account, path: Sequence[Segment]) -> Iterator[str]:
+def _path_lines(path: Sequence[Segment]) -> Iterator[str]:
     total = sum(segment.seconds for segment in path)
     parts = sorted(path_parts(path).items(), key=lambda part: -part[1])
     named = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in parts[:6])
@@ -147,7 +173,7 @@ def _part(segment: Segment) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms"
+    return f"{1e3 * seconds:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
 # ---- JSON

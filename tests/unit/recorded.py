@@ -248,7 +248,7 @@ class _Work:
         sends = operation.verb is Verb.SEND
         other = self._neighbour(rank, operation.action.kind, sends=sends)
         ends = (rank, other) if sends else (other, rank)
-        return self._channels[*ends, operation.action.kind]
+        return self._channels[(*ends, operation.action.kind)]
 
     def _neighbour(self, rank: int, kind: Kind, *, sends: bool) -> int:
         layout, place = self.plan.layout, self.plan.layout.coordinate(rank)

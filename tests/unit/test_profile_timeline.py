@@ -9,10 +9,10 @@ from random import Random
 import pytest
 from recorded import LLAMA, MS, RankClock, Times, make_plan, recorded
 
-from lime_dist.plan.messages import Cargo
 from lime_dist.plan.operations import Verb
 from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.accounting import Account, account
+from lime_dist.profiling.deliveries import ALONE
 from lime_dist.profiling.profile_files import MeasuredLink, Profile
 from lime_dist.profiling.timeline import Cause, Piece, StepTimeline, read_timelines
 
@@ -56,7 +56,7 @@ def test_a_late_sender_on_a_fast_link_is_a_dependency() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("pipeline.warmup=4",), ("pipeline.schedule=gpipe",), ("parallel.virtual_stages=2",)]
+    "overrides", [(), ("pipeline.warmup=3",), ("pipeline.schedule=gpipe",), ("parallel.virtual_stages=2",)]
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_infinitely_fast_links_are_never_waited_for(overrides: tuple[str, ...], seed: int) -> None:
@@ -73,7 +73,7 @@ def test_infinitely_fast_links_are_never_waited_for(overrides: tuple[str, ...], 
 def test_a_punctual_sender_on_a_slow_link_is_transfer() -> None:
     profile = recorded(make_plan(*TWO_STAGES, *ONE_MICROBATCH), Times(link=lambda *way: 7 * MS))
     assert ms(profile, 0) == {Cause.COMPUTE: 20, Cause.DEPENDENCY: 27, Cause.TRANSFER: 7}
-    assert ms(profile, 1) == {Cause.COMPUTE: 20, Cause.DEPENDENCY: 10, Cause.TRANSFER: 7 + 7}, (
+    assert ms(profile, 1) == {Cause.COMPUTE: 20, Cause.DEPENDENCY: 10 + 10, Cause.TRANSFER: 7 + 7}, (
         "the last gradient leaves, too"
     )
     (forward, backward) = account_of(profile).boundaries
@@ -85,47 +85,49 @@ def test_a_punctual_sender_on_a_slow_link_is_transfer() -> None:
         assert each.bytes_per_second == pytest.approx(each.sent_bytes / 0.007)
 
 
-def test_waiting_behind_another_message_is_queue() -> None:
-    """GPipe, two forwards of 1 ms over a link of 10 ms: the second is handed over at 2 and goes from 11 to 21, needed at 12."""
+def test_a_wait_begins_when_the_message_before_is_taken() -> None:
+    """GPipe, two forwards of 1 ms over a link of 10 ms: the second is handed over at 2 and goes from 11 to 21, needed at 12.
+
+    So of the queue of a channel nobody waits for more: messages are needed in the order in which they leave.
+    """
     plan = make_plan(*TWO_STAGES, "pipeline.num_microbatches=2", "pipeline.schedule=gpipe")
-    forward = {Kind.FORWARD: 10 * MS, Kind.BACKWARD: 0}
     times = Times(
         run=lambda rank, operation: MS,
-        link=lambda sender, receiver, message: forward[Kind.BACKWARD if message.is_gradient else Kind.FORWARD],
+        link=lambda sender, receiver, message: 0 if message.is_gradient else 10 * MS,
     )
     pieces = timeline_of(recorded(plan, times)).pieces[1]
     waits = [
         (piece.cause, round(1e3 * piece.begin, 6), round(1e3 * piece.end, 6)) for piece in pieces if piece.delivery
     ]
-    assert waits[:3] == [(Cause.DEPENDENCY, 0, 1), (Cause.TRANSFER, 1, 11), (Cause.TRANSFER, 12, 21)]
-
-    # The same, where the first message is small and needed later: LIMe's entries leave ahead of the residual.
-    plan = make_plan("parallel.pp=2", *ONE_MICROBATCH)
-    times = Times(
-        run=lambda rank, operation: MS,
-        link=lambda sender, receiver, message: 30 * MS if message.cargo is Cargo.ENTRIES else 2 * MS,
-    )
-    pieces = [piece for piece in timeline_of(recorded(plan, times)).pieces[1] if piece.delivery]
-    residual = [piece for piece in pieces if piece.delivery and piece.delivery.message.cargo is Cargo.RESIDUAL]
-    causes = {piece.cause for piece in residual}
-    assert Cause.QUEUE in causes
-    by_cause = spent(tuple(residual))
-    assert by_cause[Cause.TRANSFER] == pytest.approx(2)
-    assert by_cause[Cause.QUEUE] > 20
+    assert waits == [(Cause.DEPENDENCY, 0, 1), (Cause.TRANSFER, 1, 11), (Cause.TRANSFER, 12, 21)]
 
 
-def test_what_two_channels_share_is_half_queue() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_messages_are_awaited_in_the_order_of_their_channel(layout: str) -> None:
+    plan = make_plan(*(f"parallel.{word}" for word in layout.split()))
+    for stage in plan.stages:
+        operations = list(stage.operations(stage.actions))
+        for kind in Kind:
+            posted, awaited = (
+                [(each.action, each.message) for each in operations if each.verb is verb and each.action.kind is kind]
+                for verb in (Verb.RECEIVE, Verb.AWAIT)
+            )
+            assert posted == awaited
+
+
+def test_what_takes_longer_beside_another_channel_is_queue() -> None:
     """A middle stage's card: gradients to the one before and activations to the next, at the same time."""
     plan = make_plan("parallel.pp=3", LLAMA, "pipeline.num_microbatches=8")
-    profile = recorded(plan, Times(link=lambda *way: 25 * MS))
-    shared = [
-        delivery for delivery in timeline_of(profile).deliveries if any(share.part == 0.5 for share in delivery.shares)
-    ]
-    assert shared and all(1 in (delivery.sender, delivery.receiver) for delivery in shared)
-    for delivery in shared:
-        halves = sum(share.end - share.begin for share in delivery.shares if share.part == 0.5)
-        assert delivery.transfer_seconds == pytest.approx(0.025 - halves / 2)
-    assert sum(rank.seconds[Cause.QUEUE] for rank in account_of(profile).ranks) > 0
+
+    def link(*way: object) -> float:
+        return 25 * MS
+
+    found = timeline_of(recorded(plan, Times(link=link))).deliveries
+    alone = [delivery for delivery in found if delivery.quiet >= ALONE]
+    beside = [delivery for delivery in found if delivery.quiet < ALONE]
+    assert alone and beside
+    assert all(delivery.transfer_seconds == pytest.approx(0.025) for delivery in alone)
+    assert all(delivery.transfer_seconds <= 0.025 + 1e-9 for delivery in beside)
 
 
 def test_a_receive_posted_early_is_not_a_wait() -> None:
