@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class ClockOffset(NamedTuple):
+@dataclass(frozen=True)
+class ClockOffset:
     """at: on this rank's clock. ahead: what to subtract to be on rank 0's. error: at most, either way. All in ns."""
 
     at: int

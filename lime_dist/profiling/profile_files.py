@@ -8,7 +8,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def write_head(folder: Path, plan: RunPlan, steps: Sequence[int], links: Sequenc
 def write_rank(folder: Path, record: RankRecord) -> None:
     names = sorted(record.group_ranks)
     about = {key: value for key, value in vars(record).items() if key not in ("steps", "group_ranks", "offsets")}
-    about |= {"offsets": [list(offset) for offset in record.offsets]}
+    about |= {"offsets": [list(astuple(offset)) for offset in record.offsets]}
     about |= {"groups": [[name, list(record.group_ranks[name])] for name in names]}
     collectives = [
         [index, names.index(each.group_name), each.entered, each.wait_begun, each.wait_ended]

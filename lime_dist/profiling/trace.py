@@ -29,7 +29,9 @@ def write_trace(profile: Profile, timelines: Sequence[StepTimeline], path: str) 
     target = Path(path)
     is_folder = path.endswith("/") or target.is_dir()
     if not is_folder and not target.name.endswith(_SUFFIXES):
-        raise ConfigError(f"--trace: {path} ends neither with .json or .json.gz nor, as a folder, with /")
+        raise ConfigError(
+            f"--trace: {path}: name a file that ends with .json or .json.gz, or a folder with / behind it"
+        )
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"--trace: there is no folder {target.parent}; make it first")
     try:

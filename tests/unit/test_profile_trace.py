@@ -319,7 +319,7 @@ def bad_places(folder: Path) -> Iterator[tuple[str, str]]:
     (folder / "kept").mkdir()
     (folder / "kept" / "old.json").write_text("{}")
     (folder / "file").write_text("")
-    yield str(folder / "trace.txt"), r"trace\.txt ends neither with \.json or \.json\.gz"
+    yield str(folder / "trace.txt"), r"trace\.txt: name a file that ends with \.json or \.json\.gz"
     yield str(folder / "none" / "trace.json"), f"there is no folder {folder}/none"
     yield f"{folder}/none/traces/", f"there is no folder {folder}/none"
     yield str(folder / "kept"), r"kept holds old\.json"
