@@ -16,7 +16,6 @@ from lime_dist.bench.pipeline.ways import LEAST, PLAIN, Way, make_ways
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.lifecycle.local import run_local
 from lime_dist.pipeline.recorder import Recorder
-from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.analysis import Analysis
 from lime_dist.profiling.clock_offset import ClockOffset
 from lime_dist.profiling.profile_files import Profile, RankRecord
