@@ -181,11 +181,7 @@ def _profile(way: Way, found: Sequence[Found], share: int, index: int) -> Profil
 
 def _prediction(way: Way, profile: Profile, rates: Rates, rate: float | None) -> Prediction:
     if rate is not None:
-        links = {
-            ends: LinkSpeed(bytes_per_second=rate, latency_seconds=link.latency_seconds)
-            for ends, link in rates.links.items()
-        }
-        rates = replace(rates, links=links)
+        rates = replace(rates, links={ends: _limited(link, rate) for ends, link in rates.links.items()})
     timelines = list(read_timelines(profile))
     measured, predicted = account(profile, timelines), simulate(way.plan, costs_of(way.plan, rates))
     step = statistics.median(timeline.seconds for timeline in timelines)
@@ -199,6 +195,12 @@ def _prediction(way: Way, profile: Profile, rates: Rates, rate: float | None) ->
         exposed=_exposed(measured, predicted, step),
         transfer_over_rate=None if rate is None else carried / (sent / rate),
     )
+
+
+def _limited(link: LinkSpeed, rate: float) -> LinkSpeed:
+    """What a byte takes without a limit, it takes of the hosts at either end, and with one too."""
+    per_byte = 1 / rate + 1 / link.bytes_per_second
+    return LinkSpeed(bytes_per_second=1 / per_byte, latency_seconds=link.latency_seconds)
 
 
 def _exposed(measured: Account, predicted: Simulated, step: float) -> dict[str, tuple[float, float]]:
