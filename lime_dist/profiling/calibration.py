@@ -27,7 +27,7 @@ _END_PHASES = frozenset(("gradients", "norm", "agreement", "update", "record"))
 def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
     """With which any plan of the model can be priced."""
     cores = cores_of_a_replica(profile)
-    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None, apart=True)
+    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None)
     per_flop = {kind: operations.seconds_per_flop(kind) for kind in Kind}
     stages = [_ranks_of(profile, stage) for stage in range(len(profile.plan.stages))]
     return Rates(
@@ -54,7 +54,7 @@ def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tu
         layout.global_rank(Coordinate(pp_rank=stage, tp_rank=pipeline[0], dp_rank=pipeline[1]))
         for stage in range(layout.pp)
     ]
-    operations = _Operations(profile, ranks, by_core=False, apart=False)
+    operations = _Operations(profile, ranks, by_core=False)
     return Costs(
         runs=operations.runs,
         links=measured_links(timelines, frozenset(ranks)),
@@ -78,11 +78,11 @@ def cores_of_a_replica(profile: Profile) -> float | None:
 class _Operations:
     """Mean seconds of each, of all steps of some ranks.
 
-    by_core: only those in which a rank had a core. apart: what messages take of the host is not laid on the next RUN.
+    by_core: only those in which a rank had a core, with what messages take of the host by itself, else laid on the next RUN.
     """
 
-    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool, apart: bool):
-        self._profile, self._by_core, self._apart = profile, by_core, apart
+    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool):
+        self._profile, self._by_core = profile, by_core
         self._runs: dict[tuple[int, Kind], list[list[float]]] = defaultdict(list)
         self._moves: dict[Verb, list[float]] = defaultdict(list)
         self._other_threads = 0.0  # of a step, of all ranks
@@ -104,7 +104,7 @@ class _Operations:
                 if timed.operation.until == "behind":
                     self._runs[timed.operation.action.chunk, timed.operation.action.kind].append(of_pass)
                     of_pass = []
-            elif self._by_core or self._apart and timed.operation.verb is not Verb.AWAIT:
+            elif self._by_core:
                 self._moves[timed.operation.verb].append(seconds)
             elif timed.operation.verb is not Verb.AWAIT:
                 on_host += seconds
