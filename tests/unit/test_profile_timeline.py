@@ -7,7 +7,7 @@ from math import fsum
 from random import Random
 
 import pytest
-from recorded import LLAMA, MS, RankClock, Times, make_plan, recorded
+from recorded import LLAMA, MS, RankClock, Times, make_plan, random_times, recorded
 
 from lime_dist.plan.operations import Verb
 from lime_dist.plan.schedule import Kind
@@ -246,21 +246,6 @@ def test_steps_are_apart() -> None:
 
 
 # ---- any step
-
-
-def random_times(random: Random) -> Times:
-    def some(most: int) -> int:
-        return random.choice([0, random.randrange(most)])
-
-    return Times(
-        run=lambda rank, operation: some(20 * MS),
-        link=lambda *way: some(10 * MS),
-        data=lambda rank: some(MS),
-        phase=lambda rank, phase: some(MS),
-        host=lambda: some(MS // 10),
-        tensor=lambda: some(MS),
-        others=lambda: some(MS),
-    )
 
 
 @pytest.mark.parametrize("errs", [False, True], ids=["", "clocks err"])
