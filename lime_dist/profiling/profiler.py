@@ -20,6 +20,7 @@ from lime_dist.profiling.kernel_trace import KernelTrace
 from lime_dist.profiling.profile_files import (
     MeasuredLink,
     RankRecord,
+    clear,
     kernels_file,
     profile_folder,
     write_head,
@@ -76,7 +77,7 @@ class Profiler:
         offsets = self._before, measure_offset(self._rank.device)
         self._before = None
         if self._rank.is_logger:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            clear(self._folder)
         dist.barrier()
         write_rank(self._folder, _record(self._rank.device, offsets, tuple(self._steps)))
         self._write_kernels()
