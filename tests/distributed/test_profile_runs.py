@@ -207,3 +207,13 @@ def test_data_that_is_not_there_is_told_in_a_line(tmp_path: Path, capsys: pytest
     assert run("profile", tmp_path, "pp=2", "data.train=nowhere") == USER_ERROR_EXIT_CODE
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "nowhere" in err
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing can be made in /proc, not even by root."""
+    assert run("profile", Path("/proc/run"), "pp=2", "--steps=1") == USER_ERROR_EXIT_CODE
+    out, err = capfd.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert err.splitlines()[-1].startswith(
+        "lime-dist: run.dir: /proc/run/profile/steps_4-4: No such file or directory; name"
+    )
