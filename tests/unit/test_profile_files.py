@@ -23,6 +23,7 @@ from lime_dist.profiling.profile_files import (
     Profile,
     ProfileError,
     RankRecord,
+    clear,
     find_profile,
     profile_folder,
     read_profile,
@@ -95,6 +96,15 @@ def test_the_newest_profile_of_a_run_is_taken(tmp_path: Path) -> None:
     # One without its head is not whole: the last file that is written.
     (tmp_path / "profile" / "steps_10-11" / "profile.json").unlink()
     assert find_profile(tmp_path) == tmp_path / "profile" / "steps_1-2"
+
+
+def test_a_folder_that_is_written_anew_is_no_profile_until_it_is_whole(folder: Path) -> None:
+    """Ranks of one recording and of another must not be read as one."""
+    clear(folder)
+    with pytest.raises(ProfileError, match="no profile there"):
+        read_profile(folder)
+    clear(folder.parent / "steps_7-8")
+    assert (folder.parent / "steps_7-8").is_dir()
 
 
 def test_writing_leaves_no_other_files(folder: Path) -> None:
