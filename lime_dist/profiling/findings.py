@@ -29,7 +29,7 @@ SLOW_WAY = 0.5  # of the other way, where there is one boundary, whose two ways 
 SLOW_PEER = 1.15  # times as long as the median of those that do the same
 SLOW_STAGE = 1.25  # times as long a FLOP as the median of the other stages, whose layers are not quite the same
 OF_ONE_KIND, IN_BURSTS = 2.0, 2.5  # times as far from the others, where only some of the passes are slow
-HELD_UP = 2.5  # times as long as any other, what messages take of the host
+HELD_UP = 2.5  # times as long as any other, without a core, or what messages take of the host
 WORTH_NAMING = 0.02  # of a step
 
 
@@ -211,10 +211,15 @@ def _over(own: OwnTime, others: Sequence[OwnTime], slow: float) -> float | None:
     forward, backward, whole = (mine / median(theirs) for mine, theirs in zip(own[:3], zip(*others)))
     if min(forward, backward) > slow or max(forward, backward) > 1 + OF_ONE_KIND * (slow - 1):
         return max(whole, (own.forward + own.backward) / median(one.forward + one.backward for one in others))
+    if whole > 1 + IN_BURSTS * (slow - 1):
+        return whole
+    longest = max(one.delayed for one in others)
+    if own.delayed or longest:
+        with_delay = (own.whole + own.delayed) / median(one.whole + one.delayed for one in others)
+        return with_delay if with_delay > slow and own.delayed > HELD_UP * longest else None
     # A rank that is short of a core is short of it where it hands over: others go first.
     on_host = own.host / max(1e-12, max(one.host for one in others))
-    is_held_up = whole > slow and on_host > HELD_UP
-    return whole if is_held_up or whole > 1 + IN_BURSTS * (slow - 1) else None
+    return whole if whole > slow and on_host > HELD_UP else None
 
 
 def _slow_peer(profile: Profile, rank: int, times: float) -> _Suspect:

@@ -19,6 +19,7 @@ from lime_dist.cli.command_line import main
 from lime_dist.errors import USER_ERROR_EXIT_CODE
 from lime_dist.profiling.clock_offset import ClockOffset
 from lime_dist.profiling.profile_files import (
+    VERSION,
     MeasuredLink,
     Profile,
     ProfileError,
@@ -42,7 +43,12 @@ def make_profile(folder: Path, *overrides: str) -> Profile:
 
 
 def with_busy(record: RankRecord) -> RankRecord:
-    steps = tuple(replace(step, busy=[mark // 2 for mark in step.marks], process_busy=99) for step in record.steps)
+    steps = tuple(
+        replace(
+            step, busy=[mark // 2 for mark in step.marks], delayed=[mark // 3 for mark in step.marks], process_busy=99
+        )
+        for step in record.steps
+    )
     return replace(record, steps=steps)
 
 
@@ -163,7 +169,7 @@ def test_random_bytes(folder: Path, name: str, capsys: pytest.CaptureFixture[str
 
 
 def test_another_version(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_head(folder, version=2)
+    edit_head(folder, version=VERSION + 1)
     assert "written by another version of lime-dist" in refusal(folder, capsys)
 
 
