@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from lime_dist.profiling.accounting import Account, account
+from lime_dist.profiling.advice import sentences
 from lime_dist.profiling.critical_path import Segment, critical_path
-from lime_dist.profiling.findings import Fault, find_faults, sentences
+from lime_dist.profiling.findings import Fault, find_faults
 from lime_dist.profiling.profile_files import Profile, read_profile
 from lime_dist.profiling.timeline import StepTimeline, read_timelines
 

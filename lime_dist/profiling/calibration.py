@@ -21,13 +21,14 @@ from lime_dist.profiling.operation_times import Timed, timed_operations
 from lime_dist.profiling.profile_files import Profile
 from lime_dist.profiling.timeline import Cause, StepTimeline
 
+_MOST_KEPT = 2000  # of the variation of RUNs
 _END_PHASES = frozenset(("gradients", "norm", "agreement", "update", "record"))
 
 
 def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
     """With which any plan of the model can be priced."""
     cores = cores_of_a_replica(profile)
-    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None, apart=True)
+    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None)
     per_flop = {kind: operations.seconds_per_flop(kind) for kind in Kind}
     stages = [_ranks_of(profile, stage) for stage in range(len(profile.plan.stages))]
     return Rates(
@@ -40,6 +41,7 @@ def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates
         data_seconds=median(_phase_seconds(timelines, ranks, {"data"}) for ranks in stages),
         end_seconds=max(_phase_seconds(timelines, ranks, _END_PHASES) for ranks in stages),
         cores=cores,
+        variation=operations.variation,
     )
 
 
@@ -54,7 +56,7 @@ def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tu
         layout.global_rank(Coordinate(pp_rank=stage, tp_rank=pipeline[0], dp_rank=pipeline[1]))
         for stage in range(layout.pp)
     ]
-    operations = _Operations(profile, ranks, by_core=False, apart=False)
+    operations = _Operations(profile, ranks, by_core=False)
     return Costs(
         runs=operations.runs,
         links=measured_links(timelines, frozenset(ranks)),
@@ -78,12 +80,13 @@ def cores_of_a_replica(profile: Profile) -> float | None:
 class _Operations:
     """Mean seconds of each, of all steps of some ranks.
 
-    by_core: only those in which a rank had a core. apart: what messages take of the host is not laid on the next RUN.
+    by_core: only those in which a rank had a core, with what messages take of the host by itself, else laid on the next RUN.
     """
 
-    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool, apart: bool):
-        self._profile, self._by_core, self._apart = profile, by_core, apart
+    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool):
+        self._profile, self._by_core = profile, by_core
         self._runs: dict[tuple[int, Kind], list[list[float]]] = defaultdict(list)
+        self._walls: dict[tuple[int, Kind, int], list[float]] = defaultdict(list)  # of each RUN of a pass
         self._moves: dict[Verb, list[float]] = defaultdict(list)
         self._other_threads = 0.0  # of a step, of all ranks
         for rank in ranks:
@@ -99,12 +102,14 @@ class _Operations:
         for timed in operations:
             seconds = timed.busy if self._by_core and timed.busy is not None else timed.seconds - timed.collective
             if timed.operation.verb is Verb.RUN:
+                place = timed.operation.action.chunk, timed.operation.action.kind, len(of_pass)
+                self._walls[place].append(timed.seconds - timed.collective)
                 of_pass.append(seconds + timed.collective + on_host)
                 on_host = 0.0
                 if timed.operation.until == "behind":
                     self._runs[timed.operation.action.chunk, timed.operation.action.kind].append(of_pass)
                     of_pass = []
-            elif self._by_core or self._apart and timed.operation.verb is not Verb.AWAIT:
+            elif self._by_core:
                 self._moves[timed.operation.verb].append(seconds)
             elif timed.operation.verb is not Verb.AWAIT:
                 on_host += seconds
@@ -113,6 +118,12 @@ class _Operations:
     def runs(self) -> dict[tuple[int, Kind], tuple[float, ...]]:
         """By chunk and kind, of each RUN of a pass."""
         return {place: tuple(map(fmean, zip(*passes))) for place, passes in self._runs.items()}
+
+    @property
+    def variation(self) -> tuple[float, ...]:
+        """What each RUN took over the mean of its place in a pass."""
+        found = [wall / mean for walls in self._walls.values() if (mean := fmean(walls)) > 0 for wall in walls]
+        return tuple(found[:: 1 + len(found) // _MOST_KEPT])
 
     @property
     def moves(self) -> dict[Verb, MoveCost]:

@@ -1,28 +1,23 @@
 """Each message of a step on its way: when it could go, when it went, when it was there, when it was needed. Pure data.
 
 Messages of one channel, which is one way between two ranks, travel one by one in the order given, each from when it is handed
-over and its receive is posted. A rank's card sends and receives at once; messages of two channels that are on one card's way out,
-or in, share it: of that time each has its share for itself, which is its *transfer*, and the rest is *queue*.
+over and its receive is posted. What a message takes when no other is on the cards of its two ranks is its *transfer*. What it
+takes longer beside others is *queue*: they share the way, and even what goes the other way delays it, as a receiver's
+answers wait behind that.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import median
 from typing import NamedTuple
 
 from lime_dist.plan.messages import Message
 from lime_dist.plan.schedule import Action
-
-
-class Share(NamedTuple):
-    """From `begin` to `end` a message had `part` of its link."""
-
-    begin: float
-    end: float
-    part: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +25,8 @@ class Delivery:
     """Moments in seconds since the step began, on one clock.
 
     action: the pass of the receiver. ready: made. handed: given to the transport. posted: its receive. started: on the link.
-    needed: the receiver came to where it waits for it. taken: it went on from there. shares: from `started` to `arrived`.
+    needed: the receiver came to where it waits for it. taken: it went on from there. transfer_seconds: of its time on the link,
+    what it would have taken alone. quiet: the share of that time in which it was alone.
     """
 
     message: Message
@@ -45,16 +41,18 @@ class Delivery:
     arrived: float
     needed: float
     taken: float
-    shares: tuple[Share, ...] = field(repr=False)
+    transfer_seconds: float
+    quiet: float
 
     @property
-    def transfer_seconds(self) -> float:
-        """What it would have taken alone."""
-        return sum((share.end - share.begin) * share.part for share in self.shares)
+    def link_seconds(self) -> float:
+        return self.arrived - self.started
 
     def transfer_behind(self, moment: float) -> float:
-        """Of `transfer_seconds` what comes after `moment`."""
-        return sum(max(0.0, share.end - max(share.begin, moment)) * share.part for share in self.shares)
+        """Of `transfer_seconds` what comes after `moment`, as if it were spread evenly."""
+        if moment <= self.started:
+            return self.transfer_seconds
+        return self.transfer_seconds * max(0.0, self.arrived - moment) / self.link_seconds if self.link_seconds else 0.0
 
     @property
     def exposed_seconds(self) -> float:
@@ -100,32 +98,66 @@ class Channel:
 
 
 def deliver(channels: Iterable[Channel]) -> dict[tuple[int, int], Delivery]:
-    """By (receiver, `Received.order`)."""
+    """By (receiver, `Received.order`); each message is taken to have had an equal share of the link beside others."""
     channels = list(channels)
     on_links = [list(_on_link(channel)) for channel in channels]
     out, into = _Cards(), _Cards()
     for channel, spans in zip(channels, on_links):
         out.add(channel.sender, spans)
         into.add(channel.receiver, spans)
-    return {
-        (channel.receiver, received.order): Delivery(
-            message=sent.message,
-            action=received.action,
-            sender=channel.sender,
-            receiver=channel.receiver,
-            boundary=channel.boundary,
-            ready=sent.ready,
-            handed=sent.handed,
-            posted=received.posted,
-            started=span[0],
-            arrived=span[1],
-            needed=received.needed,
-            taken=received.taken,
-            shares=tuple(_shares(span, out.of(channel.sender), into.of(channel.receiver))),
+    deliveries = {}
+    for channel, spans in zip(channels, on_links):
+        sides = _Sides(
+            (out.of(channel.sender), into.of(channel.receiver)), (out.of(channel.receiver), into.of(channel.sender))
         )
-        for channel, spans in zip(channels, on_links)
-        for sent, received, span in zip(channel.sent, channel.received, spans, strict=True)
+        for sent, received, (started, arrived) in zip(channel.sent, channel.received, spans, strict=True):
+            transfer, quiet = sides.shares(started, arrived)
+            deliveries[channel.receiver, received.order] = Delivery(
+                message=sent.message,
+                action=received.action,
+                sender=channel.sender,
+                receiver=channel.receiver,
+                boundary=channel.boundary,
+                ready=sent.ready,
+                handed=sent.handed,
+                posted=received.posted,
+                started=started,
+                arrived=arrived,
+                needed=received.needed,
+                taken=received.taken,
+                transfer_seconds=transfer,
+                quiet=quiet,
+            )
+    return deliveries
+
+
+ALONE = 0.95  # of its time on the link: what takes longer then is the link's own doing
+_FEWEST = 3
+
+
+def times_alone(deliveries: Iterable[Delivery]) -> dict[tuple[int, int, int], float]:
+    """By (sender, receiver, bytes), of all steps: what messages take alone, by the quarter of them that were most so."""
+    alike: dict[tuple[int, int, int], list[Delivery]] = defaultdict(list)
+    for delivery in deliveries:
+        alike[_alike(delivery)].append(delivery)
+    return {
+        place: median(one.transfer_seconds for one in _quietest(found, max(_FEWEST, len(found) // 4)))
+        for place, found in alike.items()
     }
+
+
+def _quietest(deliveries: Sequence[Delivery], number: int) -> list[Delivery]:
+    return sorted(deliveries, key=lambda one: -one.quiet)[:number]
+
+
+def told_apart(delivery: Delivery, alone: Mapping[tuple[int, int, int], float]) -> Delivery:
+    """With what `times_alone` says of its transfer, where it was not alone itself."""
+    own = delivery.link_seconds if delivery.quiet >= ALONE else alone[_alike(delivery)]
+    return replace(delivery, transfer_seconds=min(own, delivery.link_seconds))
+
+
+def _alike(delivery: Delivery) -> tuple[int, int, int]:
+    return delivery.sender, delivery.receiver, delivery.message.num_bytes
 
 
 def _on_link(channel: Channel) -> Iterator[tuple[float, float]]:
@@ -151,12 +183,11 @@ class _Cards:
     """How many messages were on one side of each rank's card."""
 
     def __init__(self) -> None:
-        self._changes: dict[int, list[tuple[float, int]]] = {}
+        self._changes: dict[int, list[tuple[float, int]]] = defaultdict(lambda: [(float("-inf"), 0)])
         self._steps: dict[int, _Steps] = {}
 
     def add(self, rank: int, spans: Iterable[tuple[float, float]]) -> None:
-        changes = self._changes.setdefault(rank, [(float("-inf"), 0)])
-        changes += [change for begin, end in spans for change in ((begin, 1), (end, -1))]
+        self._changes[rank] += [change for begin, end in spans for change in ((begin, 1), (end, -1))]
 
     def of(self, rank: int) -> _Steps:
         if rank not in self._steps:
@@ -176,11 +207,24 @@ def _count(changes: Sequence[tuple[float, int]]) -> _Steps:
     return steps
 
 
-def _shares(span: tuple[float, float], out: _Steps, into: _Steps) -> Iterator[Share]:
-    begin, end = span
-    moments = sorted({begin, end, *_between(out.moments, begin, end), *_between(into.moments, begin, end)})
-    for one, following in pairwise(moments):
-        yield Share(one, following, 1 / max(1, out.at(one), into.at(one)))
+class _Sides(NamedTuple):
+    """Of the two cards of a channel: those that it goes through, and those that go the other way."""
+
+    own: tuple[_Steps, _Steps]
+    other: tuple[_Steps, _Steps]
+
+    def shares(self, begin: float, end: float) -> tuple[float, float]:
+        """Of a message that was on the link from `begin` to `end`: the time that it had for itself, and the share in which it
+        was alone."""
+        sides = (*self.own, *self.other)
+        moments = sorted({begin, end, *(moment for side in sides for moment in _between(side.moments, begin, end))})
+        transfer = quiet = 0.0
+        for one, following in pairwise(moments):
+            beside = max(1, *(side.at(one) for side in self.own))
+            transfer += (following - one) / beside
+            if beside == 1 and not any(side.at(one) for side in self.other):
+                quiet += following - one
+        return transfer, quiet / (end - begin) if end > begin else 1.0
 
 
 def _between(moments: Sequence[float], begin: float, end: float) -> Sequence[float]:

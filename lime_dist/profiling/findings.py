@@ -7,21 +7,25 @@ can hide another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, median
+from typing import NamedTuple
 
 from lime_dist.formats import format_rate
 from lime_dist.plan.costs import Costs, LinkSpeed
-from lime_dist.plan.schedule import Kind
 from lime_dist.plan.simulate import simulate
 from lime_dist.profiling.accounting import Account
 from lime_dist.profiling.calibration import wall_costs
+from lime_dist.profiling.deliveries import Delivery
 from lime_dist.profiling.operation_times import OwnTime, own_time
 from lime_dist.profiling.profile_files import Profile
 from lime_dist.profiling.timeline import Cause, StepTimeline
 
 SLOW_LINK = 0.7  # of the bandwidth of the fastest boundary
+SLOW_WAY = 0.5  # of the other way, where there is one boundary, whose two ways carry messages of other sizes
 SLOW_PEER = 1.15  # times as long as the median of those that do the same
 SLOW_STAGE = 1.25  # times as long a FLOP as the median of the other stages, whose layers are not quite the same
 OF_ONE_KIND, IN_BURSTS = 2.0, 2.5  # times as far from the others, where only some of the passes are slow
@@ -47,43 +51,7 @@ class _Suspect:
     name: str
     mend: str
     pipeline: tuple[int, int]
-    without: _Change
-
-
-class _Change:
-    """Of costs; each is sure of its own part of them."""
-
-    def of(self, costs: Costs) -> Costs:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _LinksLike(_Change):
-    ways: tuple[tuple[int, int], ...]
-    speed: LinkSpeed
-
-    def of(self, costs: Costs) -> Costs:
-        return replace(costs, links={**costs.links, **dict.fromkeys(self.ways, self.speed)})
-
-
-@dataclass(frozen=True)
-class _RunsScaled(_Change):
-    factors: Mapping[tuple[int, Kind], float]
-
-    def of(self, costs: Costs) -> Costs:
-        scaled = {
-            place: tuple(seconds * self.factors.get(place, 1.0) for seconds in runs)
-            for place, runs in costs.runs.items()
-        }
-        return replace(costs, runs=scaled)
-
-
-@dataclass(frozen=True)
-class _DataLike(_Change):
-    seconds: float
-
-    def of(self, costs: Costs) -> Costs:
-        return replace(costs, data_seconds=tuple(min(self.seconds, each) for each in costs.data_seconds))
+    without: Callable[[Costs], Costs]
 
 
 def find_faults(profile: Profile, timelines: Sequence[StepTimeline], account: Account) -> list[Fault]:
@@ -105,7 +73,7 @@ def _priced(suspect: _Suspect, suspects: Sequence[_Suspect], profile: Profile, c
     def step(mended: Iterable[_Suspect]) -> float:
         changed = costs
         for one in mended:
-            changed = one.without.of(changed)
+            changed = one.without(changed)
         return simulate(profile.plan, changed).step_seconds
 
     alone = step([]) - step([suspect])
@@ -121,14 +89,18 @@ _Way = tuple[int, int]  # of stages
 def _slow_links(profile: Profile, timelines: Sequence[StepTimeline]) -> Iterator[_Suspect]:
     """By boundary; those of a stage together where all are slow, as they are on one card."""
     speeds = _speeds(profile, timelines)
-    if sum(map(len, speeds.values())) < 4:
-        return  # one boundary has none to compare with
-    fastest = max(speed for own in speeds.values() for speed in own.values())
+    ways_in_all = sum(map(len, speeds.values()))
+    if ways_in_all < 2:
+        return
+    fastest = max(speed.least for own in speeds.values() for speed in own.values())
+    share = SLOW_LINK if ways_in_all > 2 else SLOW_WAY
     slow = {
-        pipeline: {way: speed for way, speed in own.items() if speed < SLOW_LINK * fastest}
+        pipeline: {way: speed.most for way, speed in own.items() if speed.most < share * fastest}
         for pipeline, own in speeds.items()
     }
-    others = [speed for pipeline, own in speeds.items() for way, speed in own.items() if way not in slow[pipeline]]
+    others = [
+        speed.least for pipeline, own in speeds.items() for way, speed in own.items() if way not in slow[pipeline]
+    ]
     like = LinkSpeed(bytes_per_second=median(others))
     alike = len({tuple(sorted(own)) for own in slow.values()}) == 1
     for pipeline, own in slow.items():
@@ -139,27 +111,48 @@ def _slow_links(profile: Profile, timelines: Sequence[StepTimeline]) -> Iterator
                 name=f"{name}{of_ranks} ({format_rate(min(own[way] for way in ways))}, where others reach {format_rate(like.bytes_per_second)})",
                 mend=f"look at the network card, cable and switch port of {name}{of_ranks}",
                 pipeline=pipeline,
-                without=_LinksLike(tuple(ways), like),
+                without=partial(_with_links, ways, like),
             )
         if alike:
             return
 
 
-def _speeds(profile: Profile, timelines: Sequence[StepTimeline]) -> dict[tuple[int, int], dict[_Way, float]]:
-    """Bytes a second by pipeline (its tensor rank and replica) and way."""
+def _with_links(ways: Sequence[_Way], speed: LinkSpeed, costs: Costs) -> Costs:
+    return replace(costs, links={**costs.links, **dict.fromkeys(ways, speed)})
+
+
+class _Speed(NamedTuple):
+    """Bytes a second that a way carries. most: if messages beside each other share cards. least: as its quickest messages went,
+    whatever was beside them, as each pair of ranks may have a link of its own."""
+
+    least: float
+    most: float
+
+
+def _speeds(profile: Profile, timelines: Sequence[StepTimeline]) -> dict[tuple[int, int], dict[_Way, _Speed]]:
+    """By pipeline (its tensor rank and replica) and way."""
     layout = profile.plan.layout
-    carried: dict[tuple[int, int], dict[_Way, list[float]]] = {}
+    carried: dict[tuple[int, int], dict[_Way, list[Delivery]]] = defaultdict(lambda: defaultdict(list))
     for timeline in timelines:
         for delivery in timeline.deliveries:
             sender, receiver = layout.coordinate(delivery.sender), layout.coordinate(delivery.receiver)
-            own = carried.setdefault((sender.tp_rank, sender.dp_rank), {})
-            sums = own.setdefault((sender.pp_rank, receiver.pp_rank), [0.0, 0.0])
-            sums[0] += delivery.message.num_bytes
-            sums[1] += delivery.transfer_seconds
+            carried[sender.tp_rank, sender.dp_rank][sender.pp_rank, receiver.pp_rank].append(delivery)
     return {
-        pipeline: {way: num_bytes / seconds for way, (num_bytes, seconds) in own.items() if seconds > 0}
+        pipeline: {way: speed for way, deliveries in own.items() if (speed := _speed(deliveries))}
         for pipeline, own in carried.items()
     }
+
+
+def _speed(deliveries: Sequence[Delivery]) -> _Speed | None:
+    num_bytes = sum(delivery.message.num_bytes for delivery in deliveries)
+    by_size: dict[int, list[float]] = defaultdict(list)
+    for delivery in deliveries:
+        by_size[delivery.message.num_bytes].append(delivery.link_seconds)
+    alone = sum(delivery.transfer_seconds for delivery in deliveries)
+    quickest = sum(sorted(seconds)[len(seconds) // 4] * len(seconds) for seconds in by_size.values())
+    if not alone or not quickest:
+        return None
+    return _Speed(least=num_bytes / max(alone, quickest), most=num_bytes / alone)
 
 
 def _grouped(slow: Mapping[_Way, float], num_stages: int) -> Iterator[tuple[list[_Way], str]]:
@@ -235,7 +228,7 @@ def _slow_peer(profile: Profile, rank: int, times: float) -> _Suspect:
         name=f"rank {rank} ({which} of stage {place.pp_rank}), which takes {times:.2f} times as long as {others}",
         mend=f"look at host {profile.ranks[rank].host or 'of it'} for other processes, and at the clocks and heat of the device of rank {rank}",
         pipeline=(place.tp_rank, place.dp_rank),
-        without=_runs_scaled(profile, place.pp_rank, 1 / times),
+        without=partial(_with_runs_scaled, _chunks_of(profile, place.pp_rank), 1 / times),
     )
 
 
@@ -246,12 +239,20 @@ def _slow_stage(profile: Profile, stage: int, ranks: Sequence[int], times: float
         name=f"stage {stage} ({shown}), which takes {times:.2f} times as long for its layers as the others",
         mend=f"look at the host of {shown} for other processes, clocks and heat, or give stage {stage} fewer layers (pipeline.partition)",
         pipeline=(0, 0),
-        without=_runs_scaled(profile, stage, 1 / times),
+        without=partial(_with_runs_scaled, _chunks_of(profile, stage), 1 / times),
     )
 
 
-def _runs_scaled(profile: Profile, stage: int, factor: float) -> _RunsScaled:
-    return _RunsScaled({(chunk.chunk, kind): factor for chunk in profile.plan.stages[stage].chunks for kind in Kind})
+def _chunks_of(profile: Profile, stage: int) -> frozenset[int]:
+    return frozenset(chunk.chunk for chunk in profile.plan.stages[stage].chunks)
+
+
+def _with_runs_scaled(chunks: frozenset[int], factor: float, costs: Costs) -> Costs:
+    scaled = {
+        (chunk, kind): tuple(factor * each for each in seconds) if chunk in chunks else seconds
+        for (chunk, kind), seconds in costs.runs.items()
+    }
+    return replace(costs, runs=scaled)
 
 
 # ---- data
@@ -270,54 +271,9 @@ def _late_data(account: Account, profile: Profile) -> Iterator[_Suspect]:
         name=f"the data loader of {who}, which has a batch {1e3 * seconds:.0f} ms late",
         mend="put the token files on faster storage, or nearer",
         pipeline=(place.tp_rank, place.dp_rank),
-        without=_DataLike(0.0),
+        without=_without_data_waits,
     )
 
 
-# ---- sentences
-
-
-def sentences(profile: Profile, account: Account, faults: Sequence[Fault]) -> list[str]:
-    """What to know and do, in three sentences."""
-    step = account.step_seconds
-    return [_first(step, faults), _second(account, faults), _third(profile, account)]
-
-
-def _first(step: float, faults: Sequence[Fault]) -> str:
-    if not faults:
-        return f"A step takes {_ms(step)}, and no link, rank or data loader stands out."
-    named = "; ".join(f"{_ms(fault.seconds)} to {fault.name}" for fault in faults)
-    return f"A step takes {_ms(step)}; of these go {named}."
-
-
-def _second(account: Account, faults: Sequence[Fault]) -> str:
-    if faults:
-        mend = faults[0].mend
-        return f"{mend[0].upper()}{mend[1:]}: mended, a step is about {100 * faults[0].seconds / account.step_seconds:.0f} % shorter."
-    worst = max(account.boundaries, key=lambda each: each.exposed, default=None)
-    if worst is None or worst.exposed < WORTH_NAMING * account.step_seconds:
-        return "What crosses boundaries is hidden behind computing."
-    kind = max(worst.exposed_by, key=lambda name: worst.exposed_by[name])
-    return (
-        f"Boundary {worst.name} is waited for {_ms(worst.exposed)} a step, most of it for the {kind}: try pipeline.warmup=auto, "
-        "or a pattern that sends less (`lime-dist plan --predict`)."
-    )
-
-
-def _third(profile: Profile, account: Account) -> str:
-    share, own = account.bubble_share, schedule_bubble(profile)
-    text = f"Waiting for other stages to compute (the bubble) takes {100 * share:.0f} % of all ranks' time, {100 * own:.0f} % in a perfect schedule of equal stages"
-    if share < 0.05:
-        return f"{text}: little is to be had there."
-    return f"{text}: raise pipeline.num_microbatches or parallel.virtual_stages, as `lime-dist plan --predict` says what each brings."
-
-
-def schedule_bubble(profile: Profile) -> float:
-    """(P - 1) / (v m + P - 1) of P stages of v chunks and m microbatches (Narayanan et al. 2021, section 2.2)."""
-    plan = profile.plan
-    idle = len(plan.stages) - 1
-    return idle / (plan.virtual_stages * plan.num_microbatches + idle)
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+def _without_data_waits(costs: Costs) -> Costs:
+    return replace(costs, data_seconds=(0.0,) * len(costs.data_seconds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from lime_dist.layout import Layout
@@ -16,7 +16,7 @@ from lime_dist.pipeline.step_times import PHASES, CollectiveTimes
 from lime_dist.plan.operations import Operation, Verb
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Kind
-from lime_dist.profiling.deliveries import Channel, Delivery, Received, Sent, deliver
+from lime_dist.profiling.deliveries import Channel, Delivery, Received, Sent, deliver, times_alone, told_apart
 from lime_dist.profiling.profile_files import Profile, RankRecord
 
 
@@ -95,8 +95,10 @@ class StepTimeline:
 
 def read_timelines(profile: Profile) -> Iterator[StepTimeline]:
     """Of each recorded step."""
-    for index in range(len(profile.steps)):
-        yield _Step(profile, index).timeline()
+    steps = [_Step(profile, index) for index in range(len(profile.steps))]
+    alone = times_alone(delivery for step in steps for delivery in step.deliveries.values())
+    for step in steps:
+        yield step.timeline(alone)
 
 
 def step_origin(profile: Profile, index: int) -> float:
@@ -121,10 +123,19 @@ class _Step:
         self._origin = step_origin(profile, index)
         self._operations = [_operations(self._plan, stage) for stage in range(len(self._plan.stages))]
 
-    def timeline(self) -> StepTimeline:
+    @cached_property
+    def _ranks(self) -> list[_RankStep]:
         collectives = self._collectives()
-        ranks = [self._rank_step(record, collectives[record.rank]) for record in self._profile.ranks]
-        deliveries = deliver(self._channels(ranks))
+        return [self._rank_step(record, collectives[record.rank]) for record in self._profile.ranks]
+
+    @cached_property
+    def deliveries(self) -> dict[tuple[int, int], Delivery]:
+        return deliver(self._channels(self._ranks))
+
+    def timeline(self, alone: Mapping[tuple[int, int, int], float]) -> StepTimeline:
+        """alone: see `times_alone`."""
+        ranks = self._ranks
+        deliveries = {place: told_apart(delivery, alone) for place, delivery in self.deliveries.items()}
         sent: dict[int, list[Delivery]] = {step.record.rank: [] for step in ranks}
         for delivery in deliveries.values():
             sent[delivery.sender].append(delivery)

@@ -257,6 +257,8 @@ class TrainingRun:
                 code = self._evaluate_and_agree(self._train_step(batches, watch))
                 if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
                     self._save()
+        if self._profiler is not None:
+            self._profiler.close()
         self._record("close", Metrics.close)
         asked = f"{self._stop.cause} at " if code == REQUEUE else ""
         return code, f"{asked}step {self.step} of {config.run.steps}"

@@ -18,7 +18,7 @@ ORDER = (
 TORCH_FREE = (
     "errors", "formats", "layout", "cluster", "config", "depth", "plan", "training.records", "lifecycle.ending", "lifecycle.stopping",
     "lifecycle.ownership", "lifecycle.launcher", "lifecycle.network", "lifecycle.pulse", "lifecycle.heartbeat", "lifecycle.silence",
-    "pipeline.step_times", "profiling.accounting", "profiling.analysis", "profiling.calibration", "profiling.critical_path", "profiling.findings",
+    "pipeline.step_times", "profiling.accounting", "profiling.analysis", "profiling.calibration", "profiling.critical_path", "profiling.findings", "profiling.advice",
     "profiling.kernel_events", "profiling.profile_files", "profiling.screen", "profiling.stream_events", "profiling.timeline", "profiling.trace",
     "profiling.trace_events",
 )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from lime_dist.plan.messages import Cargo, Message
 from lime_dist.plan.schedule import Action, Kind
-from lime_dist.profiling.deliveries import Channel, Delivery, Received, Sent, deliver
+from lime_dist.profiling.deliveries import Channel, Delivery, Received, Sent, deliver, times_alone, told_apart
 
 MESSAGE = Message(cargo=Cargo.RESIDUAL, from_chunk=0, to_chunk=1, num_bytes=1000, leaves="behind", needed="before")
 
@@ -66,13 +67,24 @@ def test_messages_that_share_a_side_of_a_card_have_half_of_it_each(other: tuple[
     shared = other != (1, 2)
     assert one.transfer_seconds == (3.0 if shared else 4.0)
     assert two.transfer_seconds == (3.0 if shared else 4.0)
-    assert one.transfer_behind(3.0) == (0.5 if shared else 1.0)
+    assert one.transfer_behind(3.0) == (0.75 if shared else 1.0)
     assert one.transfer_behind(4.0) == 0.0
 
 
 def test_three_on_a_card_have_a_third_each() -> None:
     channels = [make_channel((0.0, 0.0, 3.0), ends=(0, receiver)) for receiver in (1, 2, 3)]
     assert [each.transfer_seconds for each in on_links(*channels)] == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_what_a_message_takes_alone_is_told_by_those_that_were() -> None:
+    """Three of 2 s, and one that took 5 s, for 2 of which an answer of the other way was on the cards."""
+    channel = make_channel((0.0, 0.0, 2.0), (10.0, 0.0, 12.0), (20.0, 0.0, 22.0), (30.0, 0.0, 35.0))
+    *quiet, beside, answer = on_links(channel, make_channel((31.0, 0.0, 33.0), ends=(1, 0)))
+    assert [one.quiet for one in (*quiet, beside)] == [1.0, 1.0, 1.0, 0.6]
+    alone = times_alone([*quiet, beside, answer])
+    assert [told_apart(one, alone).transfer_seconds for one in (*quiet, beside)] == [2.0, 2.0, 2.0, 2.0]
+    slow = replace(beside, quiet=1.0)
+    assert told_apart(slow, alone).transfer_seconds == 5.0  # alone, so that the link itself was slow
 
 
 def test_messages_that_follow_each_other_at_once_share_nothing() -> None:
@@ -83,7 +95,7 @@ def test_messages_that_follow_each_other_at_once_share_nothing() -> None:
 def test_an_arrival_before_its_handing_over_is_a_clock_that_errs() -> None:
     """It took no time, and does not hold up, nor hurry, the one behind it."""
     one, two = on_links(make_channel((2.0, 0.0, 1.0), (2.5, 0.0, 4.0)))
-    assert (one.started, one.arrived, one.transfer_seconds, one.shares) == (2.0, 2.0, 0.0, ())
+    assert (one.started, one.arrived, one.transfer_seconds) == (2.0, 2.0, 0.0)
     assert (two.started, two.arrived, two.transfer_seconds) == (2.5, 4.0, 1.5)
 
 
@@ -101,25 +113,21 @@ def test_time_in_the_queue_of_a_channel_is_exposed_too() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_shares_lie_end_to_end_and_sum_to_the_cards(seed: int) -> None:
-    """Any number of channels: of each message's time on its link the shares are a partition, and no card carries more than it can."""
+def test_no_message_has_more_than_its_time_and_no_card_carries_more_than_it_can(seed: int) -> None:
     random = Random(seed)
     ends = [(0, 1), (1, 0), (1, 2), (2, 1), (2, 0)]
     deliveries = on_links(*(make_channel(*random_times(random), ends=each) for each in ends))
-    for delivery in deliveries:
-        moments = [delivery.started, *(share.end for share in delivery.shares)]
-        assert [share.begin for share in delivery.shares] == moments[:-1]
-        assert moments[-1] == delivery.arrived
-        assert 0 <= delivery.transfer_seconds <= delivery.arrived - delivery.started + 1e-12
+    alone = times_alone(deliveries)
+    for delivery in (*deliveries, *(told_apart(one, alone) for one in deliveries)):
+        assert 0 <= delivery.transfer_seconds <= delivery.link_seconds + 1e-12
+        assert 0 <= delivery.quiet <= 1 + 1e-12
         assert delivery.transfer_behind(delivery.started) == pytest.approx(delivery.transfer_seconds)
-    for moment in [random.uniform(0, 20) for _ in range(200)]:
-        for side in ("sender", "receiver"):
-            load = [0.0, 0.0, 0.0]
-            for delivery in deliveries:
-                load[getattr(delivery, side)] += sum(
-                    share.part for share in delivery.shares if share.begin <= moment < share.end
-                )
-            assert max(load) <= 1 + 1e-9
+        assert delivery.transfer_behind(delivery.arrived) == pytest.approx(0)
+    for side in ("sender", "receiver"):
+        for rank in range(3):
+            own = [delivery for delivery in deliveries if getattr(delivery, side) == rank]
+            busy = max(one.arrived for one in own) - min(one.started for one in own)
+            assert sum(one.transfer_seconds for one in own) <= busy + 1e-9
 
 
 def random_times(random: Random) -> list[tuple[float, float, float]]:

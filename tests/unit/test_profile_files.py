@@ -11,7 +11,7 @@ from random import Random
 
 import numpy
 import pytest
-from recorded import RankClock, Times, make_plan, recorded
+from recorded import RankClock, Times, make_plan, recorded, write
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -27,8 +27,6 @@ from lime_dist.profiling.profile_files import (
     find_profile,
     profile_folder,
     read_profile,
-    write_head,
-    write_rank,
 )
 
 OVERRIDES = ("parallel.pp=2", "parallel.tp=2")
@@ -37,7 +35,6 @@ LINKS = (MeasuredLink(from_stage=0, to_stage=1, bytes_per_second=1.5e9),)
 
 def make_profile(folder: Path, *overrides: str) -> Profile:
     """Of two steps."""
-    folder.mkdir(parents=True, exist_ok=True)
     clocks = {1: RankClock(ahead=10**12, drift=1e-5, error=777)}
     plan = make_plan(*(overrides or OVERRIDES))
     profile = recorded(plan, Times(), Times(host=lambda: 5), clocks=clocks, links=LINKS, folder=folder)
@@ -47,12 +44,6 @@ def make_profile(folder: Path, *overrides: str) -> Profile:
 def with_busy(record: RankRecord) -> RankRecord:
     steps = tuple(replace(step, busy=[mark // 2 for mark in step.marks], process_busy=99) for step in record.steps)
     return replace(record, steps=steps)
-
-
-def write(profile: Profile) -> None:
-    for record in profile.ranks:
-        write_rank(profile.folder, record)
-    write_head(profile.folder, profile.plan, profile.steps, profile.links)
 
 
 @pytest.fixture

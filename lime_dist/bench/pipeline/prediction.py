@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.bench.hosts import Host, hosts, why_no_hosts
+from lime_dist.bench.hosts import BUCKET_BYTES, Host, hosts, why_no_hosts
 from lime_dist.bench.pipeline.measuring import groups_of, ring
 from lime_dist.bench.pipeline.on_hosts import SHARES
 from lime_dist.bench.pipeline.ways import LEAST, LLAMA, PLAIN, Way, limited_rate
@@ -27,8 +28,9 @@ from lime_dist.plan.simulate import Simulated, simulate
 from lime_dist.profiling.accounting import Account, account
 from lime_dist.profiling.calibration import measured_rates
 from lime_dist.profiling.clock_offset import ClockOffset
+from lime_dist.profiling.deliveries import times_alone
 from lime_dist.profiling.profile_files import Profile, RankRecord
-from lime_dist.profiling.timeline import read_timelines
+from lime_dist.profiling.timeline import StepTimeline, read_timelines
 from lime_dist.training.rank import Rank
 from lime_dist.training.world import join_world
 
@@ -38,10 +40,14 @@ EXPOSED_SHARE = 0.05  # of a step, from which on a boundary's exposed time is co
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Of one host. steps: by share, then way. rates: bytes a second each way, by share; None: no limit."""
+    """Of one host. steps: by share, then way. rates: bytes a second each way, by share; None: no limit.
+
+    over_plain: of steps without limits, the time of a recorded one over that of the plain one behind it.
+    """
 
     steps: list[list[list[StepTimes]]]
     rates: list[float | None]
+    over_plain: list[float]
     group_ranks: dict[str, list[int]]
 
 
@@ -49,7 +55,7 @@ class Found:
 class Prediction:
     """One way at one rate, in seconds. exposed: by way over a boundary, (measured, predicted), where it is a fair part of the step.
 
-    transfer: measured time of all bytes alone on the links, over bytes / rate; None without a limit.
+    transfer_over_rate: what messages took alone over their bytes less the bucket's, by the rate; None without a limit.
     """
 
     model: str
@@ -64,7 +70,15 @@ class Prediction:
         return self.predicted / self.measured - 1
 
 
-def run_prediction(ways: Sequence[Way], rounds: int) -> list[Prediction]:
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """over_plain: see `Found`, of the first host."""
+
+    predictions: list[Prediction]
+    over_plain: list[float]
+
+
+def run_prediction(ways: Sequence[Way], rounds: int) -> Outcome:
     """Raises: ConfigError where hosts with limited cards cannot be made."""
     why_not = why_no_hosts()
     if why_not is not None:
@@ -73,7 +87,7 @@ def run_prediction(ways: Sequence[Way], rounds: int) -> list[Prediction]:
     num_stages = ways[0].config.parallel.pp
     with hosts(num_stages) as made:
         found = run_local(_record, num_stages, ways, rounds, made, describe=lambda rank: f"stage {rank}")
-    return _compare(ways, found)
+    return Outcome(predictions=_compare(ways, found), over_plain=found[0].over_plain)
 
 
 # ---- on the hosts
@@ -99,6 +113,7 @@ class _Recording:
 
     def run(self, rounds: int) -> Found:
         steps, rates = [], []
+        over_plain: list[float] = []
         for way in range(len(self._ways)):
             for _ in range(_WARM_UP):
                 self._step(way)
@@ -109,10 +124,13 @@ class _Recording:
                 self._say(f"round {turn + 1} of {rounds}")
                 for way in range(len(self._ways)):
                     found[way].append(self._step(way))
+                    if share is None:
+                        over_plain.append(_seconds(found[way][-1]) / self._plain_step(way))
             steps.append(found)
         names = {each.group_name for shares in steps for way in shares for step in way for each in step.collectives}
         everyone = [*range(dist.get_world_size())]
-        return Found(steps=steps, rates=rates, group_ranks={name: everyone for name in names})
+        groups = {name: everyone for name in names}
+        return Found(steps=steps, rates=rates, over_plain=over_plain, group_ranks=groups)
 
     def _step(self, way: int) -> StepTimes:
         rank, recorder = self._ranks[way], Recorder(self._device)
@@ -124,6 +142,13 @@ class _Recording:
             recorder.mark()
             rank.recorder = None
         return recorder.take()
+
+    def _plain_step(self, way: int) -> float:
+        """Seconds."""
+        dist.barrier()
+        start = time.perf_counter()
+        self._ranks[way].train_step(self._batch, lr_factor=1.0)
+        return time.perf_counter() - start
 
     def _limit(self, share: float | None) -> float | None:
         self._host.limit(None)
@@ -181,24 +206,32 @@ def _profile(way: Way, found: Sequence[Found], share: int, index: int) -> Profil
 
 def _prediction(way: Way, profile: Profile, rates: Rates, rate: float | None) -> Prediction:
     if rate is not None:
-        links = {
-            ends: LinkSpeed(bytes_per_second=rate, latency_seconds=link.latency_seconds)
-            for ends, link in rates.links.items()
-        }
-        rates = replace(rates, links=links)
+        rates = replace(rates, links={ends: _limited(link, rate) for ends, link in rates.links.items()})
     timelines = list(read_timelines(profile))
     measured, predicted = account(profile, timelines), simulate(way.plan, costs_of(way.plan, rates))
     step = statistics.median(timeline.seconds for timeline in timelines)
-    sent = sum(boundary.sent_bytes for boundary in measured.boundaries)
-    carried = sum(boundary.transfer for boundary in measured.boundaries)
     return Prediction(
         model=way.model,
         rate=rate,
         measured=step,
         predicted=predicted.step_seconds,
         exposed=_exposed(measured, predicted, step),
-        transfer_over_rate=None if rate is None else carried / (sent / rate),
+        transfer_over_rate=None if rate is None else _transfer_over_rate(timelines, rate),
     )
+
+
+def _transfer_over_rate(timelines: Sequence[StepTimeline], rate: float) -> float:
+    """Of messages that met a full bucket, or might have: those of the quietest times, see `times_alone`."""
+    deliveries = [delivery for timeline in timelines for delivery in timeline.deliveries]
+    alone = times_alone(deliveries)
+    own = [alone[each.sender, each.receiver, each.message.num_bytes] for each in deliveries]
+    return sum(own) / sum((each.message.num_bytes - BUCKET_BYTES) / rate for each in deliveries)
+
+
+def _limited(link: LinkSpeed, rate: float) -> LinkSpeed:
+    """What a byte takes without a limit, it takes of the hosts at either end, and with one too."""
+    per_byte = 1 / rate + 1 / link.bytes_per_second
+    return replace(link, bytes_per_second=1 / per_byte, burst_bytes=BUCKET_BYTES)
 
 
 def _exposed(measured: Account, predicted: Simulated, step: float) -> dict[str, tuple[float, float]]:
@@ -212,9 +245,9 @@ def _exposed(measured: Account, predicted: Simulated, step: float) -> dict[str, 
     return {name: pair for name, pair in pairs.items() if pair[0] > EXPOSED_SHARE * step}
 
 
-def prediction_table(predictions: Sequence[Prediction]) -> str:
+def prediction_table(outcome: Outcome) -> str:
     """Markdown."""
-    head = ("way", "each card", "measured", "predicted", "error", "exposed over 5 % of the step: measured, predicted ms", "transfer / (bytes / rate)")  # fmt: skip
+    head = ("way", "each card", "measured", "predicted", "error", "exposed over 5 % of the step: measured, predicted ms", "transfer, alone / (bytes - bucket) x rate")  # fmt: skip
     rows = [
         (
             one.model,
@@ -225,6 +258,11 @@ def prediction_table(predictions: Sequence[Prediction]) -> str:
             "; ".join(f"{name}: {1e3 * a:.0f}, {1e3 * b:.0f}" for name, (a, b) in one.exposed.items()) or "-",
             "-" if one.transfer_over_rate is None else f"{one.transfer_over_rate:.2f}",
         )
-        for one in predictions
+        for one in outcome.predictions
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+    ratios = sorted(outcome.over_plain)
+    return (
+        f"{table}\n\nA recorded step takes {statistics.median(ratios):.3f} of a plain one "
+        f"({ratios[0]:.3f} to {ratios[-1]:.3f}, {len(ratios)} pairs)."
+    )
