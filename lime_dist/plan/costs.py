@@ -76,7 +76,7 @@ class Rates:
     within_node, between_nodes: between ranks of one node, of which each has `node_size`, and of two.
     links: between two stages, where they are known better than that. tensor_collectives: whether they are to be added, by
     their bytes; else seconds_per_flop has them. data_reduction: whether the reduction over the replicas is to be added, by its
-    bytes; else the end has it.
+    bytes; else the end has it. cores: that all ranks of all replicas share; None where each has a device of its own.
     """
 
     seconds_per_flop: Mapping[Kind, float]
@@ -107,7 +107,7 @@ def costs_of(plan: RunPlan, rates: Rates) -> Costs:
         data_seconds=(rates.data_seconds,) * len(plan.stages),
         end_seconds=tuple(_end(plan, rates, stage) for stage in plan.stages),
         moves=rates.moves,
-        cores=rates.cores,
+        cores=None if rates.cores is None else rates.cores / (plan.layout.tp * plan.layout.dp),
         variation=rates.variation,
     )
 
@@ -136,7 +136,7 @@ def pass_seconds(config: Config, rates: Rates, work: Work, kind: Kind) -> tuple[
     head_factor = 1 if kind is Kind.FORWARD else BACKWARD_FACTOR
     factor = head_factor if kind is Kind.FORWARD else head_factor + recomputed
     seconds = flops.layers * rates.seconds_per_flop[kind] + flops.routing * rates.seconds_per_routing_flop[kind]
-    collectives = _collectives(config.parallel.tp, rates, work) * (1 + (recomputed and kind is Kind.BACKWARD))
+    collectives = collective_seconds(config.parallel.tp, rates, work) * (1 + (recomputed and kind is Kind.BACKWARD))
     return factor * tokens * seconds + collectives, head_factor * tokens * flops.head * rates.seconds_per_flop[kind]
 
 
@@ -158,7 +158,7 @@ def _share_done(point: Point | None, layers: range, kind: Kind) -> float:
     return (before + 0.5) / len(layers)
 
 
-def _collectives(tp: int, rates: Rates, work: Work) -> float:
+def collective_seconds(tp: int, rates: Rates, work: Work) -> float:
     """Of a pass either way: two all-reduces of the residual a layer, or the reduce-scatters and all-gathers that come to the
     same bytes; for each entry one all-to-all from heads to tokens, for each reader one back."""
     if tp == 1 or not rates.tensor_collectives:
@@ -193,11 +193,17 @@ def _slowest_link(plan: RunPlan, rates: Rates, way: tuple[int, int]) -> LinkSpee
 def _end(plan: RunPlan, rates: Rates, stage: StagePlan) -> float:
     count = parameter_count(plan, stage)
     seconds = rates.end_seconds + count * rates.end_seconds_per_parameter
+    return seconds + (reduction_seconds(plan, rates, stage) if rates.data_reduction else 0.0)
+
+
+def reduction_seconds(plan: RunPlan, rates: Rates, stage: StagePlan) -> float:
+    """Of the stage's gradients over the replicas, by a ring's bytes."""
     tp, dp = plan.layout.tp, plan.layout.dp
-    if dp == 1 or not rates.data_reduction:
-        return seconds
+    if dp == 1:
+        return 0.0
+    count = parameter_count(plan, stage)
     num_bytes = count * DTYPE_BYTES.get(str(plan.config.deepspeed.get("communication_data_type")), FP32)
-    return seconds + rates.link(dp * tp - 1).seconds(2 * (dp - 1) / dp * num_bytes)
+    return rates.link(dp * tp - 1).seconds(2 * (dp - 1) / dp * num_bytes)
 
 
 def parameter_count(plan: RunPlan, stage: StagePlan) -> int:

@@ -8,38 +8,57 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 
 import numpy
 
 from lime_dist.layout import Coordinate
-from lime_dist.plan.costs import Costs, LinkSpeed, MoveCost, Rates, pass_seconds
+from lime_dist.plan.costs import (
+    Costs,
+    LinkSpeed,
+    MoveCost,
+    Rates,
+    collective_seconds,
+    pass_seconds,
+    reduction_seconds,
+)
+from lime_dist.plan.machine import Machine
 from lime_dist.plan.operations import Verb
 from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.deliveries import Delivery
 from lime_dist.profiling.operation_times import Timed, timed_operations
 from lime_dist.profiling.profile_files import Profile
-from lime_dist.profiling.timeline import Cause, StepTimeline
+from lime_dist.profiling.timeline import Cause, Piece, StepTimeline
 
 _MOST_KEPT = 2000  # of the variation of RUNs
+_SHARED = frozenset({Cause.DEPENDENCY, Cause.DATA_PARALLEL})  # of the end, what is priced by itself
 _END_PHASES = frozenset(("gradients", "norm", "agreement", "update", "record"))
 
 
 def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
-    """With which any plan of the model can be priced."""
-    cores = cores_of_a_replica(profile)
-    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None)
+    """With which any plan of the model can be priced.
+
+    Collectives are priced by their bytes: at the speed that those of the profile reached, or where it has none at that of its
+    slowest link.
+    """
+    cores = shared_cores(profile)
+    operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None, collectives=False)
     per_flop = {kind: operations.seconds_per_flop(kind) for kind in Kind}
     stages = [_ranks_of(profile, stage) for stage in range(len(profile.plan.stages))]
+    links = measured_links(timelines)
+    collectives = _collective_speed(profile, timelines) or _slowest(links)
     return Rates(
         seconds_per_flop={kind: layers for kind, (layers, _) in per_flop.items()},
         seconds_per_routing_flop={kind: routing for kind, (_, routing) in per_flop.items()},
-        within_node=_slowest(links := measured_links(timelines)),
-        between_nodes=_slowest(links),
+        within_node=collectives,
+        between_nodes=collectives,
         links=links,
         moves=operations.moves,
         data_seconds=median(_phase_seconds(timelines, ranks, {"data"}) for ranks in stages),
-        end_seconds=max(_phase_seconds(timelines, ranks, _END_PHASES) for ranks in stages),
+        end_seconds=max(_phase_seconds(timelines, ranks, _END_PHASES, _SHARED) for ranks in stages),
+        tensor_collectives=True,
+        data_reduction=True,
         cores=cores,
         variation=operations.variation,
     )
@@ -56,7 +75,7 @@ def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tu
         layout.global_rank(Coordinate(pp_rank=stage, tp_rank=pipeline[0], dp_rank=pipeline[1]))
         for stage in range(layout.pp)
     ]
-    operations = _Operations(profile, ranks, by_core=False)
+    operations = _Operations(profile, ranks, by_core=False, collectives=True)
     return Costs(
         runs=operations.runs,
         links=measured_links(timelines, frozenset(ranks)),
@@ -65,13 +84,12 @@ def wall_costs(profile: Profile, timelines: Sequence[StepTimeline], pipeline: tu
     )
 
 
-def cores_of_a_replica(profile: Profile) -> float | None:
-    """That the stages of one tensor rank of one replica share, if ranks have less than a core each for each thread."""
-    by_host: dict[str, int] = defaultdict(int)
-    for record in profile.ranks:
-        by_host[record.host] += record.threads
-    shares = [1.0 if one.cores is None else min(1.0, one.cores / by_host[one.host]) for one in profile.ranks]
-    return None if min(shares) == 1.0 else fmean(shares) * len(profile.plan.stages)
+def shared_cores(profile: Profile) -> float | None:
+    """Of all hosts together; None where ranks have devices of their own, or several threads, whose time on a core is not known."""
+    hosts = {record.host: record.cores for record in profile.ranks}
+    if max(record.threads for record in profile.ranks) > 1 or None in hosts.values():
+        return None
+    return float(sum(count for count in hosts.values() if count is not None))
 
 
 # ---- operations
@@ -81,10 +99,11 @@ class _Operations:
     """Mean seconds of each, of all steps of some ranks.
 
     by_core: only those in which a rank had a core, with what messages take of the host by itself, else laid on the next RUN.
+    collectives: whether RUNs have what they waited in those of the tensor group.
     """
 
-    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool):
-        self._profile, self._by_core = profile, by_core
+    def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool, collectives: bool):
+        self._profile, self._by_core, self._collectives = profile, by_core, collectives
         self._runs: dict[tuple[int, Kind], list[list[float]]] = defaultdict(list)
         self._walls: dict[tuple[int, Kind, int], list[float]] = defaultdict(list)  # of each RUN of a pass
         self._moves: dict[Verb, list[float]] = defaultdict(list)
@@ -104,7 +123,7 @@ class _Operations:
             if timed.operation.verb is Verb.RUN:
                 place = timed.operation.action.chunk, timed.operation.action.kind, len(of_pass)
                 self._walls[place].append(timed.seconds - timed.collective)
-                of_pass.append(seconds + timed.collective + on_host)
+                of_pass.append(seconds + on_host + (timed.collective if self._collectives else 0.0))
                 on_host = 0.0
                 if timed.operation.until == "behind":
                     self._runs[timed.operation.action.chunk, timed.operation.action.kind].append(of_pass)
@@ -170,6 +189,35 @@ def _fitted(layers: Sequence[float], routing: Sequence[float], seconds: Sequence
     return alike, alike
 
 
+# ---- collectives
+
+
+def _collective_speed(profile: Profile, timelines: Sequence[StepTimeline]) -> LinkSpeed | None:
+    """That at which the bytes of the tensor group's collectives take what they took, else those of the replicas' sum."""
+    plan, unit = profile.plan, _UNITS[0]
+    if plan.layout.tp > 1:
+        counted = [
+            collective_seconds(plan.layout.tp, replace(unit, tensor_collectives=True), one) for one in plan.chunks
+        ]
+        num_bytes, cause = len(Kind) * plan.num_microbatches * sum(counted) / len(plan.stages), Cause.TENSOR
+    elif plan.layout.dp > 1:
+        num_bytes = fmean(reduction_seconds(plan, unit, stage) for stage in plan.stages)
+        cause = Cause.DATA_PARALLEL
+    else:
+        return None
+    taken = fmean(
+        sum(piece.seconds for piece in timeline.pieces[record.rank] if piece.cause is cause and _is_complete(piece))
+        for timeline in timelines
+        for record in profile.ranks
+    )
+    return LinkSpeed(bytes_per_second=num_bytes / taken) if num_bytes and taken else None
+
+
+def _is_complete(piece: Piece) -> bool:
+    """All ranks have come to the collective: what it takes from here on is its own."""
+    return piece.collective is not None and piece.begin >= piece.collective.complete
+
+
 # ---- links
 
 
@@ -204,7 +252,7 @@ def _speed(deliveries: Sequence[Delivery]) -> LinkSpeed:
 
 
 def _slowest(links: Mapping[tuple[int, int], LinkSpeed]) -> LinkSpeed:
-    return min(links.values(), key=lambda link: link.bytes_per_second, default=LinkSpeed(bytes_per_second=1e12))
+    return min(links.values(), key=lambda link: link.bytes_per_second, default=Machine().rates().within_node)
 
 
 # ---- the rest of a step
@@ -214,14 +262,15 @@ def _ranks_of(profile: Profile, stage: int) -> list[int]:
     return [one.rank for one in profile.ranks if profile.plan.layout.coordinate(one.rank).pp_rank == stage]
 
 
-def _phase_seconds(timelines: Sequence[StepTimeline], ranks: Sequence[int], phases: set[str] | frozenset[str]) -> float:
-    """Mean over `ranks` of what these phases took, waits for other stages left out."""
+def _phase_seconds(
+    timelines: Sequence[StepTimeline],
+    ranks: Sequence[int],
+    phases: set[str] | frozenset[str],
+    without: frozenset[Cause] = frozenset({Cause.DEPENDENCY}),
+) -> float:
+    """Mean over `ranks` of what these phases took, waits of the causes `without` left out: for other stages, at least."""
     return fmean(
-        sum(
-            piece.seconds
-            for piece in timeline.pieces[rank]
-            if piece.about in phases and piece.cause is not Cause.DEPENDENCY
-        )
+        sum(piece.seconds for piece in timeline.pieces[rank] if piece.about in phases and piece.cause not in without)
         for timeline in timelines
         for rank in ranks
     )
