@@ -250,7 +250,7 @@ class _Work:
 
     def _rank(self, rank: int, found: dict[int, StepTimes]) -> Iterator[None]:
         """Goes on until it waits for another."""
-        groups, times, place = _groups(self.plan, rank), self._times, self.plan.layout.coordinate(rank)
+        groups, times = _groups(self.plan, rank), self._times
         step = StepTimes(marks=[], busy=None, process_busy=0, arrivals=[], collectives=[], sent_bytes=(0, 0))
         incoming: dict[tuple[object, object], tuple[_Channel, int]] = {}
         sent = dict.fromkeys(Kind, 0)
