@@ -201,9 +201,9 @@ def test_steps_behind_the_end_are_warned_of() -> None:
     assert not [text for text in find_warnings(config) if "profile" in text]
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "1.5", "many"])
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "many", "1001"])
 def test_a_number_of_steps_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["profile", "run.yaml", f"--steps={number}"])
     assert exit_.value.code == USER_ERROR_EXIT_CODE
-    assert "is not a whole number above 0" in capsys.readouterr().err
+    assert "is not a whole number from 1 to 1000" in capsys.readouterr().err
