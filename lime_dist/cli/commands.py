@@ -151,8 +151,7 @@ def _plan(args: argparse.Namespace) -> int:
         return _predict(args)
     if args.sweep is not None:
         raise ConfigError("--sweep: is part of a prediction; add --predict")
-    plan = ready_plan(load_config(args.config, args.overrides))
-    warn(find_warnings(plan.config))
+    plan = _ready_to_train(load_config(args.config, args.overrides))
     if args.plot is not None:
         _plot(plan, args.plot)
     if args.json:
@@ -226,7 +225,14 @@ def _plot(plan: RunPlan, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    return ended(ready_on_ranks(args, ready_plan, "train"))
+    return ended(ready_on_ranks(args, _ready_to_train, "train"))
+
+
+def _ready_to_train(config: Config, world_size: int | None = None) -> RunPlan:
+    """As `ready_plan`; of other commands the warnings would be wrong: `profile` has steps of its own, `eval` none."""
+    plan = ready_plan(config, world_size)
+    warn(find_warnings(plan.config))
+    return plan
 
 
 _Ready = Callable[[Config, int | None], RunPlan]  # `ready_plan`, or the same for an evaluation
@@ -239,7 +245,6 @@ def ready_on_ranks(args: argparse.Namespace, ready: _Ready, function: str, *more
 
         plan = _resolve(args, ready)
         check_files(plan.config)
-        warn(find_warnings(plan.config))
         return _on_ranks(plan, function, *more)
 
 
@@ -265,8 +270,7 @@ def ended(code: int) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     from lime_dist.plan.table import stage_table
 
-    plan = ready_plan(load_config(args.config, args.overrides), args.nproc)
-    warn(find_warnings(plan.config))
+    plan = _ready_to_train(load_config(args.config, args.overrides), args.nproc)
     print(dump_yaml(plan.config))
     print(stage_table(plan))
     return 0

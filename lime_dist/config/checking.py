@@ -49,13 +49,18 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
 
 
 def find_warnings(config: Config) -> list[str]:
-    """What runs, but hardly as it is meant: a line each."""
+    """What trains, but hardly as it is meant: a line each."""
     warmup, steps, profiled = config.optim.warmup_steps, config.run.steps, config.profile.steps
     warnings = []
     if warmup >= steps and warmup > 0:
         warnings += [f"optim.warmup_steps: {warmup} is not below run.steps={steps}: the whole run is warm-up; lower it"]
     if profiled is not None and profiled[-1] > steps:
         warnings += [f"profile.steps: {profiled} ends behind run.steps={steps}: there will be no profile; lower it"]
+    if profiled is None and config.profile.kernels:
+        warnings += [
+            "profile.kernels: has no effect without profile.steps, as no step is recorded; set profile.steps=[FIRST, LAST], or "
+            "remove it"
+        ]
     return warnings
 
 

@@ -108,6 +108,12 @@ def profile_folder(run_dir: Path, first: int, last: int) -> Path:
 # ---- writing
 
 
+def clear(folder: Path) -> None:
+    """A folder to write into; until `write_head`, what an earlier recording has left there is no profile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _HEAD).unlink(missing_ok=True)
+
+
 def write_head(folder: Path, plan: RunPlan, steps: Sequence[int], links: Sequence[MeasuredLink]) -> None:
     head = {
         "version": VERSION,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 from lime_dist.config import check_config, parse_config
 from lime_dist.layout import Coordinate
@@ -19,7 +20,7 @@ from lime_dist.plan.operations import Operation, Verb
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.clock_offset import ClockOffset
-from lime_dist.profiling.profile_files import MeasuredLink, Profile, RankRecord
+from lime_dist.profiling.profile_files import MeasuredLink, Profile, RankRecord, read_profile, write_head, write_rank
 
 BASE = {
     "model": {"num_layers": 8, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
@@ -28,12 +29,18 @@ BASE = {
     "run": {"device": "cpu"},
 }
 LLAMA = "depth.router=none"  # whose only messages are residuals
-MS = 1_000_000  # ns
+US, MS = 1_000, 1_000_000  # ns
+EPOCH_NS = 1_700_000_000 * 10**9  # time of day at 0
 
 
 def make_plan(*overrides: str) -> RunPlan:
     config = parse_config(BASE, overrides)
     return plan_run(check_config(config, config.layout.world_size))
+
+
+def operations_of(plan: RunPlan, rank: int) -> tuple[Operation, ...]:
+    stage = plan.stages[plan.layout.coordinate(rank).pp_rank]
+    return tuple(stage.operations(stage.actions))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,40 @@ class Times:
     host: Callable[[], int] = lambda: 0
     tensor: Callable[[], int] = lambda: 0
     others: Callable[[], int] = lambda: 0
+
+
+def random_times(random: Random) -> Times:
+    """Anything between nothing and much, of each part."""
+
+    def some(most: int) -> int:
+        return random.choice([0, random.randrange(most)])
+
+    return Times(
+        run=lambda rank, operation: some(20 * MS),
+        link=lambda *way: some(10 * MS),
+        data=lambda rank: some(MS),
+        phase=lambda rank, phase: some(MS),
+        host=lambda: some(MS // 10),
+        tensor=lambda: some(MS),
+        others=lambda: some(MS),
+    )
+
+
+def usual_times(random: Random) -> Times:
+    """Passes of about a ms, and links that take at most a third of it; some messages are there before their send returns."""
+
+    def about(mean: int) -> int:
+        return random.randrange(mean // 2, mean * 3 // 2)
+
+    return Times(
+        run=lambda rank, operation: about(900 * US),
+        link=lambda *way: random.randrange(random.choice([300 * US, 300 * US, 300 * US, 2 * US])),
+        data=lambda rank: about(30 * US),
+        phase=lambda rank, phase: about(60 * US),
+        host=lambda: about(10 * US),
+        tensor=lambda: about(80 * US),
+        others=lambda: about(40 * US),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +132,7 @@ def recorded(
             cores=64,
             threads=1,
             offsets=(clock.offset(0), clock.offset(end)),
-            epoch_ns=0,
+            epoch_ns=EPOCH_NS - clock.ahead,
             group_ranks={_name(group): group for group in _groups(plan, rank).values()},
             steps=tuple(_shown(step[rank], clock) for step in work.steps),
         )
@@ -100,6 +141,28 @@ def recorded(
     ]
     numbers = tuple(range(1, 1 + len(work.steps)))
     return Profile(folder=folder, plan=plan, steps=numbers, ranks=tuple(ranks), links=tuple(links))
+
+
+def write(profile: Profile) -> None:
+    profile.folder.mkdir(parents=True, exist_ok=True)
+    for record in profile.ranks:
+        write_rank(profile.folder, record)
+    write_head(profile.folder, profile.plan, profile.steps, profile.links)
+
+
+def disagreeing_clock(rank: int) -> RankClock:
+    """Rank 0's is true."""
+    return RankClock(ahead=40 * MS * rank, drift=2e-5 * rank, error=500)
+
+
+def written(folder: Path, plan: RunPlan, num_steps: int = 2) -> Profile:
+    """As read from `folder`: steps 3, 4, ... of usual times, by clocks that do not agree."""
+    random = Random(1)
+    clocks = {rank: disagreeing_clock(rank) for rank in range(plan.layout.world_size)}
+    steps = [usual_times(random) for _ in range(num_steps)]
+    profile = recorded(plan, *steps, clocks=clocks, folder=folder)
+    write(replace(profile, steps=tuple(range(3, 3 + num_steps))))
+    return read_profile(folder)
 
 
 def _shown(step: StepTimes, clock: RankClock) -> StepTimes:
@@ -187,8 +250,7 @@ class _Work:
 
     def _rank(self, rank: int, found: dict[int, StepTimes]) -> Iterator[None]:
         """Goes on until it waits for another."""
-        groups, times, place = _groups(self.plan, rank), self._times, self.plan.layout.coordinate(rank)
-        stage = self.plan.stages[place.pp_rank]
+        groups, times = _groups(self.plan, rank), self._times
         step = StepTimes(marks=[], busy=None, process_busy=0, arrivals=[], collectives=[], sent_bytes=(0, 0))
         incoming: dict[tuple[object, object], tuple[_Channel, int]] = {}
         sent = dict.fromkeys(Kind, 0)
@@ -200,7 +262,7 @@ class _Work:
         step.marks.append(self.now[rank])
         spend(times.data(rank))
         step.marks.append(self.now[rank])
-        for operation in stage.operations(stage.actions):
+        for operation in operations_of(self.plan, rank):
             channel = self._channel(rank, operation)
             if operation.verb is Verb.RUN:
                 spend(times.run(rank, operation))

@@ -251,12 +251,24 @@ def test_the_checkpoint_itself_is_sound(words: str, capfd: pytest.CaptureFixture
 
 def test_what_runs_but_is_hardly_meant_is_said(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """62 held-out sequences, 5 batches of 12 of them are all new."""
-    warm_up, batches = "optim.warmup_steps: 5 is not below run.steps=2", "eval.batches: 6 batches are 72 samples"
-    for overrides, said in (["eval.batches=5"], []), (["optim.warmup_steps=5", "eval.batches=6"], [batches, warm_up]):
+    unmeant = {
+        "optim.warmup_steps=5": "optim.warmup_steps: 5 is not below run.steps=2",
+        "profile.kernels=true": "profile.kernels: has no effect without profile.steps",
+        "eval.batches=6": "eval.batches: 6 batches are 72 samples",
+    }
+    for overrides, said in (["eval.batches=5"], []), ([*unmeant], [*unmeant.values()]):
         assert main(["train", "run.yaml", f"run.dir={tmp_path}/{len(said)}", *overrides]) == 0
         warnings = [line for line in capfd.readouterr().err.splitlines() if "warning: " in line]
         assert len(warnings) == len(said)
         assert all(line.startswith(f"lime-dist: warning: {text}") for line, text in zip(warnings, said, strict=True))
+
+
+def test_what_a_profile_does_not_use_is_no_warning(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It records steps of its own, of the initial weights."""
+    overrides = ("profile.kernels=true", "optim.warmup_steps=5")
+    assert main(["profile", "run.yaml", f"run.dir={tmp_path}/run", *overrides, "--steps=1"]) == 0
+    assert "warning: " not in capfd.readouterr().err
+    assert list(tmp_path.glob("run/profile/*/rank_0.kernels.json.gz"))
 
 
 @pytest.mark.parametrize("line", OTHERS)

@@ -354,6 +354,12 @@ def test_warm_up_beyond_the_run_is_warned_of() -> None:
     ]
 
 
+def test_kernels_of_no_steps_are_warned_of() -> None:
+    (warning,) = find_warnings(make_config("profile.kernels=true", "optim.warmup_steps=0"))
+    assert warning.startswith("profile.kernels: has no effect without profile.steps")
+    assert find_warnings(make_config("profile.kernels=true", "profile.steps=[10, 19]", "optim.warmup_steps=0")) == []
+
+
 def test_a_file_and_its_line_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("run:\n  steps: 3\n  steps: 4\n")

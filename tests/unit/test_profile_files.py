@@ -11,7 +11,7 @@ from random import Random
 
 import numpy
 import pytest
-from recorded import RankClock, Times, make_plan, recorded
+from recorded import RankClock, Times, make_plan, recorded, write
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -24,11 +24,10 @@ from lime_dist.profiling.profile_files import (
     Profile,
     ProfileError,
     RankRecord,
+    clear,
     find_profile,
     profile_folder,
     read_profile,
-    write_head,
-    write_rank,
 )
 
 OVERRIDES = ("parallel.pp=2", "parallel.tp=2")
@@ -37,7 +36,6 @@ LINKS = (MeasuredLink(from_stage=0, to_stage=1, bytes_per_second=1.5e9),)
 
 def make_profile(folder: Path, *overrides: str) -> Profile:
     """Of two steps."""
-    folder.mkdir(parents=True, exist_ok=True)
     clocks = {1: RankClock(ahead=10**12, drift=1e-5, error=777)}
     plan = make_plan(*(overrides or OVERRIDES))
     profile = recorded(plan, Times(), Times(host=lambda: 5), clocks=clocks, links=LINKS, folder=folder)
@@ -52,12 +50,6 @@ def with_busy(record: RankRecord) -> RankRecord:
         for step in record.steps
     )
     return replace(record, steps=steps)
-
-
-def write(profile: Profile) -> None:
-    for record in profile.ranks:
-        write_rank(profile.folder, record)
-    write_head(profile.folder, profile.plan, profile.steps, profile.links)
 
 
 @pytest.fixture
@@ -110,6 +102,15 @@ def test_the_newest_profile_of_a_run_is_taken(tmp_path: Path) -> None:
     # One without its head is not whole: the last file that is written.
     (tmp_path / "profile" / "steps_10-11" / "profile.json").unlink()
     assert find_profile(tmp_path) == tmp_path / "profile" / "steps_1-2"
+
+
+def test_a_folder_that_is_written_anew_is_no_profile_until_it_is_whole(folder: Path) -> None:
+    """Ranks of one recording and of another must not be read as one."""
+    clear(folder)
+    with pytest.raises(ProfileError, match="no profile there"):
+        read_profile(folder)
+    clear(folder.parent / "steps_7-8")
+    assert (folder.parent / "steps_7-8").is_dir()
 
 
 def test_writing_leaves_no_other_files(folder: Path) -> None:

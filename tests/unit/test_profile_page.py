@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_profile import make_profile
+from recorded import written
 
 from lime_dist.config import check_config, parse_config
+from lime_dist.plan.run_plan import plan_run
 from lime_dist.profiling.accounting import account
 from lime_dist.profiling.page import write_page
 from lime_dist.profiling.profile_files import read_profile
@@ -46,7 +47,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 def make_page(folder: Path, *overrides: str, num_steps: int = 2, host: str = "host") -> Path:
     """Beside the profile, in `folder`; all ranks on one host."""
     config = parse_config(BASE, overrides)
-    profile = make_profile(folder / "profile", check_config(config, config.layout.world_size), num_steps)
+    plan = plan_run(check_config(config, config.layout.world_size))
+    profile = written(folder / "profile", plan, num_steps)
     profile = replace(profile, ranks=tuple(replace(rank, host=host) for rank in profile.ranks))
     timelines = tuple(read_timelines(profile))
     page = folder / "page.html"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from recorded import LLAMA, MS, RankClock, Times, make_plan, recorded
-from test_profile_timeline import LAYOUTS, ONE_MICROBATCH, random_times, timeline_of
+from recorded import LLAMA, MS, RankClock, Times, make_plan, random_times, recorded
+from test_profile_timeline import LAYOUTS, ONE_MICROBATCH, timeline_of
 
 from lime_dist.plan.operations import Operation
 from lime_dist.plan.schedule import Kind

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recorded import BASE, MS, RankClock, Times, make_plan, recorded
-from test_profile_files import make_profile, write
+from recorded import BASE, MS, RankClock, Times, make_plan, recorded, write
+from test_profile_files import make_profile
 
 from lime_dist.cli.command_line import main
 from lime_dist.config import check_config, parse_config

@@ -7,7 +7,7 @@ from math import fsum
 from random import Random
 
 import pytest
-from recorded import LLAMA, MS, RankClock, Times, make_plan, recorded
+from recorded import LLAMA, MS, RankClock, Times, make_plan, random_times, recorded
 
 from lime_dist.plan.operations import Verb
 from lime_dist.plan.schedule import Kind
@@ -248,21 +248,6 @@ def test_steps_are_apart() -> None:
 # ---- any step
 
 
-def random_times(random: Random) -> Times:
-    def some(most: int) -> int:
-        return random.choice([0, random.randrange(most)])
-
-    return Times(
-        run=lambda rank, operation: some(20 * MS),
-        link=lambda *way: some(10 * MS),
-        data=lambda rank: some(MS),
-        phase=lambda rank, phase: some(MS),
-        host=lambda: some(MS // 10),
-        tensor=lambda: some(MS),
-        others=lambda: some(MS),
-    )
-
-
 @pytest.mark.parametrize("errs", [False, True], ids=["", "clocks err"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pieces_follow_each_other_without_a_gap(layout: str, errs: bool) -> None:
@@ -299,6 +284,14 @@ def test_accounts_sum_to_the_step_and_carry_what_is_planned(layout: str) -> None
     ways = [*plan.boundary_bytes]
     assert [each.planned_bytes for each in found.boundaries] == planned * 2, "as many bytes come back"
     assert len(found.boundaries) == 2 * len(ways)
+    deliveries = [each for timeline in read_timelines(profile) for each in timeline.deliveries]
+    means = 2 * plan.layout.tp * plan.layout.dp  # two steps, of pairs of ranks
+    spans, alone = (
+        sum(each.arrived - each.started for each in deliveries) / means,
+        sum(each.transfer_seconds for each in deliveries) / means,
+    )
+    assert sum(each.busy for each in found.boundaries) == pytest.approx(spans)
+    assert sum(each.transfer for each in found.boundaries) == pytest.approx(alone)
     # What ranks waited for links is what boundaries were exposed: the same moments, told by rank and by message.
     waited = sum(rank.seconds[Cause.QUEUE] + rank.seconds[Cause.TRANSFER] for rank in found.ranks)
     flushed = sum(
