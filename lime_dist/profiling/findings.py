@@ -28,7 +28,7 @@ SLOW_LINK = 0.7  # of the bandwidth of the fastest boundary
 SLOW_WAY = 0.5  # of the other way, where there is one boundary, whose two ways carry messages of other sizes
 SLOW_PEER = 1.15  # times as long as the median of those that do the same
 SLOW_STAGE = 1.25  # times as long a FLOP as the median of the other stages, whose layers are not quite the same
-OF_ONE_KIND, IN_BURSTS = 2.0, 2.5  # times as far from the others, where only some of the passes are slow
+OF_ONE_KIND, IN_BURSTS = 1.3, 2.5  # times as far from the others, where only some of the passes are slow
 HELD_UP = 2.5  # times as long as any other, without a core, or what messages take of the host
 WORTH_NAMING = 0.02  # of a step
 
