@@ -25,7 +25,7 @@ _MTU = 9000  # as clusters set it: headers are below 1 % of what travels
 # What the kernel hands to the limit at once. A small message waits behind one such packet of another connection, and
 # the bucket holds two: with one, the time between timer and refill is lost, and the rate falls below what was asked for.
 _PACKET_BYTES = 32768
-_BUCKET_BYTES = 2 * _PACKET_BYTES
+BUCKET_BYTES = 2 * _PACKET_BYTES  # what a card that has been idle sends at once
 _LONGEST_QUEUE = "50ms"
 
 
@@ -122,7 +122,7 @@ def _limit(device: str, bytes_per_second: float | None) -> None:
         _run("tc", "qdisc", "replace", "dev", device, "root", "noqueue")
         return
     rate = f"{round(8 * bytes_per_second)}bit"
-    bucket = ("burst", str(_BUCKET_BYTES), "latency", _LONGEST_QUEUE)
+    bucket = ("burst", str(BUCKET_BYTES), "latency", _LONGEST_QUEUE)
     _run("tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", rate, *bucket)
 
 

@@ -6,8 +6,10 @@ the whole record of them, and nothing of a step is left out or counted twice.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +42,9 @@ class Clock(Protocol):
     def busy(self) -> int | None:
         """ns that this thread has had of a core."""
 
+    def delayed(self) -> int | None:
+        """ns for which this thread was ready to run and had no core."""
+
     def read(self, marks: Sequence[Any]) -> list[int]:
         """ns of `time.monotonic_ns`."""
 
@@ -50,8 +55,33 @@ class HostClock:
     mark = staticmethod(time.monotonic_ns)
     busy = staticmethod(time.thread_time_ns)
 
+    def __init__(self) -> None:
+        self._schedstat = _open_schedstat()
+        if self._schedstat is not None:
+            weakref.finalize(self, os.close, self._schedstat)
+
+    def delayed(self) -> int | None:
+        return None if self._schedstat is None else _schedstat(self._schedstat)[1]
+
     def read(self, marks: Sequence[int]) -> list[int]:
         return list(marks)
+
+
+def _open_schedstat() -> int | None:
+    """Of this thread; None where the kernel has none or does not count."""
+    try:
+        file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if _schedstat(file)[0] > 0:
+        return file
+    os.close(file)
+    return None
+
+
+def _schedstat(file: int) -> list[int]:
+    """ns on a core, ns ready and without one, and slices (Documentation/scheduler/sched-stats.rst of Linux)."""
+    return [int(number) for number in os.pread(file, 128, 0).split()]
 
 
 class StreamClock:
@@ -71,6 +101,9 @@ class StreamClock:
     def busy(self) -> None:
         return None
 
+    def delayed(self) -> None:
+        return None
+
     def read(self, marks: Sequence[torch.cuda.Event]) -> list[int]:
         torch.cuda.synchronize()
         return [self._zero_ns + round(1e6 * self._zero.elapsed_time(event)) for event in marks]
@@ -87,6 +120,7 @@ class _Marks:
     process_busy: int = 0  # when it began
     marks: list[Any] = field(default_factory=list)
     busy: list[int | None] = field(default_factory=list)
+    delayed: list[int | None] = field(default_factory=list)
     arrivals: list[_Arrival] = field(default_factory=list)
     collectives: list[_TimedWork] = field(default_factory=list)
     sent_bytes: tuple[int, int] = (0, 0)
@@ -111,6 +145,7 @@ class Recorder:
         """What was being done is done."""
         self._step.marks.append(self._clock.mark())
         self._step.busy.append(self._clock.busy())
+        self._step.delayed.append(self._clock.delayed())
 
     def follow(self, operations: Iterator[Operation]) -> Iterator[Operation]:
         """`operations`, with a mark behind each: who asks for the next one has carried out the last."""
@@ -127,9 +162,11 @@ class Recorder:
         step, read = self._step, self._clock.read
         process_busy = time.process_time_ns() - step.process_busy
         busy = [count for count in step.busy if count is not None]
+        delayed = [count for count in step.delayed if count is not None]
         return StepTimes(
             marks=read(step.marks),
             busy=busy or None,
+            delayed=delayed or None,
             process_busy=process_busy,
             arrivals=read([arrival.mark for arrival in step.arrivals]),
             collectives=[

@@ -24,7 +24,8 @@ class StepTimes:
     """marks: the beginning; behind the data; behind each operation of the plan; behind each of `PHASES`.
 
     busy: what the training thread had had of a core by each mark; None on a GPU, whose marks are those of its stream.
-    process_busy: the same of all threads of the process, in the step.
+    delayed: for how long it had been ready to run and had no core; None where the system does not tell.
+    process_busy: as `busy`, of all threads of the process, in the step.
     arrivals: by receive, in the order posted. sent_bytes: forward and backward, as the transport counted them.
     """
 
@@ -34,3 +35,4 @@ class StepTimes:
     arrivals: list[int]
     collectives: list[CollectiveTimes]
     sent_bytes: tuple[int, int]
+    delayed: list[int] | None = None

@@ -22,10 +22,11 @@ from lime_dist.plan.transfer import ChunkTransfer
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSpeed:
-    """One way between two ranks' cards."""
+    """One way between two ranks' cards. burst_bytes: what passes at once when the way has been idle, of a limit with a bucket."""
 
     bytes_per_second: float
     latency_seconds: float = 0.0
+    burst_bytes: float = 0.0
 
     def seconds(self, num_bytes: float) -> float:
         return self.latency_seconds + num_bytes / self.bytes_per_second
@@ -52,6 +53,7 @@ class Costs:
     data_seconds, end_seconds: by stage, before its first operation, and behind the last one of all stages: gradient
     reduction, norm, optimiser.
     cores: of a processor that all stages share; None where each stage has a device of its own.
+    variation: what RUNs take over their mean, one as likely as the other; none: all take as long as the mean.
     """
 
     runs: Mapping[tuple[int, Kind], tuple[float, ...]]
@@ -60,6 +62,7 @@ class Costs:
     end_seconds: tuple[float, ...]
     moves: Mapping[Verb, MoveCost] = field(default_factory=dict)
     cores: float | None = None
+    variation: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,7 @@ class Rates:
     tensor_collectives: bool = False
     data_reduction: bool = False
     cores: float | None = None
+    variation: tuple[float, ...] = ()
 
     def link(self, distance: int) -> LinkSpeed:
         """Between two of the ranks whose first and last are `distance` apart."""
@@ -104,6 +108,7 @@ def costs_of(plan: RunPlan, rates: Rates) -> Costs:
         end_seconds=tuple(_end(plan, rates, stage) for stage in plan.stages),
         moves=rates.moves,
         cores=rates.cores,
+        variation=rates.variation,
     )
 
 

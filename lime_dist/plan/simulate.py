@@ -3,7 +3,9 @@
 A RECEIVE posts and a SEND hands over, and neither waits; an AWAIT waits until its message is here. The messages of one
 direction of a boundary go one after another, each when it is handed over and its receive is posted, as gloo's and NCCL's do.
 A stage has one card, which sends and receives at once: messages in flight that share a side of it, such as activations to
-the next stage and gradients to the one before, each get an equal part of their link's speed.
+the next stage and gradients to the one before, each get an equal part of their link's speed. A link may let a burst through
+at once when both cards have been idle for as long as it takes to save for it. Where what passes take varies, waits are longer
+than those of mean passes, as one that is late is waited for and one that is early waits: then a step is the mean of several.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from heapq import heappop, heappush
 from math import inf
+from random import Random
+from statistics import fmean
 
 from lime_dist.plan.costs import Costs, LinkSpeed, MoveCost
 from lime_dist.plan.messages import Message
@@ -83,8 +87,36 @@ class Simulated:
         return max(stage.exposed for stage in self.stages)
 
 
+DRAWS = 6  # steps, where what RUNs take varies
+
+
 def simulate(plan: RunPlan, costs: Costs) -> Simulated:
-    return _Simulation(plan.stages, costs).run()
+    return _simulate(plan.stages, costs)
+
+
+def _simulate(stages: Sequence[StagePlan], costs: Costs) -> Simulated:
+    if not costs.variation:
+        return _Simulation(stages, costs, Random(0)).run()
+    return _mean([_Simulation(stages, costs, Random(seed)).run() for seed in range(DRAWS)])
+
+
+def _mean(steps: Sequence[Simulated]) -> Simulated:
+    return Simulated(
+        step_seconds=fmean(step.step_seconds for step in steps),
+        stages=tuple(
+            StageTimes(**{part.name: fmean(getattr(one, part.name) for one in same) for part in fields(StageTimes)})
+            for same in zip(*(step.stages for step in steps))
+        ),
+        links={
+            way: LinkTimes(
+                **{
+                    part.name: fmean(getattr(step.links[way], part.name) for step in steps)
+                    for part in fields(LinkTimes)
+                }
+            )
+            for way in steps[0].links
+        },
+    )
 
 
 # ---- messages on their way
@@ -93,15 +125,26 @@ def simulate(plan: RunPlan, costs: Costs) -> Simulated:
 class _Link:
     """One way of one boundary."""
 
-    __slots__ = ("bytes_per_second", "latency", "num_bytes", "busy", "exposed", "num_active", "busy_since")
+    __slots__ = ("bytes_per_second", "latency", "burst", "num_bytes", "busy", "exposed", "num_active", "busy_since")
 
     def __init__(self, speed: LinkSpeed):
         self.bytes_per_second, self.latency = speed.bytes_per_second, speed.latency_seconds
+        self.burst = speed.burst_bytes
         self.num_bytes, self.busy, self.exposed = 0, 0.0, 0.0
         self.num_active, self.busy_since = 0, 0.0
 
     def times(self) -> LinkTimes:
         return LinkTimes(num_bytes=self.num_bytes, busy_seconds=self.busy, exposed_seconds=self.exposed)
+
+
+class _Side(list["_Flow"]):
+    """One side of a card: what goes through it now. idle_since: when the last went."""
+
+    __slots__ = ("idle_since",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle_since = -inf
 
 
 class _Channel:
@@ -112,7 +155,7 @@ class _Channel:
 
     __slots__ = ("link", "out_side", "in_side", "sent", "posted", "ready", "is_busy")
 
-    def __init__(self, link: _Link, out_side: list[_Flow], in_side: list[_Flow]):
+    def __init__(self, link: _Link, out_side: _Side, in_side: _Side):
         self.link, self.out_side, self.in_side = link, out_side, in_side
         self.sent: deque[_Flow] = deque()  # and not posted
         self.posted: deque[_Flow] = deque()  # and not sent
@@ -178,7 +221,8 @@ class _Simulation:
     order stays as it is, and one number, `_processed`, goes on for all.
     """
 
-    def __init__(self, stages: Sequence[StagePlan], costs: Costs):
+    def __init__(self, stages: Sequence[StagePlan], costs: Costs, random: Random):
+        self._random = random
         self._costs, self._cores = costs, inf if costs.cores is None else costs.cores
         self._now = self._processed = 0.0
         self._computing: list[tuple[float, int]] = []
@@ -191,8 +235,7 @@ class _Simulation:
 
     def _plan_ways(self, stages: Sequence[StagePlan]) -> dict[tuple[Verb, int], _Ways]:
         """By the message's identity: the plan holds each of them once at either end, for all microbatches."""
-        outs: list[list[_Flow]] = [[] for _ in stages]
-        ins: list[list[_Flow]] = [[] for _ in stages]
+        outs, ins = [_Side() for _ in stages], [_Side() for _ in stages]
         channels: dict[tuple[int, int, Kind], _Channel] = {}
         ways: dict[tuple[Verb, int], _Ways] = {}
 
@@ -268,7 +311,8 @@ class _Simulation:
     def _run_seconds(self, stage: _Stage, operation: Operation) -> float:
         seconds = self._costs.runs[operation.action.chunk, operation.action.kind][stage.run_index]
         stage.run_index = 0 if operation.until == "behind" else stage.run_index + 1
-        return seconds
+        variation = self._costs.variation
+        return seconds * self._random.choice(variation) if variation else seconds
 
     def _compute(self, stage: _Stage, operation: Operation, seconds: float) -> None:
         stage.operation, stage.since = operation, self._now
@@ -352,15 +396,20 @@ class _Simulation:
 
     def _start(self, flow: _Flow) -> None:
         """Its first byte leaves."""
+        channel = flow.channel
         flow.updated, flow.version = self._now, 0
-        flow.channel.out_side.append(flow)
-        flow.channel.in_side.append(flow)
-        self._share(flow.channel)
+        if channel.link.burst and not channel.out_side and not channel.in_side:
+            idle = self._now - max(channel.out_side.idle_since, channel.in_side.idle_since)
+            flow.left -= min(flow.left, channel.link.burst, idle * channel.link.bytes_per_second)
+        channel.out_side.append(flow)
+        channel.in_side.append(flow)
+        self._share(channel)
 
     def _arrive(self, flow: _Flow) -> None:
         channel, link = flow.channel, flow.channel.link
-        channel.out_side.remove(flow)
-        channel.in_side.remove(flow)
+        for side in (channel.out_side, channel.in_side):
+            side.remove(flow)
+            side.idle_since = self._now
         flow.arrived, channel.is_busy = self._now, False
         link.num_bytes += flow.num_bytes
         link.num_active -= 1
@@ -376,7 +425,7 @@ class _Simulation:
         self._set_rates(channel.out_side)
         self._set_rates(channel.in_side)
 
-    def _set_rates(self, flows: list[_Flow]) -> None:
+    def _set_rates(self, flows: _Side) -> None:
         for flow in flows:
             channel = flow.channel
             rate = channel.link.bytes_per_second / max(len(channel.out_side), len(channel.in_side))
@@ -426,7 +475,7 @@ def simulate_long(plan: RunPlan, costs: Costs) -> Simulated:
     number = plan.num_microbatches
     if number <= fewer + more:
         return simulate(plan, costs)
-    first, second = (_Simulation(_with_microbatches(plan, count), costs).run() for count in (fewer, more))
+    first, second = (_simulate(_with_microbatches(plan, count), costs) for count in (fewer, more))
     return _extended(first, second, (number - more) / (more - fewer))
 
 

@@ -89,9 +89,11 @@ class Account:
 
 
 def account(profile: Profile, timelines: Sequence[StepTimeline]) -> Account:
+    ranks = tuple(_rank_account(profile, timelines, record.rank) for record in profile.ranks)
     return Account(
-        step_seconds=fmean(timeline.seconds for timeline in timelines),
-        ranks=tuple(_rank_account(profile, timelines, record.rank) for record in profile.ranks),
+        # Of one rank: from the first to begin to the last to end is longer, as a rank that is done begins the next step.
+        step_seconds=max(rank.step_seconds for rank in ranks),
+        ranks=ranks,
         boundaries=tuple(_boundary_accounts(profile, timelines)),
     )
 

@@ -21,6 +21,7 @@ from lime_dist.profiling.operation_times import Timed, timed_operations
 from lime_dist.profiling.profile_files import Profile
 from lime_dist.profiling.timeline import Cause, StepTimeline
 
+_MOST_KEPT = 2000  # of the variation of RUNs
 _END_PHASES = frozenset(("gradients", "norm", "agreement", "update", "record"))
 
 
@@ -40,6 +41,7 @@ def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates
         data_seconds=median(_phase_seconds(timelines, ranks, {"data"}) for ranks in stages),
         end_seconds=max(_phase_seconds(timelines, ranks, _END_PHASES) for ranks in stages),
         cores=cores,
+        variation=operations.variation,
     )
 
 
@@ -84,6 +86,7 @@ class _Operations:
     def __init__(self, profile: Profile, ranks: Iterable[int], *, by_core: bool):
         self._profile, self._by_core = profile, by_core
         self._runs: dict[tuple[int, Kind], list[list[float]]] = defaultdict(list)
+        self._walls: dict[tuple[int, Kind, int], list[float]] = defaultdict(list)  # of each RUN of a pass
         self._moves: dict[Verb, list[float]] = defaultdict(list)
         self._other_threads = 0.0  # of a step, of all ranks
         for rank in ranks:
@@ -99,6 +102,8 @@ class _Operations:
         for timed in operations:
             seconds = timed.busy if self._by_core and timed.busy is not None else timed.seconds - timed.collective
             if timed.operation.verb is Verb.RUN:
+                place = timed.operation.action.chunk, timed.operation.action.kind, len(of_pass)
+                self._walls[place].append(timed.seconds - timed.collective)
                 of_pass.append(seconds + timed.collective + on_host)
                 on_host = 0.0
                 if timed.operation.until == "behind":
@@ -113,6 +118,12 @@ class _Operations:
     def runs(self) -> dict[tuple[int, Kind], tuple[float, ...]]:
         """By chunk and kind, of each RUN of a pass."""
         return {place: tuple(map(fmean, zip(*passes))) for place, passes in self._runs.items()}
+
+    @property
+    def variation(self) -> tuple[float, ...]:
+        """What each RUN took over the mean of its place in a pass."""
+        found = [wall / mean for walls in self._walls.values() if (mean := fmean(walls)) > 0 for wall in walls]
+        return tuple(found[:: 1 + len(found) // _MOST_KEPT])
 
     @property
     def moves(self) -> dict[Verb, MoveCost]:

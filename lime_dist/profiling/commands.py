@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.cli.commands import add_config, add_nproc, ended, ready_on_ranks
+from lime_dist.config.checking import MAX_PROFILED_STEPS
 from lime_dist.errors import ConfigError
-from lime_dist.profiling.analysis import Analysis
-from lime_dist.profiling.screen import profile_report, profile_screen
+
+if TYPE_CHECKING:
+    from lime_dist.profiling.analysis import Analysis
 
 _STEPS = 10
 
@@ -36,7 +39,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser = commands.add_parser("run", help="a few steps from the initial weights, recorded; started as `train` is")
     add_config(parser)
     add_nproc(parser)
-    parser.add_argument("--steps", type=_positive, default=_STEPS, metavar="N", help=f"to record (default: {_STEPS})")
+    parser.add_argument("--steps", type=_number, default=_STEPS, metavar="N", help=f"to record (default: {_STEPS})")
     parser.set_defaults(run=_run)
 
 
@@ -53,21 +56,21 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=_show)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+def _number(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PROFILED_STEPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_PROFILED_STEPS}")
     return int(text)
 
 
 def _run(args: argparse.Namespace) -> int:
     code, folder = ready_on_ranks(args, ready_plan, "profile", args.steps)
     if folder is not None:
-        _print(Analysis.read(Path(folder)))
+        _print(_read(Path(folder)))
     return ended(code)
 
 
 def _show(args: argparse.Namespace) -> int:
-    analysis = Analysis.read(args.folder)
+    analysis = _read(args.folder)
     if args.html is not None:
         _write_page(analysis, args.html)
     if args.trace is not None:
@@ -76,6 +79,12 @@ def _show(args: argparse.Namespace) -> int:
         write_trace(analysis.profile, analysis.timelines, args.trace)
     _print(analysis, as_json=args.json)
     return 0
+
+
+def _read(folder: Path) -> Analysis:
+    from lime_dist.profiling.analysis import Analysis
+
+    return Analysis.read(folder)
 
 
 def _write_page(analysis: Analysis, path: Path) -> None:
@@ -90,5 +99,7 @@ def _write_page(analysis: Analysis, path: Path) -> None:
 
 
 def _print(analysis: Analysis, *, as_json: bool = False) -> None:
+    from lime_dist.profiling.screen import profile_report, profile_screen
+
     parts = analysis.profile, analysis.account, analysis.path, analysis.sentences
     print(json.dumps(profile_report(*parts)) if as_json else profile_screen(*parts))

@@ -7,25 +7,29 @@ can hide another.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, median
+from typing import NamedTuple
 
 from lime_dist.formats import format_rate
 from lime_dist.plan.costs import Costs, LinkSpeed
 from lime_dist.plan.simulate import simulate
 from lime_dist.profiling.accounting import Account
 from lime_dist.profiling.calibration import wall_costs
+from lime_dist.profiling.deliveries import Delivery
 from lime_dist.profiling.operation_times import OwnTime, own_time
 from lime_dist.profiling.profile_files import Profile
 from lime_dist.profiling.timeline import Cause, StepTimeline
 
 SLOW_LINK = 0.7  # of the bandwidth of the fastest boundary
+SLOW_WAY = 0.5  # of the other way, where there is one boundary, whose two ways carry messages of other sizes
 SLOW_PEER = 1.15  # times as long as the median of those that do the same
 SLOW_STAGE = 1.25  # times as long a FLOP as the median of the other stages, whose layers are not quite the same
 OF_ONE_KIND, IN_BURSTS = 2.0, 2.5  # times as far from the others, where only some of the passes are slow
-HELD_UP = 2.5  # times as long as any other, what messages take of the host
+HELD_UP = 2.5  # times as long as any other, without a core, or what messages take of the host
 WORTH_NAMING = 0.02  # of a step
 
 
@@ -85,14 +89,18 @@ _Way = tuple[int, int]  # of stages
 def _slow_links(profile: Profile, timelines: Sequence[StepTimeline]) -> Iterator[_Suspect]:
     """By boundary; those of a stage together where all are slow, as they are on one card."""
     speeds = _speeds(profile, timelines)
-    if sum(map(len, speeds.values())) < 4:
-        return  # one boundary has none to compare with
-    fastest = max(speed for own in speeds.values() for speed in own.values())
+    ways_in_all = sum(map(len, speeds.values()))
+    if ways_in_all < 2:
+        return
+    fastest = max(speed.least for own in speeds.values() for speed in own.values())
+    share = SLOW_LINK if ways_in_all > 2 else SLOW_WAY
     slow = {
-        pipeline: {way: speed for way, speed in own.items() if speed < SLOW_LINK * fastest}
+        pipeline: {way: speed.most for way, speed in own.items() if speed.most < share * fastest}
         for pipeline, own in speeds.items()
     }
-    others = [speed for pipeline, own in speeds.items() for way, speed in own.items() if way not in slow[pipeline]]
+    others = [
+        speed.least for pipeline, own in speeds.items() for way, speed in own.items() if way not in slow[pipeline]
+    ]
     like = LinkSpeed(bytes_per_second=median(others))
     alike = len({tuple(sorted(own)) for own in slow.values()}) == 1
     for pipeline, own in slow.items():
@@ -113,21 +121,38 @@ def _with_links(ways: Sequence[_Way], speed: LinkSpeed, costs: Costs) -> Costs:
     return replace(costs, links={**costs.links, **dict.fromkeys(ways, speed)})
 
 
-def _speeds(profile: Profile, timelines: Sequence[StepTimeline]) -> dict[tuple[int, int], dict[_Way, float]]:
-    """Bytes a second by pipeline (its tensor rank and replica) and way."""
+class _Speed(NamedTuple):
+    """Bytes a second that a way carries. most: if messages beside each other share cards. least: as its quickest messages went,
+    whatever was beside them, as each pair of ranks may have a link of its own."""
+
+    least: float
+    most: float
+
+
+def _speeds(profile: Profile, timelines: Sequence[StepTimeline]) -> dict[tuple[int, int], dict[_Way, _Speed]]:
+    """By pipeline (its tensor rank and replica) and way."""
     layout = profile.plan.layout
-    carried: dict[tuple[int, int], dict[_Way, list[float]]] = {}
+    carried: dict[tuple[int, int], dict[_Way, list[Delivery]]] = defaultdict(lambda: defaultdict(list))
     for timeline in timelines:
         for delivery in timeline.deliveries:
             sender, receiver = layout.coordinate(delivery.sender), layout.coordinate(delivery.receiver)
-            own = carried.setdefault((sender.tp_rank, sender.dp_rank), {})
-            sums = own.setdefault((sender.pp_rank, receiver.pp_rank), [0.0, 0.0])
-            sums[0] += delivery.message.num_bytes
-            sums[1] += delivery.transfer_seconds
+            carried[sender.tp_rank, sender.dp_rank][sender.pp_rank, receiver.pp_rank].append(delivery)
     return {
-        pipeline: {way: num_bytes / seconds for way, (num_bytes, seconds) in own.items() if seconds > 0}
+        pipeline: {way: speed for way, deliveries in own.items() if (speed := _speed(deliveries))}
         for pipeline, own in carried.items()
     }
+
+
+def _speed(deliveries: Sequence[Delivery]) -> _Speed | None:
+    num_bytes = sum(delivery.message.num_bytes for delivery in deliveries)
+    by_size: dict[int, list[float]] = defaultdict(list)
+    for delivery in deliveries:
+        by_size[delivery.message.num_bytes].append(delivery.link_seconds)
+    alone = sum(delivery.transfer_seconds for delivery in deliveries)
+    quickest = sum(sorted(seconds)[len(seconds) // 4] * len(seconds) for seconds in by_size.values())
+    if not alone or not quickest:
+        return None
+    return _Speed(least=num_bytes / max(alone, quickest), most=num_bytes / alone)
 
 
 def _grouped(slow: Mapping[_Way, float], num_stages: int) -> Iterator[tuple[list[_Way], str]]:
@@ -186,10 +211,15 @@ def _over(own: OwnTime, others: Sequence[OwnTime], slow: float) -> float | None:
     forward, backward, whole = (mine / median(theirs) for mine, theirs in zip(own[:3], zip(*others)))
     if min(forward, backward) > slow or max(forward, backward) > 1 + OF_ONE_KIND * (slow - 1):
         return max(whole, (own.forward + own.backward) / median(one.forward + one.backward for one in others))
+    if whole > 1 + IN_BURSTS * (slow - 1):
+        return whole
+    longest = max(one.delayed for one in others)
+    if own.delayed or longest:
+        with_delay = (own.whole + own.delayed) / median(one.whole + one.delayed for one in others)
+        return with_delay if with_delay > slow and own.delayed > HELD_UP * longest else None
     # A rank that is short of a core is short of it where it hands over: others go first.
     on_host = own.host / max(1e-12, max(one.host for one in others))
-    is_held_up = whole > slow and on_host > HELD_UP
-    return whole if is_held_up or whole > 1 + IN_BURSTS * (slow - 1) else None
+    return whole if whole > slow and on_host > HELD_UP else None
 
 
 def _slow_peer(profile: Profile, rank: int, times: float) -> _Suspect:

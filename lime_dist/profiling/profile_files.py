@@ -24,8 +24,8 @@ from lime_dist.plan.operations import Verb
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.profiling.clock_offset import ClockOffset
 
-VERSION = 1
-_ARRAYS = ("marks", "busy", "process_busy", "arrivals", "collectives", "sent_bytes")
+VERSION = 2
+_ARRAYS = ("marks", "busy", "delayed", "process_busy", "arrivals", "collectives", "sent_bytes")
 _HEAD, _CONFIG = "profile.json", "config.yaml"
 
 
@@ -108,6 +108,12 @@ def profile_folder(run_dir: Path, first: int, last: int) -> Path:
 # ---- writing
 
 
+def clear(folder: Path) -> None:
+    """A folder to write into; until `write_head`, what an earlier recording has left there is no profile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _HEAD).unlink(missing_ok=True)
+
+
 def write_head(folder: Path, plan: RunPlan, steps: Sequence[int], links: Sequence[MeasuredLink]) -> None:
     head = {
         "version": VERSION,
@@ -131,6 +137,7 @@ def write_rank(folder: Path, record: RankRecord) -> None:
     arrays = {
         "marks": _int64([step.marks for step in record.steps]),
         "busy": _int64([step.busy or [] for step in record.steps]),
+        "delayed": _int64([step.delayed or [] for step in record.steps]),
         "arrivals": _int64([step.arrivals for step in record.steps]),
         "collectives": _int64(collectives).reshape(-1, 5),
         "process_busy": _int64([step.process_busy for step in record.steps]),
@@ -234,11 +241,14 @@ def _steps(arrays: Mapping[str, list[Any]], group_names: Sequence[str]) -> Itera
     collectives: dict[int, list[CollectiveTimes]] = defaultdict(list)
     for index, group, *times in arrays["collectives"]:
         collectives[index].append(CollectiveTimes(group_names[group], *times))
-    rows = zip(*(arrays[name] for name in ("marks", "busy", "process_busy", "arrivals", "sent_bytes")), strict=True)
-    for index, (marks, busy, process_busy, arrivals, (forward, backward)) in enumerate(rows):
+    rows = zip(
+        *(arrays[name] for name in ("marks", "busy", "delayed", "process_busy", "arrivals", "sent_bytes")), strict=True
+    )
+    for index, (marks, busy, delayed, process_busy, arrivals, (forward, backward)) in enumerate(rows):
         yield StepTimes(
             marks=marks,
             busy=busy or None,
+            delayed=delayed or None,
             process_busy=process_busy,
             arrivals=arrivals,
             collectives=collectives[index],
@@ -274,7 +284,7 @@ def _check_arrays(arrays: Mapping[str, numpy.ndarray], num_groups: int) -> None:
     fit = (
         all(array.dtype == numpy.int64 for array in arrays.values())
         and (marks.ndim, arrays["arrivals"].ndim, collectives.shape[1:]) == (2, 2, (5,))
-        and shapes["busy"] in (marks.shape, (num_steps, 0))
+        and all(shapes[name] in (marks.shape, (num_steps, 0)) for name in ("busy", "delayed"))
         and (shapes["process_busy"], shapes["sent_bytes"]) == ((num_steps,), (num_steps, 2))
         and (marks[:, 1:] >= marks[:, :-1]).all()
         and ((collectives[:, :2] >= 0) & (collectives[:, :2] < (num_steps, num_groups))).all()

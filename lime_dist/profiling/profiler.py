@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed import distributed_c10d
 
+from lime_dist.errors import ConfigError, one_line
 from lime_dist.lifecycle.launcher import host_name
 from lime_dist.pipeline.recorder import Recorder
 from lime_dist.pipeline.step_times import StepTimes
@@ -20,6 +23,7 @@ from lime_dist.profiling.kernel_trace import KernelTrace
 from lime_dist.profiling.profile_files import (
     MeasuredLink,
     RankRecord,
+    clear,
     kernels_file,
     profile_folder,
     write_head,
@@ -75,15 +79,19 @@ class Profiler:
         assert self._before is not None
         offsets = self._before, measure_offset(self._rank.device)
         self._before = None
+        with _naming(self._folder):
+            self._write(offsets)
+        return self._folder
+
+    def _write(self, offsets: tuple[ClockOffset, ClockOffset]) -> None:
         if self._rank.is_logger:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            clear(self._folder)
         dist.barrier()
         write_rank(self._folder, _record(self._rank.device, offsets, tuple(self._steps)))
         self._write_kernels()
         dist.barrier()
         if self._rank.is_logger:  # last: a folder that has it is whole
             write_head(self._folder, self._rank.run_plan, range(self._first, self._last + 1), self._links)
-        return self._folder
 
     def _write_kernels(self) -> None:
         global_rank = dist.get_rank()
@@ -91,6 +99,16 @@ class Profiler:
             kernels_file(self._folder, global_rank).unlink(missing_ok=True)  # of an earlier recording of these steps
         else:
             self._kernels.write(self._folder, global_rank)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Raises: ConfigError where the disk or its rights do not let ranks write."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ConfigError(f"run.dir: {folder}: {reason}; name a folder that all ranks can write to") from None
 
 
 def _record(device: torch.device, offsets: tuple[ClockOffset, ClockOffset], steps: tuple[StepTimes, ...]) -> RankRecord:

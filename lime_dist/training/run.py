@@ -254,7 +254,6 @@ class TrainingRun:
             while self.step < config.run.steps and code == DONE:
                 if self.step in config.depth.switch_at and self._switched_step != self.step:
                     self._switch_pattern()
-                watch.lap()
                 code = self._evaluate_and_agree(self._train_step(batches, watch))
                 if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
                     self._save()
@@ -322,6 +321,7 @@ class TrainingRun:
         self._pulse.begin_step(self.step + 1)
         if self._profiler is not None:
             self._profiler.begin(self.step + 1)
+        watch.lap()
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)

@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+import traceback
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from torch.distributed import ProcessGroup
 from lime_dist.lifecycle.local import RankFailed, run_local
 from lime_dist.pipeline.transport import GroupChannel
 from lime_dist.plan.operations import Operation, Verb
+from lime_dist.plan.schedule import Kind
 from lime_dist.profiling.analysis import Analysis
 from lime_dist.profiling.clock_offset import ClockOffset
 from lime_dist.profiling.clocks import MonotonicClock, measure_offset
@@ -200,7 +203,10 @@ def operations_of(profile: Profile, rank: int) -> list[Operation]:
 
 
 def assert_marks(profile: Profile) -> None:
-    """One behind each operation, and each message arrives between its receive and when it is taken."""
+    """One behind each operation; each message arrives between its receive and when it is taken, and not before it is sent.
+
+    All ranks have one clock here.
+    """
     for record in profile.ranks:
         operations = operations_of(profile, record.rank)
         for step in record.steps:
@@ -217,6 +223,26 @@ def assert_marks(profile: Profile) -> None:
                 assert begun <= arrival <= ends[Verb.AWAIT, receive.action, receive.message]
             for each in step.collectives:
                 assert step.marks[0] <= each.entered <= each.wait_begun <= each.wait_ended <= step.marks[-1]
+
+    for index in range(len(profile.steps)):
+        for channel, sent in moments(profile, index, Verb.SEND).items():
+            arrived = moments(profile, index, Verb.RECEIVE)[channel]
+            assert len(sent) == len(arrived) and all(map(int.__le__, sent, arrived))
+
+
+def moments(profile: Profile, index: int, verb: Verb) -> dict[tuple[int, int, Kind], list[int]]:
+    """By channel, in its order: when each SEND of a step began, or when what was to RECEIVE arrived."""
+    layout, found = profile.plan.layout, defaultdict(list)
+    for record in profile.ranks:
+        step, place, arrivals = record.steps[index], layout.coordinate(record.rank), iter(record.steps[index].arrivals)
+        for operation, begin in zip(operations_of(profile, record.rank), step.marks[1:]):
+            if operation.verb is not verb:
+                continue
+            is_send, kind = verb is Verb.SEND, operation.action.kind
+            other = (place.pp_rank + (1 if is_send == (kind is Kind.FORWARD) else -1)) % layout.pp
+            ends = record.rank, layout.global_rank(replace(place, pp_rank=other))
+            found[(*(ends if is_send else ends[::-1]), kind)].append(begin if is_send else next(arrivals))
+    return found
 
 
 def assert_sums(analysis: Analysis) -> None:
@@ -279,7 +305,7 @@ def test_a_rank_that_fails_is_named_and_felt_by_its_neighbours(how: str, recorde
     with pytest.raises(RankFailed, match=f"rank 2 .* failed: {failure}"):
         run_ranks(config, _fail, make_batches(config)[0], how, recorded)
     felt = (tmp_path / "felt_by_1").read_text()
-    assert felt.startswith("RuntimeError MainThread") and "onnection" in felt
+    assert felt.startswith("RuntimeError MainThread True") and "onnection" in felt
     with pytest.raises(ProfileError, match="no profile there"):
         read_profile(tmp_path)
 
@@ -292,6 +318,7 @@ def _fail(rank: Rank, batch: Tensor, how: str, recorded: bool) -> None:
             if recorded:
                 profiler.begin(step)
             if step == 2 and dist.get_rank() == 2:
+                time.sleep(1)  # until rank 1 waits: earlier its receives and sends would fail at once
                 if how == "raise":
                     raise ValueError("injected")
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -300,7 +327,8 @@ def _fail(rank: Rank, batch: Tensor, how: str, recorded: bool) -> None:
                 profiler.end()
     except RuntimeError as error:
         path = Path(rank.config.run.dir) / f"felt_by_{dist.get_rank()}"
-        path.write_text(f"{type(error).__name__} {threading.current_thread().name} {error}")
+        where = "in _await_input" in "".join(traceback.format_exception(error))
+        path.write_text(f"{type(error).__name__} {threading.current_thread().name} {where} {error}")
         time.sleep(30)  # the one that failed is to be named
         raise
 

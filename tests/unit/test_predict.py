@@ -101,8 +101,12 @@ MISTAKES = [
     (["rate=400TFLOP/s"], "rate without links; add links=50GB/s,900GB/s"),
     (["links=50GB/s"], "links without rate; add rate=400TFLOP/s"),
     (["runs/a", "runs/b"], "'runs/b': a second profile; name one folder"),
-    (["runs/a"], "runs/a: cannot be read as a profile"),
 ]
+
+
+def test_a_profile_that_is_not_there_is_told(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(run_yaml), "--predict", "runs/a"]) == 2
+    assert capsys.readouterr().err.startswith("lime-dist: runs/a: no profile there; make one with")
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)

@@ -19,10 +19,12 @@ from lime_dist.cli.command_line import main
 from lime_dist.errors import USER_ERROR_EXIT_CODE
 from lime_dist.profiling.clock_offset import ClockOffset
 from lime_dist.profiling.profile_files import (
+    VERSION,
     MeasuredLink,
     Profile,
     ProfileError,
     RankRecord,
+    clear,
     find_profile,
     profile_folder,
     read_profile,
@@ -41,7 +43,12 @@ def make_profile(folder: Path, *overrides: str) -> Profile:
 
 
 def with_busy(record: RankRecord) -> RankRecord:
-    steps = tuple(replace(step, busy=[mark // 2 for mark in step.marks], process_busy=99) for step in record.steps)
+    steps = tuple(
+        replace(
+            step, busy=[mark // 2 for mark in step.marks], delayed=[mark // 3 for mark in step.marks], process_busy=99
+        )
+        for step in record.steps
+    )
     return replace(record, steps=steps)
 
 
@@ -95,6 +102,15 @@ def test_the_newest_profile_of_a_run_is_taken(tmp_path: Path) -> None:
     # One without its head is not whole: the last file that is written.
     (tmp_path / "profile" / "steps_10-11" / "profile.json").unlink()
     assert find_profile(tmp_path) == tmp_path / "profile" / "steps_1-2"
+
+
+def test_a_folder_that_is_written_anew_is_no_profile_until_it_is_whole(folder: Path) -> None:
+    """Ranks of one recording and of another must not be read as one."""
+    clear(folder)
+    with pytest.raises(ProfileError, match="no profile there"):
+        read_profile(folder)
+    clear(folder.parent / "steps_7-8")
+    assert (folder.parent / "steps_7-8").is_dir()
 
 
 def test_writing_leaves_no_other_files(folder: Path) -> None:
@@ -153,7 +169,7 @@ def test_random_bytes(folder: Path, name: str, capsys: pytest.CaptureFixture[str
 
 
 def test_another_version(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_head(folder, version=2)
+    edit_head(folder, version=VERSION + 1)
     assert "written by another version of lime-dist" in refusal(folder, capsys)
 
 

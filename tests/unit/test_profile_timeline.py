@@ -284,6 +284,14 @@ def test_accounts_sum_to_the_step_and_carry_what_is_planned(layout: str) -> None
     ways = [*plan.boundary_bytes]
     assert [each.planned_bytes for each in found.boundaries] == planned * 2, "as many bytes come back"
     assert len(found.boundaries) == 2 * len(ways)
+    deliveries = [each for timeline in read_timelines(profile) for each in timeline.deliveries]
+    means = 2 * plan.layout.tp * plan.layout.dp  # two steps, of pairs of ranks
+    spans, alone = (
+        sum(each.arrived - each.started for each in deliveries) / means,
+        sum(each.transfer_seconds for each in deliveries) / means,
+    )
+    assert sum(each.busy for each in found.boundaries) == pytest.approx(spans)
+    assert sum(each.transfer for each in found.boundaries) == pytest.approx(alone)
     # What ranks waited for links is what boundaries were exposed: the same moments, told by rank and by message.
     waited = sum(rank.seconds[Cause.QUEUE] + rank.seconds[Cause.TRANSFER] for rank in found.ranks)
     flushed = sum(

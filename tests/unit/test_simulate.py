@@ -160,6 +160,37 @@ def test_a_message_takes_time_of_the_host_at_each_end() -> None:
 # ---- the machine
 
 
+def test_a_burst_passes_at_once_where_the_cards_were_idle() -> None:
+    """GPipe of one microbatch: each residual, and each gradient, meets cards that have been idle for a pass."""
+    plan = with_microbatches(1, LLAMA)
+    link = LinkSpeed(bytes_per_second=residual_speed(plan, 0.4), burst_bytes=plan.shape.residual_bytes / 4)
+    costs = make_costs(plan)
+    costs = replace(costs, links=dict.fromkeys(costs.links, link))
+    assert simulate(plan, costs).step_seconds == pytest.approx(4 * BOTH + 6 * 0.3)
+
+
+def test_a_burst_is_saved_for_while_the_cards_are_idle() -> None:
+    """Two microbatches of no computing: the second residual follows the first at once, when nothing has been saved."""
+    plan = with_microbatches(2, LLAMA, "parallel.pp=2", "pipeline.schedule=gpipe")
+    speed = residual_speed(plan, 1.0)
+    link = LinkSpeed(bytes_per_second=speed, burst_bytes=plan.shape.residual_bytes / 2)
+    costs = make_costs(plan, dict.fromkeys(Kind, 0.0))
+    step = simulate(plan, replace(costs, links=dict.fromkeys(costs.links, link))).step_seconds
+    assert step == pytest.approx(0.5 + 1.0 + 0.5 + 1.0)  # both residuals, then both gradients over idle sides
+
+
+def test_passes_that_vary_make_steps_longer_than_their_mean() -> None:
+    plan = make_plan(LLAMA)
+    even = make_costs(plan)
+    varied = replace(even, variation=(0.5, 1.5))
+    assert simulate(plan, replace(even, variation=(1.0,))) == simulate(plan, even)
+    step = simulate(plan, varied).step_seconds
+    assert simulate(plan, even).step_seconds * 1.05 < step < simulate(plan, even).step_seconds * 1.5
+    assert simulate(plan, varied).step_seconds == step  # the same draws each time
+    parts = [stage.total for stage in simulate(plan, varied).stages]
+    assert parts == pytest.approx([step] * 4)
+
+
 def test_stages_share_cores() -> None:
     plan = with_microbatches(12, LLAMA)
     costs = make_costs(plan)

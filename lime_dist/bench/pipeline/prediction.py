@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.bench.hosts import Host, hosts, why_no_hosts
+from lime_dist.bench.hosts import BUCKET_BYTES, Host, hosts, why_no_hosts
 from lime_dist.bench.pipeline.measuring import groups_of, ring
 from lime_dist.bench.pipeline.on_hosts import SHARES
 from lime_dist.bench.pipeline.ways import LEAST, LLAMA, PLAIN, Way, limited_rate
@@ -28,8 +28,9 @@ from lime_dist.plan.simulate import Simulated, simulate
 from lime_dist.profiling.accounting import Account, account
 from lime_dist.profiling.calibration import measured_rates
 from lime_dist.profiling.clock_offset import ClockOffset
+from lime_dist.profiling.deliveries import times_alone
 from lime_dist.profiling.profile_files import Profile, RankRecord
-from lime_dist.profiling.timeline import read_timelines
+from lime_dist.profiling.timeline import StepTimeline, read_timelines
 from lime_dist.training.rank import Rank
 from lime_dist.training.world import join_world
 
@@ -54,7 +55,7 @@ class Found:
 class Prediction:
     """One way at one rate, in seconds. exposed: by way over a boundary, (measured, predicted), where it is a fair part of the step.
 
-    transfer: measured time of all bytes alone on the links, over bytes / rate; None without a limit.
+    transfer_over_rate: what messages took alone over their bytes less the bucket's, by the rate; None without a limit.
     """
 
     model: str
@@ -209,22 +210,28 @@ def _prediction(way: Way, profile: Profile, rates: Rates, rate: float | None) ->
     timelines = list(read_timelines(profile))
     measured, predicted = account(profile, timelines), simulate(way.plan, costs_of(way.plan, rates))
     step = statistics.median(timeline.seconds for timeline in timelines)
-    sent = sum(boundary.sent_bytes for boundary in measured.boundaries)
-    carried = sum(boundary.transfer for boundary in measured.boundaries)
     return Prediction(
         model=way.model,
         rate=rate,
         measured=step,
         predicted=predicted.step_seconds,
         exposed=_exposed(measured, predicted, step),
-        transfer_over_rate=None if rate is None else carried / (sent / rate),
+        transfer_over_rate=None if rate is None else _transfer_over_rate(timelines, rate),
     )
+
+
+def _transfer_over_rate(timelines: Sequence[StepTimeline], rate: float) -> float:
+    """Of messages that met a full bucket, or might have: those of the quietest times, see `times_alone`."""
+    deliveries = [delivery for timeline in timelines for delivery in timeline.deliveries]
+    alone = times_alone(deliveries)
+    own = [alone[each.sender, each.receiver, each.message.num_bytes] for each in deliveries]
+    return sum(own) / sum((each.message.num_bytes - BUCKET_BYTES) / rate for each in deliveries)
 
 
 def _limited(link: LinkSpeed, rate: float) -> LinkSpeed:
     """What a byte takes without a limit, it takes of the hosts at either end, and with one too."""
     per_byte = 1 / rate + 1 / link.bytes_per_second
-    return LinkSpeed(bytes_per_second=1 / per_byte, latency_seconds=link.latency_seconds)
+    return replace(link, bytes_per_second=1 / per_byte, burst_bytes=BUCKET_BYTES)
 
 
 def _exposed(measured: Account, predicted: Simulated, step: float) -> dict[str, tuple[float, float]]:
@@ -240,7 +247,7 @@ def _exposed(measured: Account, predicted: Simulated, step: float) -> dict[str, 
 
 def prediction_table(outcome: Outcome) -> str:
     """Markdown."""
-    head = ("way", "each card", "measured", "predicted", "error", "exposed over 5 % of the step: measured, predicted ms", "transfer / (bytes / rate)")  # fmt: skip
+    head = ("way", "each card", "measured", "predicted", "error", "exposed over 5 % of the step: measured, predicted ms", "transfer, alone / (bytes - bucket) x rate")  # fmt: skip
     rows = [
         (
             one.model,
