@@ -1,6 +1,7 @@
 // Perfetto's trace processor: RPC requests from stdin, its replies to stdout.
 // Usage: node trace_processor.cjs FOLDER, which holds engine_bundle.js and its WebAssembly.
 "use strict";
+const crypto = require("crypto");
 const fs = require("fs");
 const path = require("path");
 const vm = require("vm");
@@ -24,7 +25,7 @@ class FileRequest {
 
 // What the bundle, which is a web worker's, takes from its surroundings.
 const worker = {
-  TextDecoder, TextEncoder, URL, Uint8Array, crypto: globalThis.crypto, performance, setTimeout, clearTimeout,
+  TextDecoder, TextEncoder, URL, Uint8Array, crypto: crypto.webcrypto, performance, setTimeout, clearTimeout,
   WorkerGlobalScope: class {},
   XMLHttpRequest: FileRequest,
   console: {log: console.error, warn: console.error, error: console.error},
