@@ -169,8 +169,8 @@ def _predict(args: argparse.Namespace) -> int:
         if getattr(args, option):
             raise ConfigError(f"--{option}: is of the plan, which --predict does not show; give one of them")
     words = read_words(args.predict)
-    rates, assumptions = _rates(words)
     loaded = load_config(args.config, [*args.overrides, *words.overrides])
+    rates, assumptions = _rates(words, loaded)
     # A layout that does not fit `run.memory` is what a prediction may mend.
     unlimited = ready_plan(without_limit(loaded)).config
     config = replace(unlimited, run=loaded.run)
@@ -186,16 +186,27 @@ def _predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rates(words: Words) -> tuple[Rates, str]:
-    """What the prediction goes by, and in words. Raises: ProfileError."""
+def _rates(words: Words, config: Config) -> tuple[Rates, str]:
+    """What the prediction of `config` goes by, and in words. Raises: ProfileError, ConfigError."""
     if words.profile is None:
         return words.machine.rates(), str(words.machine)
     from lime_dist.profiling.analysis import Analysis
     from lime_dist.profiling.calibration import measured_rates
 
     analysis = Analysis.read(words.profile)
-    rates = words.on(measured_rates(analysis.profile, analysis.timelines))
-    return rates, f"what was measured in {analysis.profile.folder}"
+    _check_same_model(words.profile, analysis.profile.plan.config, config)
+    return words.on(measured_rates(analysis.profile, analysis.timelines)), f"{analysis}{words.instead}"
+
+
+def _check_same_model(folder: Path, profiled: Config, config: Config) -> None:
+    for key in ("model.num_layers", "model.hidden_size", "model.intermediate_size", "model.num_heads", "model.num_kv_heads",
+                "model.vocab_size", "data.seq_length", "run.dtype"):  # fmt: skip
+        section, name = key.split(".")
+        theirs, own = (getattr(getattr(one, section), name) for one in (profiled, config))
+        if theirs != own:
+            raise ConfigError(
+                f"--predict: {folder} is a profile of another model ({key}: {theirs}, here {own}); record one of this config"
+            )
 
 
 def _progress() -> Callable[[str], None]:

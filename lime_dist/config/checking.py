@@ -55,7 +55,9 @@ def find_warnings(config: Config) -> list[str]:
     if warmup >= steps and warmup > 0:
         warnings += [f"optim.warmup_steps: {warmup} is not below run.steps={steps}: the whole run is warm-up; lower it"]
     if profiled is not None and profiled[-1] > steps:
-        warnings += [f"profile.steps: {profiled} ends behind run.steps={steps}: there will be no profile; lower it"]
+        warnings += [
+            f"profile.steps: {profiled} ends after the last step (run.steps={steps}), so that there will be no profile; choose earlier steps"
+        ]
     if profiled is None and config.profile.kernels:
         warnings += [
             "profile.kernels: has no effect without profile.steps, as no step is recorded; set profile.steps=[FIRST, LAST], or "

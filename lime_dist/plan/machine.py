@@ -65,6 +65,13 @@ class Words:
     given: frozenset[str] = frozenset()  # words of the machine
     overrides: tuple[str, ...] = field(default=())
 
+    @property
+    def instead(self) -> str:
+        """What was given in place of what a profile measured, in words."""
+        return (
+            f", with the given {' and '.join(sorted(self.given))} in place of what was measured" if self.given else ""
+        )
+
     def on(self, rates: Rates) -> Rates:
         """Measured rates, with what was given in place of what was measured."""
         own = self.machine.rates()
@@ -87,6 +94,10 @@ def read_words(words: Sequence[str]) -> Words:
     values = dict(_read_word(word) for word in rest if "=" in word)
     if not profiles:
         _check_together(values.keys())
+    elif "latency" in values and "links" not in values:
+        raise ConfigError(
+            f"--predict: latency without links; add links={EXAMPLES['links']}, or leave it to the profile"
+        )
     return Words(
         machine=_machine(values),
         profile=Path(profiles[0]) if profiles else None,

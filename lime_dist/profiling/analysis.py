@@ -24,6 +24,9 @@ class Analysis:
         """Of a run or a profile's folder. Raises: ProfileError."""
         return cls(read_profile(path))
 
+    def __str__(self) -> str:
+        return f"what was measured in {self.profile.folder}, where a step took {1e3 * self.account.step_seconds:.0f} ms"
+
     @cached_property
     def timelines(self) -> tuple[StepTimeline, ...]:
         return tuple(read_timelines(self.profile))
@@ -41,7 +44,11 @@ class Analysis:
         return sentences(self.profile, self.account, self.faults)
 
     @cached_property
-    def path(self) -> tuple[Segment, ...]:
-        """Of the step nearest to the mean."""
+    def mean_step(self) -> StepTimeline:
+        """The step nearest to the mean, whose critical path is shown."""
         mean = self.account.step_seconds
-        return critical_path(min(self.timelines, key=lambda timeline: abs(timeline.seconds - mean)))
+        return min(self.timelines, key=lambda timeline: abs(timeline.seconds - mean))
+
+    @cached_property
+    def path(self) -> tuple[Segment, ...]:
+        return critical_path(self.mean_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ _STEPS = 10
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register `profile` and its commands; `profile CONFIG` stands for `profile run CONFIG` (`spelled_out`)."""
     parser = subparsers.add_parser(
-        "profile", help="where a step's time goes: `profile CONFIG` records a short run, `profile show RUN` tells"
+        "profile",
+        help="where a step's time goes: `profile CONFIG` records a short run, `profile show RUN` reports it",
+        description="`profile CONFIG [KEY=VALUE ...] [--steps N]` (short for `profile run CONFIG`) records a few steps; "
+        "`profile show RUN` reports what was recorded.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_run(commands)
@@ -76,7 +80,8 @@ def _show(args: argparse.Namespace) -> int:
     if args.trace is not None:
         from lime_dist.profiling.trace import write_trace
 
-        write_trace(analysis.profile, analysis.timelines, args.trace)
+        written = write_trace(analysis.profile, analysis.timelines, args.trace)
+        print(f"wrote {', '.join(map(str, written))}", file=sys.stderr)
     _print(analysis, as_json=args.json)
     return 0
 
@@ -94,6 +99,7 @@ def _write_page(analysis: Analysis, path: Path) -> None:
         raise ConfigError(f"--html: {path} must end in .html")
     try:
         write_page(analysis.profile, analysis.timelines, analysis.account, path, analysis.sentences)
+        print(f"wrote {path}", file=sys.stderr)
     except OSError as error:
         raise ConfigError(f"--html: {path}: {error.strerror or error}; give a file that can be written") from None
 

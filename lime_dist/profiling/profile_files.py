@@ -160,8 +160,12 @@ def _int64(rows: Sequence[Any]) -> numpy.ndarray:
 
 
 def _replace(path: Path, write: Any) -> None:
+    """With the rights of other files: safetensors gives its own to the owner alone."""
     unfinished = path.with_name(path.name + ".tmp")
+    unfinished.touch()
+    rights = unfinished.stat().st_mode
     write(unfinished)
+    unfinished.chmod(rights)
     os.replace(unfinished, path)
 
 
@@ -170,6 +174,11 @@ def _replace(path: Path, write: Any) -> None:
 
 def find_profile(path: Path) -> Path:
     """The profile's folder at `path`, or the newest one of the run there. Raises: ProfileError."""
+    unreadable = next(
+        (one for one in (path, path / "profile") if one.is_dir() and not os.access(one, os.R_OK | os.X_OK)), None
+    )
+    if unreadable is not None:
+        raise ProfileError(f"{unreadable}: permission denied; ask its owner for the right to read it")
     if (path / _HEAD).is_file():
         return path
     found = sorted((path / "profile").glob(f"*/{_HEAD}"), key=lambda head: head.stat().st_mtime)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
@@ -53,7 +54,8 @@ def _head(profile: Profile, account: Account) -> Iterator[str]:
     error, drift = 1e6 * profile.clock_error_seconds, 1e6 * profile.largest_drift
     clocks = f"to {error:.0f} us, drift {drift:.1f} us/s" if error else "one clock"
     unit = "seconds" if _is_long(account) else "ms"
-    yield f"times are of the mean step, in tables in {unit}; clocks of ranks: {clocks}"
+    slowed = "; torch.profiler (profile.kernels) has slowed these steps" if plan.config.profile.kernels else ""
+    yield f"times are of the mean step, in tables in {unit}; clocks of ranks: {clocks}{slowed}"
 
 
 def _is_long(account: Account) -> bool:
@@ -80,7 +82,11 @@ def _boundary_lines(account: Account) -> list[str]:
         "exposed",
         "waited most for",
     )
-    return align_columns(head, [_boundary_row(each, _in_table(account)) for each in account.boundaries])
+    rows = [_boundary_row(each, _in_table(account)) for each in account.boundaries]
+    return [
+        *align_columns(head, rows),
+        "bandwidth: of messages that were alone on the link; exposed: a rank waited for it",
+    ]
 
 
 def _boundary_row(each: BoundaryAccount, in_table: Callable[[float], str]) -> tuple[str, ...]:
@@ -132,7 +138,7 @@ def _rank_lines(account: Account) -> list[str]:
     left_out = len(account.ranks) - len(shown)
     notes = [f"{left_out} more ranks: of each stage the one that computes longest is shown"] if left_out else []
     if with_cores:
-        notes.append("no core: of computing, for which other processes had the core")
+        notes.append("no core: part of compute in which another process had the core")
     return [*align_columns(head, rows), *notes]
 
 
@@ -149,7 +155,7 @@ def _path_lines(path: Sequence[Segment]) -> Iterator[str]:
     total = sum(segment.seconds for segment in path)
     parts = sorted(path_parts(path).items(), key=lambda part: -part[1])
     named = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in parts[:6])
-    yield f"critical path, {_ms(total)}: {named}"
+    yield f"critical path of the step nearest to the mean, {_ms(total)}: {named}"
     messages = sorted((one for one in path if one.kind == "message"), key=lambda one: -one.seconds)
     if messages:
         longest = "; ".join(f"{one.text}, {_ms(one.seconds)}" for one in messages[:LONGEST_MESSAGES])
@@ -182,13 +188,14 @@ def _ms(seconds: float) -> str:
 def profile_report(
     profile: Profile, account: Account, path: Sequence[Segment], sentences: Sequence[str]
 ) -> dict[str, Any]:
-    """The same for scripts, in seconds and bytes."""
+    """The same for scripts, in seconds and bytes. critical_path: of the step nearest to the mean."""
     return {
         "steps": list(profile.steps),
         "step_seconds": account.step_seconds,
         "bubble_share": account.bubble_share,
         "clock_error_seconds": profile.clock_error_seconds,
         "clock_drift": profile.largest_drift,
+        "layout": asdict(profile.plan.layout),
         "sentences": list(sentences),
         "boundaries": [
             {

@@ -114,7 +114,8 @@ class Metrics:
         for boundary in figures.boundaries:
             name = f"{boundary.from_stage}-{boundary.to_stage}_{boundary.direction}"
             self._board.add_scalar(f"profile_exposed_ms/{name}", 1e3 * boundary.exposed, step)
-            self._board.add_scalar(f"profile_bytes_per_second/{name}", boundary.bytes_per_second, step)
+            if boundary.bytes_per_second:  # else all arrived before they could be timed
+                self._board.add_scalar(f"profile_bytes_per_second/{name}", boundary.bytes_per_second, step)
 
     def flush_to_disk(self) -> None:
         """On return what was recorded survives a power cut."""
