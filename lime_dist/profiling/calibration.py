@@ -20,12 +20,15 @@ from lime_dist.plan.costs import (
     MoveCost,
     Rates,
     collective_seconds,
+    costs_of,
     pass_seconds,
     reduction_seconds,
 )
 from lime_dist.plan.machine import Machine
 from lime_dist.plan.operations import Verb
 from lime_dist.plan.schedule import Kind
+from lime_dist.plan.simulate import simulate
+from lime_dist.profiling.accounting import account
 from lime_dist.profiling.deliveries import Delivery
 from lime_dist.profiling.operation_times import Timed, timed_operations
 from lime_dist.profiling.profile_files import Profile
@@ -40,8 +43,29 @@ def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates
     """With which any plan of the model can be priced.
 
     Collectives are priced by their bytes: at the speed that those of the profile reached, or where it has none at that of its
-    slowest link.
+    slowest link. Whatever the simulator leaves out, such as switches between processes, makes passes and messages longer alike:
+    by as much as the profile's own step took longer than its simulation.
     """
+    rates = _rates(profile, timelines)
+    for _ in range(_SCALINGS):
+        simulated = simulate(profile.plan, costs_of(profile.plan, rates)).step_seconds
+        rates = _scaled(rates, account(profile, timelines).step_seconds / simulated)
+    return rates
+
+
+_SCALINGS = 2  # not all of a step is scaled, so that once leaves a little
+
+
+def _scaled(rates: Rates, factor: float) -> Rates:
+    return replace(
+        rates,
+        seconds_per_flop={kind: factor * seconds for kind, seconds in rates.seconds_per_flop.items()},
+        seconds_per_routing_flop={kind: factor * seconds for kind, seconds in rates.seconds_per_routing_flop.items()},
+        moves={verb: MoveCost(seconds=factor * cost.seconds) for verb, cost in rates.moves.items()},
+    )
+
+
+def _rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
     cores = shared_cores(profile)
     operations = _Operations(profile, range(len(profile.ranks)), by_core=cores is not None, collectives=False)
     per_flop = {kind: operations.seconds_per_flop(kind) for kind in Kind}

@@ -112,21 +112,21 @@ class _Recording:
         self._model_group = groups.model
 
     def run(self, rounds: int) -> Found:
-        steps, rates = [], []
-        over_plain: list[float] = []
+        """Each round goes through all limits, so that a machine whose speed drifts favours none."""
         for way in range(len(self._ways)):
             for _ in range(_WARM_UP):
                 self._step(way)
-        for share in (None, *SHARES):
-            rates.append(self._limit(share))
-            found: list[list[StepTimes]] = [[] for _ in self._ways]
-            for turn in range(rounds):
-                self._say(f"round {turn + 1} of {rounds}")
+        rates = self._rates()
+        steps: list[list[list[StepTimes]]] = [[[] for _ in self._ways] for _ in rates]
+        over_plain: list[float] = []
+        for turn in range(rounds):
+            for share, rate in enumerate(rates):
+                self._say(f"round {turn + 1} of {rounds}, limit {share + 1} of {len(rates)}")
+                self._host.limit(rate)
                 for way in range(len(self._ways)):
-                    found[way].append(self._step(way))
-                    if share is None:
-                        over_plain.append(_seconds(found[way][-1]) / self._plain_step(way))
-            steps.append(found)
+                    steps[share][way].append(self._step(way))
+                    if rate is None:
+                        over_plain.append(_seconds(steps[share][way][-1]) / self._plain_step(way))
         names = {each.group_name for shares in steps for way in shares for step in way for each in step.collectives}
         everyone = [*range(dist.get_world_size())]
         groups = {name: everyone for name in names}
@@ -150,17 +150,16 @@ class _Recording:
         self._ranks[way].train_step(self._batch, lr_factor=1.0)
         return time.perf_counter() - start
 
-    def _limit(self, share: float | None) -> float | None:
-        self._host.limit(None)
-        if share is None:
-            return None
+    def _rates(self) -> list[float | None]:
+        """Without a limit, and by a LLaMA step so."""
         llama = next(index for index, way in enumerate(self._ways) if way.model == LLAMA)
         seconds = torch.tensor([statistics.median(_seconds(self._step(llama)) for _ in range(3))], dtype=torch.float64)
         dist.broadcast(seconds, 0)
-        rate = limited_rate(self._ways, float(seconds), share)
-        self._host.limit(rate)
-        self._say(f"a LLaMA step takes {float(seconds):.2f} s; each card now {rate / 1e6:.1f} MB/s each way")
-        return rate
+        limits = [limited_rate(self._ways, float(seconds), share) for share in SHARES]
+        self._say(
+            f"a LLaMA step takes {float(seconds):.2f} s; limits {', '.join(f'{one / 1e6:.1f}' for one in limits)} MB/s each way"
+        )
+        return [None, *limits]
 
     def _say(self, progress: str) -> None:
         if dist.get_rank() == 0:
