@@ -196,7 +196,9 @@ def test_steps_and_a_switch_of_patterns() -> None:
 
 def test_steps_behind_the_end_are_warned_of() -> None:
     config = check_config(parse_config(BASE, ["run.steps=9", "profile.steps=[5, 10]"]))
-    assert [text for text in find_warnings(config) if text.startswith("profile.steps: [5, 10] ends after the last step")]
+    assert [
+        text for text in find_warnings(config) if text.startswith("profile.steps: [5, 10] ends after the last step")
+    ]
     config = check_config(parse_config(BASE, ["run.steps=10", "profile.steps=[5, 10]"]))
     assert not [text for text in find_warnings(config) if "profile" in text]
 
