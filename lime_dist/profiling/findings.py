@@ -269,8 +269,9 @@ def _late_data(account: Account, profile: Profile) -> Iterator[_Suspect]:
     if seconds < WORTH_NAMING * account.step_seconds / 2:
         return
     place = profile.plan.layout.coordinate(worst.rank)
-    everyone = min(rank.seconds[Cause.DATA] for rank in account.ranks) > seconds / 2
-    who = "all ranks" if everyone else f"rank {worst.rank} (stage {worst.stage})"
+    late = [rank.rank for rank in account.ranks if rank.seconds[Cause.DATA] > seconds / 2]
+    who = f"rank {worst.rank} (stage {worst.stage})" if len(late) == 1 else f"ranks {', '.join(map(str, late))}"
+    who = "all ranks" if len(late) == len(account.ranks) > 1 else who
     yield _Suspect(
         kind="data",
         name=f"the data loader of {who}, which has a batch {1e3 * seconds:.0f} ms late",

@@ -117,3 +117,15 @@ def test_a_step_is_what_a_run_takes_for_each_where_ranks_end_apart() -> None:
     profile = recorded(plan, *[late] * 4)
     whole = max(rank.steps[-1].marks[-1] for rank in profile.ranks) - profile.ranks[0].steps[0].marks[0]
     assert Analysis(profile).account.step_seconds == pytest.approx(whole / 4 / 1e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("late", "who"),
+    [({1}, "rank 1"), ({0, 2}, "ranks 0, 2"), ({0, 1, 2, 3}, "all ranks")],
+    ids=["one", "two", "all"],
+)
+def test_late_data_loaders_are_named(late: set[int], who: str) -> None:
+    plan = make_plan("parallel.pp=4", *LARGE)
+    slow = replace(times(plan), data=lambda rank: 90 * MS * (rank in late))
+    (fault,) = Analysis(recorded(plan, *[slow] * 2)).faults
+    assert fault.name.startswith(f"the data loader of {who}") and "90 ms late" in fault.name
