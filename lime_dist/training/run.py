@@ -6,8 +6,9 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -110,14 +111,30 @@ def evaluate(plan: RunPlan, place: Place, checkpoint: Path | None = None) -> tup
 
     Raises: CheckpointError, ConfigError.
     """
+    work = partial(_evaluate_checkpoint, plan, checkpoint)
+    return _beside_training("eval", plan, place, work, "the evaluation was stopped")
+
+
+Found = TypeVar("Found")
+
+
+def _beside_training(
+    command: str,
+    plan: RunPlan,
+    place: Place,
+    work: Callable[[Groups, torch.device, JointStop, Pulse], Found],
+    stopped: str,
+) -> tuple[int, Found | None]:
+    """`work` of a command that may run while the run is training: the exit code, and what it found."""
     config, request, pulse = plan.config, stop_request(), Pulse()
-    with Watchdog(config, place, pulse, side_heartbeat_folder(Path(config.run.dir), "eval")):
+    found: tuple[int, Found | None]
+    with Watchdog(config, place, pulse, side_heartbeat_folder(Path(config.run.dir), command)):
         groups, device = join_world(config, place, compare=check_alike)
         try:
-            found = DONE, _evaluate_checkpoint(plan, groups, device, JointStop(request, device), pulse, checkpoint)
+            found = DONE, work(groups, device, JointStop(request, device), pulse)
         except Stopped as cause:
             if place.rank == 0:
-                print(f"lime-dist: {cause}: the evaluation was stopped; start it again", file=sys.stderr, flush=True)
+                print(f"lime-dist: {cause}: {stopped}; start it again", file=sys.stderr, flush=True)
             found = REQUEUE, None
         pulse.beat("leave")
         pulse.finish()
@@ -130,23 +147,11 @@ _UNRECORDED_STEPS = 3  # the first ones, which open connections and allocate
 
 def profile(plan: RunPlan, place: Place, num_steps: int) -> tuple[int, str | None]:
     """Record `num_steps` steps from the initial weights, of which nothing but the profile is kept: the exit code, and its folder."""
-    config, request, pulse = plan.config, stop_request(), Pulse()
-    with Watchdog(config, place, pulse, side_heartbeat_folder(Path(config.run.dir), "profile")):
-        groups, device = join_world(config, place, compare=check_alike)
-        try:
-            found = DONE, _record_steps(plan, groups, device, JointStop(request, device), pulse, num_steps)
-        except Stopped as cause:
-            if place.rank == 0:
-                print(f"lime-dist: {cause}: no profile was made; start it again", file=sys.stderr, flush=True)
-            found = REQUEUE, None
-        pulse.beat("leave")
-        pulse.finish()
-        dist.barrier()
-    return found
+    return _beside_training("profile", plan, place, partial(_record_steps, plan, num_steps), "no profile was made")
 
 
 def _record_steps(
-    plan: RunPlan, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse, num_steps: int
+    plan: RunPlan, num_steps: int, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse
 ) -> str | None:
     """Raises: Stopped."""
     between = _between(stop, pulse)
@@ -169,7 +174,7 @@ def _record_steps(
 
 
 def _evaluate_checkpoint(
-    plan: RunPlan, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse, checkpoint: Path | None
+    plan: RunPlan, checkpoint: Path | None, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse
 ) -> dict[str, Any] | None:
     config = plan.config
     held_out = open_held_out_data(config, _between(stop, pulse))
