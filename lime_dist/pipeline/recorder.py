@@ -26,7 +26,8 @@ from lime_dist.pipeline.step_times import CollectiveTimes, StepTimes
 from lime_dist.pipeline.transport import Channel, Link, Sent, Transport, Work
 from lime_dist.plan.operations import Operation
 
-# Of a ProcessGroup: what `torch.distributed`, megatron-core and DeepSpeed call, whatever they are called by.
+# Of a ProcessGroup: what `torch.distributed`, megatron-core and DeepSpeed call, whatever they are called by. An older torch has
+# not all of them.
 _COLLECTIVES = (
     "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "all_gather_single", "allgather_into_tensor_coalesced",
     "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_tensor_coalesced",
@@ -207,7 +208,7 @@ class Recorder:
     @contextmanager
     def _timed_collectives(self) -> Iterator[None]:
         """Patched where all of them pass, as megatron-core and DeepSpeed call theirs by names of their own."""
-        found = {name: vars(ProcessGroup)[name] for name in _COLLECTIVES}
+        found = {name: vars(ProcessGroup)[name] for name in _COLLECTIVES if name in vars(ProcessGroup)}
         for name in found:
             setattr(ProcessGroup, name, _timed(getattr(ProcessGroup, name), self._time_collective))
         try:
