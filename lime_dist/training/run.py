@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -301,6 +302,7 @@ class TrainingRun:
         self._switched_step = self.step
         plan = self.rank.run_plan
         del self.rank, self._profiler
+        gc.collect()  # DeepSpeed's engine is in circles: else two lie in memory, and the old one ends within the new one's imports
         self._load(decide_start(self.config, self._device, lambda: folder, resumed_config), plan)
         self._profiler = self._new_profiler()
         if self._metrics is not None:

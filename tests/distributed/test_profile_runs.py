@@ -171,7 +171,7 @@ def test_a_pattern_that_was_chosen_is_read_back(pattern: str, tmp_path: Path) ->
 def test_a_run_of_its_own(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profile", tmp_path, layout, "--steps=2") == 0
     screen = capsys.readouterr().out
-    assert screen.startswith("steps 4 to 5 of ") and "critical path, " in screen
+    assert screen.startswith("steps 4 to 5 of ") and "critical path of the step" in screen
     assert max(map(len, screen.splitlines())) <= 120
     # Nothing but the profile is kept.
     assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoints").exists()
