@@ -219,12 +219,15 @@ def _prediction(way: Way, profile: Profile, rates: Rates, rate: float | None) ->
     )
 
 
-def _transfer_over_rate(timelines: Sequence[StepTimeline], rate: float) -> float:
-    """Of messages that met a full bucket, or might have: those of the quietest times, see `times_alone`."""
+def _transfer_over_rate(timelines: Sequence[StepTimeline], rate: float) -> float | None:
+    """Of messages that are larger than the bucket, as those took that were most alone (`times_alone`); None if there are none."""
     deliveries = [delivery for timeline in timelines for delivery in timeline.deliveries]
     alone = times_alone(deliveries)
-    own = [alone[each.sender, each.receiver, each.message.num_bytes] for each in deliveries]
-    return sum(own) / sum((each.message.num_bytes - BUCKET_BYTES) / rate for each in deliveries)
+    large = [each for each in deliveries if each.message.num_bytes > BUCKET_BYTES]
+    if not large:
+        return None
+    own = [alone[each.sender, each.receiver, each.message.num_bytes] for each in large]
+    return sum(own) / sum((each.message.num_bytes - BUCKET_BYTES) / rate for each in large)
 
 
 def _limited(link: LinkSpeed, rate: float) -> LinkSpeed:
