@@ -15,9 +15,10 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lime_dist.checkpoint.reader import flush_to_disk
+from lime_dist.errors import one_line
 from lime_dist.formats import RECENT_STEPS, format_clock, format_si
 from lime_dist.profiling.accounting import Account, account
-from lime_dist.profiling.profile_files import read_profile
+from lime_dist.profiling.profile_files import ProfileError, read_profile
 from lime_dist.profiling.timeline import read_timelines
 from lime_dist.training.records import read_records
 
@@ -103,7 +104,11 @@ class Metrics:
 
     def profiled(self, folder: Path) -> None:
         """A profile is whole: its figures, step by step, where working them out does not hold up a run of many ranks."""
-        profile = read_profile(folder)
+        try:
+            profile = read_profile(folder)
+        except ProfileError as error:  # a shared disk that lags must not end the run
+            print(f"lime-dist: warning: {one_line(error)}", file=sys.stderr, flush=True)
+            return
         if profile.num_marks <= MARKS_AT_ONCE:
             for timeline in read_timelines(profile):
                 self._profiled_step(timeline.step, account(profile, [timeline]))

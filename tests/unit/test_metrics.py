@@ -164,3 +164,12 @@ def test_the_last_evaluation_is_known(tmp_path: Path) -> None:
         metrics = Metrics(tmp_path, first_step=first_step, num_steps=6, log_every=1)
         assert metrics.evaluated_step == evaluated
         metrics.close()
+
+
+def test_a_profile_that_cannot_be_read_yet_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = Metrics(tmp_path, first_step=0, num_steps=1, log_every=1)
+    metrics.profiled(tmp_path / "profile" / "steps_1-2")
+    assert "no profile there" in capsys.readouterr().err
+    metrics.close()
