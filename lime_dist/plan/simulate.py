@@ -11,7 +11,7 @@ than those of mean passes, as one that is late is waited for and one that is ear
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from heapq import heappop, heappush
 from math import inf
@@ -101,21 +101,19 @@ def _simulate(stages: Sequence[StagePlan], costs: Costs) -> Simulated:
 
 
 def _mean(steps: Sequence[Simulated]) -> Simulated:
+    return _combined(steps, fmean)
+
+
+def _combined(steps: Sequence[Simulated], combine: Callable[[Sequence[float]], float]) -> Simulated:
+    """A step whose every figure `combine` makes of those of `steps`."""
+
+    def of(parts: Sequence[StageTimes] | Sequence[LinkTimes]) -> dict[str, float]:
+        return {one.name: combine([getattr(part, one.name) for part in parts]) for one in fields(parts[0])}
+
     return Simulated(
-        step_seconds=fmean(step.step_seconds for step in steps),
-        stages=tuple(
-            StageTimes(**{part.name: fmean(getattr(one, part.name) for one in same) for part in fields(StageTimes)})
-            for same in zip(*(step.stages for step in steps))
-        ),
-        links={
-            way: LinkTimes(
-                **{
-                    part.name: fmean(getattr(step.links[way], part.name) for step in steps)
-                    for part in fields(LinkTimes)
-                }
-            )
-            for way in steps[0].links
-        },
+        step_seconds=combine([step.step_seconds for step in steps]),
+        stages=tuple(StageTimes(**of(same)) for same in zip(*(step.stages for step in steps))),
+        links={way: LinkTimes(**of([step.links[way] for step in steps])) for way in steps[0].links},
     )
 
 
@@ -493,23 +491,4 @@ def _with_microbatches(plan: RunPlan, number: int) -> tuple[StagePlan, ...]:
 
 def _extended(first: Simulated, second: Simulated, times: float) -> Simulated:
     """`second` and `times` more of what it has ahead of `first`."""
-
-    def extend(one: float, other: float) -> float:
-        return other + times * (other - one)
-
-    return Simulated(
-        step_seconds=extend(first.step_seconds, second.step_seconds),
-        stages=tuple(
-            StageTimes(
-                **{part.name: extend(getattr(one, part.name), getattr(other, part.name)) for part in fields(StageTimes)}
-            )
-            for one, other in zip(first.stages, second.stages, strict=True)
-        ),
-        links={
-            way: LinkTimes(
-                **{part.name: extend(getattr(one, part.name), getattr(other, part.name)) for part in fields(LinkTimes)}
-            )
-            for way, one in first.links.items()
-            for other in [second.links[way]]
-        },
-    )
+    return _combined([first, second], lambda pair: pair[1] + times * (pair[1] - pair[0]))

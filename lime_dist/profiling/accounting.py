@@ -143,7 +143,7 @@ def _boundary_account(
         direction=kind.name.lower(),
         planned_bytes=_planned_bytes(profile.plan, sender, kind),
         sent_bytes=_sent_bytes(profile, sender, kind),
-        busy=sum(delivery.arrived - delivery.started for delivery in deliveries) / (times * pairs),
+        busy=sum(delivery.link_seconds for delivery in deliveries) / (times * pairs),
         transfer=sum(delivery.transfer_seconds for delivery in deliveries) / (times * pairs),
         exposed=sum(exposed_by.values()),
         exposed_by=dict(exposed_by),

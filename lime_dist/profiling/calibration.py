@@ -46,10 +46,9 @@ def measured_rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates
     slowest link. Whatever the simulator leaves out, such as switches between processes, makes passes and messages longer alike:
     by as much as the profile's own step took longer than its simulation.
     """
-    rates = _rates(profile, timelines)
+    rates, recorded = _rates(profile, timelines), account(profile, timelines).step_seconds
     for _ in range(_SCALINGS):
-        simulated = simulate(profile.plan, costs_of(profile.plan, rates)).step_seconds
-        rates = _scaled(rates, account(profile, timelines).step_seconds / simulated)
+        rates = _scaled(rates, recorded / simulate(profile.plan, costs_of(profile.plan, rates)).step_seconds)
     return rates
 
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ class Profile:
     steps: tuple[int, ...]
     ranks: tuple[RankRecord, ...]
     links: tuple[MeasuredLink, ...] = field(default=())
+
+    def only(self, index: int) -> Profile:
+        """Of one of its steps."""
+        ranks = tuple(replace(rank, steps=(rank.steps[index],)) for rank in self.ranks)
+        return replace(self, steps=(self.steps[index],), ranks=ranks)
 
     @property
     def num_marks(self) -> int:

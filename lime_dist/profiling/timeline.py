@@ -36,7 +36,6 @@ class Cause(Enum):
     HOST = "host"  # posting, sending, taking in; records
 
 
-WAITS = tuple(cause for cause in Cause if cause is not Cause.COMPUTE)
 LINK = (Cause.QUEUE, Cause.TRANSFER)
 
 

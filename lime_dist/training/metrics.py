@@ -110,8 +110,8 @@ class Metrics:
             print(f"lime-dist: warning: {one_line(error)}", file=sys.stderr, flush=True)
             return
         if profile.num_marks <= MARKS_AT_ONCE:
-            for timeline in read_timelines(profile):
-                self._profiled_step(timeline.step, account(profile, [timeline]))
+            for index, timeline in enumerate(read_timelines(profile)):
+                self._profiled_step(timeline.step, account(profile.only(index), [timeline]))
         print(f"profile {folder}; look at it with `lime-dist profile show {folder}`", flush=True)
 
     def _profiled_step(self, step: int, figures: Account) -> None:
