@@ -74,9 +74,9 @@ class Rates:
     run_seconds: fixed, of each RUN. data_seconds: of each stage.
     end_seconds: fixed, and for each parameter of a rank end_seconds_per_parameter.
     within_node, between_nodes: between ranks of one node, of which each has `node_size`, and of two.
-    links: between two stages, where they are known better than that. tensor_collectives: whether they are to be added, by
-    their bytes; else seconds_per_flop has them. data_reduction: whether the reduction over the replicas is to be added, by its
-    bytes; else the end has it. cores: that all ranks of all replicas share; None where each has a device of its own.
+    links: between two stages, where they are known better than that. Collectives of the tensor group and the reduction over
+    replicas come on top, by their bytes over within_node or between_nodes.
+    cores: that all ranks of all replicas share; None where each has a device of its own.
     """
 
     seconds_per_flop: Mapping[Kind, float]
@@ -90,8 +90,6 @@ class Rates:
     data_seconds: float = 0.0
     end_seconds: float = 0.0
     end_seconds_per_parameter: float = 0.0
-    tensor_collectives: bool = False
-    data_reduction: bool = False
     cores: float | None = None
     variation: tuple[float, ...] = ()
 
@@ -161,7 +159,7 @@ def _share_done(point: Point | None, layers: range, kind: Kind) -> float:
 def collective_seconds(tp: int, rates: Rates, work: Work) -> float:
     """Of a pass either way: two all-reduces of the residual a layer, or the reduce-scatters and all-gathers that come to the
     same bytes; for each entry one all-to-all from heads to tokens, for each reader one back."""
-    if tp == 1 or not rates.tensor_collectives:
+    if tp == 1:
         return 0.0
     layers, transfer, shape, link = work.layers, work.transfer, work.shape, rates.link(tp - 1)
     num_exchanges = len(transfer.own_entries(layers)) + sum(reader in layers for reader in transfer.reads)
@@ -193,7 +191,7 @@ def _slowest_link(plan: RunPlan, rates: Rates, way: tuple[int, int]) -> LinkSpee
 def _end(plan: RunPlan, rates: Rates, stage: StagePlan) -> float:
     count = parameter_count(plan, stage)
     seconds = rates.end_seconds + count * rates.end_seconds_per_parameter
-    return seconds + (reduction_seconds(plan, rates, stage) if rates.data_reduction else 0.0)
+    return seconds + reduction_seconds(plan, rates, stage)
 
 
 def reduction_seconds(plan: RunPlan, rates: Rates, stage: StagePlan) -> float:

@@ -43,8 +43,6 @@ class Machine:
             between_nodes=between,
             within_node=within,
             node_size=self.node_size,
-            tensor_collectives=True,
-            data_reduction=True,
         )
 
     def __str__(self) -> str:

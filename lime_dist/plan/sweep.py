@@ -209,7 +209,7 @@ def _chunk_seconds(config: Config, rates: Rates, sizes: _Sizes, tokens: float) -
     share = tokens / sizes.tp
     layer = share * layer_flops_per_token(model, config.data.seq_length)
     seconds = layer * (forward + (BACKWARD_FACTOR + recomputed) * backward)
-    if rates.tensor_collectives and sizes.tp > 1:
+    if sizes.tp > 1:
         num_bytes = 2 * (sizes.tp - 1) / sizes.tp * tokens * model.hidden_size * DTYPE_BYTES[config.run.dtype]
         seconds += 2 * (2 + recomputed) * num_bytes / rates.link(sizes.tp - 1).bytes_per_second
     head = share * 2 * model.hidden_size * model.vocab_size * (forward + BACKWARD_FACTOR * backward)
@@ -240,7 +240,7 @@ def _wire_seconds(config: Config, rates: Rates, sizes: _Sizes, tokens: float) ->
 
 def _reduction_seconds(config: Config, rates: Rates, sizes: _Sizes) -> float:
     """Of the layers' gradients over the replicas, in bf16 at the least."""
-    if sizes.dp == 1 or not rates.data_reduction:
+    if sizes.dp == 1:
         return 0.0
     model = config.model
     query_size, kv_size = model.num_heads * model.head_dim, model.kv_heads * model.head_dim

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from statistics import fmean, median
 
 import numpy
@@ -80,8 +81,6 @@ def _rates(profile: Profile, timelines: Sequence[StepTimeline]) -> Rates:
         moves=operations.moves,
         data_seconds=median(_phase_seconds(timelines, ranks, {"data"}) for ranks in stages),
         end_seconds=max(_phase_seconds(timelines, ranks, _END_PHASES, _SHARED) for ranks in stages),
-        tensor_collectives=True,
-        data_reduction=True,
         cores=cores,
         variation=operations.variation,
     )
@@ -186,14 +185,14 @@ class _Operations:
         return _fitted(of_layers, of_routing, [sum(runs[chunk.chunk, kind]) for chunk in chunks])
 
 
-def _unit(layers: float, routing: float) -> Rates:
-    """With which a pass takes as many seconds as it has operations of these."""
-    none = LinkSpeed(bytes_per_second=1.0)
+def _unit(layers: float, routing: float, bytes_per_second: float = inf) -> Rates:
+    """With which a pass takes as many seconds as it has operations of these, and no collectives, if not as many as their bytes."""
+    link = LinkSpeed(bytes_per_second=bytes_per_second)
     return Rates(
         seconds_per_flop=dict.fromkeys(Kind, layers),
         seconds_per_routing_flop=dict.fromkeys(Kind, routing),
-        within_node=none,
-        between_nodes=none,
+        within_node=link,
+        between_nodes=link,
     )
 
 
@@ -217,11 +216,9 @@ def _fitted(layers: Sequence[float], routing: Sequence[float], seconds: Sequence
 
 def _collective_speed(profile: Profile, timelines: Sequence[StepTimeline]) -> LinkSpeed | None:
     """That at which the bytes of the tensor group's collectives take what they took, else those of the replicas' sum."""
-    plan, unit = profile.plan, _UNITS[0]
+    plan, unit = profile.plan, _unit(0.0, 0.0, bytes_per_second=1.0)
     if plan.layout.tp > 1:
-        counted = [
-            collective_seconds(plan.layout.tp, replace(unit, tensor_collectives=True), one) for one in plan.chunks
-        ]
+        counted = [collective_seconds(plan.layout.tp, unit, one) for one in plan.chunks]
         num_bytes, cause = len(Kind) * plan.num_microbatches * sum(counted) / len(plan.stages), Cause.TENSOR
     elif plan.layout.dp > 1:
         num_bytes = fmean(reduction_seconds(plan, unit, stage) for stage in plan.stages)

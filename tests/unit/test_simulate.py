@@ -262,11 +262,13 @@ RATES = Rates(
     within_node=LinkSpeed(bytes_per_second=100.0),
     between_nodes=LinkSpeed(bytes_per_second=10.0),
 )
+AT_ONCE = LinkSpeed(bytes_per_second=inf)
+WITHOUT_COLLECTIVES = replace(RATES, within_node=AT_ONCE, between_nodes=AT_ONCE)
 
 
 def test_runs_take_as_long_as_the_plans_flops() -> None:
     plan = make_plan("parallel.tp=2")
-    costs = costs_of(plan, RATES)
+    costs = costs_of(plan, WITHOUT_COLLECTIVES)
     tokens = 64 / 2
     for chunk in plan.chunks:
         flops = chunk.flops
@@ -274,7 +276,7 @@ def test_runs_take_as_long_as_the_plans_flops() -> None:
         backward = 2 * tokens * ((flops.layers + flops.head) * 2e-9 + flops.routing * 4e-9)
         assert sum(costs.runs[chunk.chunk, Kind.FORWARD]) == pytest.approx(forward)
         assert sum(costs.runs[chunk.chunk, Kind.BACKWARD]) == pytest.approx(backward)
-    again = costs_of(make_plan("parallel.tp=2", "parallel.recompute=layer"), RATES)
+    again = costs_of(make_plan("parallel.tp=2", "parallel.recompute=layer"), WITHOUT_COLLECTIVES)
     assert again.runs[0, Kind.FORWARD] == costs.runs[0, Kind.FORWARD]
     assert sum(again.runs[0, Kind.BACKWARD]) == pytest.approx(1.5 * sum(costs.runs[0, Kind.BACKWARD]))
 
@@ -315,13 +317,13 @@ def test_links_within_a_node_are_told_from_those_between() -> None:
 
 def test_tensor_collectives_and_the_end_are_counted_by_their_bytes() -> None:
     plan = make_plan(LLAMA, "parallel.tp=2", "parallel.dp=2", "data.global_batch_size=24")
-    bare, priced = costs_of(plan, RATES), costs_of(plan, replace(RATES, tensor_collectives=True, data_reduction=True))
+    bare, priced = costs_of(plan, WITHOUT_COLLECTIVES), costs_of(plan, RATES)
     residual = 64 * 32 * 4
     added = sum(priced.runs[0, Kind.FORWARD]) - sum(bare.runs[0, Kind.FORWARD])
     assert added == pytest.approx(2 * 2 * residual / 100.0)  # two layers, two all-reduces each, of 2 (tp - 1) / tp = 1
     lime = make_plan("parallel.tp=2", "parallel.dp=2", "data.global_batch_size=24")
-    more = sum(costs_of(lime, replace(RATES, tensor_collectives=True)).runs[1, Kind.FORWARD])
-    more -= sum(costs_of(lime, RATES).runs[1, Kind.FORWARD])
+    more = sum(costs_of(lime, RATES).runs[1, Kind.FORWARD])
+    more -= sum(costs_of(lime, WITHOUT_COLLECTIVES).runs[1, Kind.FORWARD])
     assert more == pytest.approx(added + 2 * 2 * 0.5 * lime.shape.entry_bytes / 100.0)
     count = parameter_count(plan, plan.stages[0])
     assert bare.end_seconds[0] == 0 and priced.end_seconds[0] == pytest.approx(4 * count / 100.0)
