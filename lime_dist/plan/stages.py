@@ -106,6 +106,10 @@ class StagePlan:
     def routing_flops_per_token(self) -> int:
         return sum(chunk.flops.routing for chunk in self.chunks)
 
+    def sent(self, kind: Kind) -> list[Message]:
+        """Of one microbatch's passes of a kind, by all chunks."""
+        return [message for chunk in self.chunks for message in chunk.sent[kind]]
+
     def operations(self, actions: Sequence[Action]) -> Iterator[Operation]:
         """What `actions` of this stage ask of it, in order."""
         return plan_operations({chunk.chunk: chunk for chunk in self.chunks}, actions, self.receives_ahead)

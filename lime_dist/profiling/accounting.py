@@ -163,5 +163,4 @@ def cargo_name(delivery: Delivery) -> str:
 
 
 def _planned_bytes(plan: RunPlan, stage_index: int, kind: Kind) -> int:
-    chunks = plan.stages[stage_index].chunks
-    return plan.num_microbatches * sum(message.num_bytes for chunk in chunks for message in chunk.sent[kind])
+    return plan.num_microbatches * sum(message.num_bytes for message in plan.stages[stage_index].sent(kind))

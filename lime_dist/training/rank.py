@@ -214,7 +214,7 @@ class Rank:
         return found
 
     def _check_sent(self, sent: Sent, kind: Kind) -> None:
-        messages, times = [m for chunk in self.plan.chunks for m in chunk.sent[kind]], self.run_plan.num_microbatches
+        messages, times = self.plan.sent(kind), self.run_plan.num_microbatches
         counted = Counter(message.cargo.value for message in messages)
         planned = Sent(
             times * sum(message.num_bytes for message in messages),

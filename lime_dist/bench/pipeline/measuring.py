@@ -118,7 +118,7 @@ class _Bench:
             self._host.limit(None)
         llama = next(i for i, way in enumerate(self._job.ways) if (way.model, way.schedule) == (LLAMA, PLAIN))
         seconds = statistics.median(self._step(llama, 0).seconds for _ in range(_LLAMA_STEPS))
-        return _agreed(seconds)
+        return agreed(seconds)
 
     def _set_limit(self, share_index: int, llama_seconds: float) -> float | None:
         share = self._job.shares[share_index]
@@ -155,7 +155,7 @@ def groups_of(way: Way, groups: Groups) -> Groups:
     return groups if has_wrap else replace(groups, wrap_forward=None, wrap_backward=None)
 
 
-def _agreed(value: float) -> float:
+def agreed(value: float) -> float:
     """Rank 0's on all ranks."""
     tensor = torch.tensor([value], dtype=torch.float64)
     dist.broadcast(tensor, 0)

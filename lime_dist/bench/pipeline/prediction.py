@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lime_dist.backends.megatron import Groups
 from lime_dist.bench.hosts import BUCKET_BYTES, Host, hosts, why_no_hosts
-from lime_dist.bench.pipeline.measuring import groups_of, ring
+from lime_dist.bench.pipeline.measuring import agreed, groups_of, ring
 from lime_dist.bench.pipeline.on_hosts import SHARES
 from lime_dist.bench.pipeline.ways import LEAST, LLAMA, PLAIN, Way, limited_rate
 from lime_dist.errors import ConfigError
@@ -109,7 +109,6 @@ class _Recording:
         config = ways[0].config
         shape = (config.data.global_batch_size, config.data.seq_length + 1)
         self._batch = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-        self._model_group = groups.model
 
     def run(self, rounds: int) -> Found:
         """Each round goes through all limits, so that a machine whose speed drifts favours none."""
@@ -153,11 +152,10 @@ class _Recording:
     def _rates(self) -> list[float | None]:
         """Without a limit, and by a LLaMA step so."""
         llama = next(index for index, way in enumerate(self._ways) if way.model == LLAMA)
-        seconds = torch.tensor([statistics.median(_seconds(self._step(llama)) for _ in range(3))], dtype=torch.float64)
-        dist.broadcast(seconds, 0)
-        limits = [limited_rate(self._ways, float(seconds), share) for share in SHARES]
+        seconds = agreed(statistics.median(_seconds(self._step(llama)) for _ in range(3)))
+        limits = [limited_rate(self._ways, seconds, share) for share in SHARES]
         self._say(
-            f"a LLaMA step takes {float(seconds):.2f} s; limits {', '.join(f'{one / 1e6:.1f}' for one in limits)} MB/s each way"
+            f"a LLaMA step takes {seconds:.2f} s; limits {', '.join(f'{one / 1e6:.1f}' for one in limits)} MB/s each way"
         )
         return [None, *limits]
 
