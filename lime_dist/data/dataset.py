@@ -84,6 +84,10 @@ class TokenSamples:
         source_position, source_index = self._blend.locate(index)
         return self._sources[source_position].sample(source_index)
 
+    def num_targets(self, start: int, count: int) -> int:
+        """The targets that count in the loss, of samples `start` to `start + count`."""
+        return count * self._sources[0].seq_length
+
     def prepare(self, index: int, between: Callable[[], None]) -> None:
         """Shuffle what the samples from `index` on need, which may take long; `between` is called after each source."""
         for position, source in enumerate(self._sources):
