@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lime_dist.data.marks import BEGINS, ID_MASK, NOT_TARGET
+from lime_dist.data.marks import begins, is_target, token_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +61,19 @@ def read_microbatch(values: Tensor, mean_targets: float | None = None) -> Microb
     mean_targets: the targets that count of a microbatch, on average over the global batch, so that each of them weighs the same
     wherever it lies; None: this one is the whole batch.
     """
-    tokens = values & ID_MASK
+    tokens = token_ids(values)
     if torch.equal(tokens, values) and mean_targets in (None, values[:, 1:].numel()):
         return Microbatch(tokens=values)
-    counts = (values[:, 1:] & NOT_TARGET) == 0
+    counts = is_target(values[:, 1:])
     weights = counts / max(1.0, float(counts.sum()) if mean_targets is None else mean_targets)
-    begins = (values[:, :-1] & BEGINS) != 0
-    documents = begins.cumsum(1) if bool(begins[:, 1:].any()) else None
+    beginnings = begins(values[:, :-1])
+    documents = beginnings.cumsum(1) if bool(beginnings[:, 1:].any()) else None
     return Microbatch(tokens=tokens, examples=Examples(weights=weights, documents=documents))
 
 
 def count_targets(values: Tensor) -> int:
     """Those that count, of int64 [batch, seq + 1]."""
-    return int(((values[:, 1:] & NOT_TARGET) == 0).sum())
+    return int(is_target(values[:, 1:]).sum())
 
 
 def visible(documents: Tensor) -> Tensor:

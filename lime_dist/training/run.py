@@ -82,6 +82,7 @@ def _open(config: Config, sources: list, split: Split, key: str, between: Betwee
         seq_length=config.data.seq_length,
         seed=config.run.seed,
         split=split,
+        samples=config.data.samples,
         vocab_size=config.model.vocab_size,
         key=key,
         between=between,
