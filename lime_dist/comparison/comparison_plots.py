@@ -81,7 +81,6 @@ def _fit(panel: Axes, bands: Sequence[Band]) -> None:
 
 def comparison_page(comparison: Comparison) -> str:
     """HTML that asks no other file for anything."""
-    names = ", ".join(variant.name for variant in comparison.variants)
     parts = [
         paragraph(how_it_was_read(comparison)),
         *(paragraph(f"Unfair: {warning}.") for warning in comparison.warnings),
@@ -94,7 +93,7 @@ def comparison_page(comparison: Comparison) -> str:
         paragraph("Lines are means over seeds, bands reach from the lowest seed to the highest."),
         *map(paragraph, differences(comparison)),
     ]
-    return to_page(f"Runs compared: {names}", parts)
+    return to_page("Runs compared", parts)
 
 
 def _markup(section: Section) -> str:

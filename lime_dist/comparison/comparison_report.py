@@ -12,7 +12,7 @@ from lime_dist.comparison.estimates import Estimate
 from lime_dist.comparison.variants import Variant, show_setting
 from lime_dist.formats import format_si
 
-MAX_WIDTH, NAME_WIDTH = 120, 26
+MAX_WIDTH, NAME_WIDTH, SEEDS_WIDTH = 120, 24, 16
 _PERCENT = 100
 
 
@@ -89,11 +89,13 @@ def _size_row(variant: Variant) -> tuple[str, ...]:
     """Of the run that went on longest."""
     longest = max(variant.runs.values(), key=lambda run: run.num_steps)
     sizes = variant.first.parameters, variant.first.flops_per_token, longest.tokens[-1]
-    return variant.name, *map(format_si, sizes), f"{longest.num_steps:,}", " ".join(map(str, variant.runs))
+    seeds = " ".join(map(str, variant.runs))
+    seeds = seeds if len(seeds) <= SEEDS_WIDTH else _seeds(len(variant.runs))
+    return variant.name, *map(format_si, sizes), f"{longest.num_steps:,}", seeds
 
 
 def loss_section(comparison: Comparison) -> Section:
-    equal = f"at {format_si(comparison.equal_flops)}FLOPs"
+    equal = f"at {format_si(comparison.equal_flops)} FLOPs"
     head = "variant", "final loss", "difference", "perplexity ratio", equal, "difference"
     return Section(head=head, rows=[_loss_row(comparison, index) for index in range(len(comparison.variants))])
 
@@ -122,8 +124,8 @@ def _cell(value: Estimate | None, sign: str = "") -> str:
 def how_it_was_read(comparison: Comparison) -> str:
     runs = sum(len(variant.runs) for variant in comparison.variants)
     loss = {
-        "eval_loss": "held-out loss (eval_loss), each evaluation as it is",
-        "loss": f"train loss, the mean of the last {comparison.window} steps",
+        "eval_loss": "Held-out loss (eval_loss), each evaluation as it is",
+        "loss": f"Train loss, the mean of the last {comparison.window} steps",
     }[comparison.metric]
     return (
         f"{loss}; {runs} {'run' if runs == 1 else 'runs'}; the reference is {comparison.reference.name}. Differences are to it, "

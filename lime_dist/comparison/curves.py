@@ -52,6 +52,8 @@ def find_flops_share(curve: Curve, other: Curve) -> float | None:
     last loss is not its best gains nothing on itself.
     """
     reached, taken = (one.find_flops_to(other.final_loss) for one in (curve, other))
+    if reached == taken:  # both at once, perhaps, with no FLOPs at all
+        return 1.0
     return None if reached is None or not taken else reached / taken
 
 

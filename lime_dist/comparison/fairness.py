@@ -1,4 +1,4 @@
-"""What makes a comparison of runs unfair, a line each. Knows no figure."""
+"""What makes a comparison of runs unfair or rough, a line each. Knows no figure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 from lime_dist.comparison.variants import Variant, show_setting
 
 _TEXT_KEYS = ("data.train", "data.valid", "data.valid_fraction", "data.seq_length")
+MIN_EVALUATIONS = 10  # with fewer, straight lines between them lie far above a curve that falls ever more slowly
 _SCHEDULE_KEYS = ("run.steps", "optim.lr_schedule", "optim.warmup_steps", "optim.min_lr_ratio")
 
 
 def find_unfairness(variants: Sequence[Variant], metric: str) -> list[str]:
-    """Warnings; none where all variants saw the same text, as many tokens a step and steps, and seed for seed."""
-    return [*_other_settings(variants, metric), *_other_seeds(variants), *_unfinished(variants)]
+    """Warnings; none where all variants saw the same text, as many tokens a step and steps, seed for seed, and are well known."""
+    warnings = [*_other_settings(variants, metric), *_other_seeds(variants), *_unfinished(variants)]
+    return [*warnings, *(_few_evaluations(variants) if metric == "eval_loss" else [])]
 
 
 def _other_settings(variants: Sequence[Variant], metric: str) -> Iterator[str]:
@@ -53,3 +55,12 @@ def _unfinished(variants: Sequence[Variant]) -> Iterator[str]:
     for run in (run for variant in variants for run in variant.runs.values()):
         if not run.is_finished:
             yield f"{run.folder}: has not finished: {run.num_steps} of {run.config.run.steps} steps"
+
+
+def _few_evaluations(variants: Sequence[Variant]) -> Iterator[str]:
+    fewest = min((run for variant in variants for run in variant.runs.values()), key=lambda run: len(run.evaluations))
+    if len(fewest.evaluations) < MIN_EVALUATIONS:
+        yield (
+            f"{fewest.folder}: has {len(fewest.evaluations)} evaluations, between which losses are only guessed; for loss at equal "
+            "FLOPs and FLOPs to a loss compare by --metric loss, or train with a lower eval.every"
+        )
