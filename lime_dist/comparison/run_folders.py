@@ -68,8 +68,8 @@ class RecordedRun:
             return self._curve(range(window, self.num_steps + 1), trailing_means(self.losses, window))
         if not self.has_evaluations:
             raise RunFolderError(
-                f"{self.folder}: has {len(self.evaluations)} evaluations, a curve needs two; set data.valid, or compare by "
-                "--metric loss"
+                f"{self.folder}: has {len(self.evaluations)} of the two evaluations that a curve needs; set data.valid, or compare "
+                "by --metric loss"
             )
         return self._curve(list(self.evaluations), list(self.evaluations.values()))
 
@@ -120,7 +120,8 @@ def _whole_steps(folder: Path, by_step: Mapping[int, Mapping[str, Any]]) -> list
     """The records of all steps, ascending. Raises: RunFolderError where one is missing: FLOPs could not be summed up."""
     if not by_step:
         raise RunFolderError(
-            f"{folder}: metrics.jsonl has no steps; name a run that has trained, or leave this one out"
+            f"{folder}: metrics.jsonl has no steps with loss, tokens_seen and model_flops; name a run that has trained, with this "
+            "version, or leave it out"
         )
     missing = next((step for step in range(1, max(by_step)) if step not in by_step), None)
     if missing is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ def llama_twin(path: Path, overrides: Sequence[str] = ()) -> str:
         apply_override(tree, override)
     config = check_config(parse_config(tree))
     _check_has_twin(path, config)
-    twin = _without_routers(tree, config)
-    check_config(parse_config(twin))
-    return yaml.safe_dump(twin, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    return yaml.safe_dump(
+        _without_routers(tree, config), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+    )
 
 
 def _check_has_twin(path: Path, config: Config) -> None:
@@ -41,12 +40,10 @@ def _check_has_twin(path: Path, config: Config) -> None:
 
 
 def _without_routers(tree: dict[str, Any], config: Config) -> dict[str, Any]:
-    twin = deepcopy(tree)
     dropped = {*_MEANINGLESS, *(["pattern"] if _is_chosen(config) else [])}
-    depth = {key: value for key, value in (twin.get("depth") or {}).items() if key not in dropped}
-    twin["depth"] = depth | {"router": "none"}
-    twin["run"] = (twin.get("run") or {}) | {"dir": twin_folder(config.run.dir)}
-    return twin
+    depth = {key: value for key, value in (tree.get("depth") or {}).items() if key not in dropped}
+    run = tree.get("run") or {}
+    return tree | {"depth": depth | {"router": "none"}, "run": run | {"dir": twin_folder(config.run.dir)}}
 
 
 def _is_chosen(config: Config) -> bool:

@@ -15,6 +15,8 @@ from run_records import LLAMA, write_run
 
 from lime_dist.cli.command_line import main
 from lime_dist.comparison.comparing import compare_runs
+from lime_dist.comparison.comparison_plots import band_of
+from lime_dist.comparison.curves import Curve
 from lime_dist.comparison.run_folders import read_run
 from lime_dist.config import check_config, load_config
 from lime_dist.plan.parameters import total_parameters
@@ -159,7 +161,7 @@ def test_evaluations_count_only_where_all_runs_have_them(tmp_path: Path, capsys:
     assert report(capsys, str(both), str(once))["metric"] == "loss"
     line = refused(capsys, both, once, "--metric", "eval_loss")
     assert line == (
-        f"lime-dist: {once}: has 1 evaluations, a curve needs two; set data.valid, or compare by --metric loss"
+        f"lime-dist: {once}: has 1 of the two evaluations that a curve needs; set data.valid, or compare by --metric loss"
     )
 
 
@@ -175,6 +177,22 @@ def test_what_changes_no_number_makes_no_variant(tmp_path: Path) -> None:
     )  # fmt: skip
     runs = [write_run(tmp_path / f"{seed}", f"run.seed={seed}", change) for seed, change in enumerate(changes)]
     assert names(*runs) == ["LIMe, full"]
+
+
+def test_the_same_setting_written_otherwise_is_the_same_variant(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", "model.num_kv_heads=4", "depth.pattern={3: [0]}"),
+        write_run(
+            tmp_path / "b",
+            "run.seed=2",
+            "model.num_kv_heads=null",
+            "depth.pattern={3: [0]}",
+            "depth.weights_from=elsewhere",
+            "depth.pattern_name=top_p:0.9",
+            "depth.partial_sum_dtype=fp32",
+        ),
+    ]
+    assert names(*runs) == ["LIMe, edges"]
 
 
 def test_llama_has_no_pattern(tmp_path: Path) -> None:
@@ -231,6 +249,12 @@ def test_what_is_unfair_is_warned_of(change: str, tmp_path: Path, capsys: pytest
     assert f"lime-dist: warning: {UNFAIR[change]}" in capsys.readouterr().err.splitlines()
 
 
+def test_seeds_are_in_order_whatever_is_named_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(write_run(tmp_path / f"a{seed}", f"run.seed={seed}")) for seed in (10, 2, 1)]
+    (variant,) = report(capsys, *runs)["variants"]
+    assert [run["seed"] for run in variant["runs"]] == [1, 2, 10]
+
+
 def test_unequal_seeds_and_unfinished_runs_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lime = [write_run(tmp_path / f"a{seed}", f"run.seed={seed}", evaluations=falling(0.5)) for seed in (1, 2)]
     llama = write_run(tmp_path / "b", LLAMA, "run.seed=1", evaluations=falling(0.4), num_steps=36)
@@ -268,7 +292,8 @@ def test_a_folder_without_what_is_compared_is_refused(tmp_path: Path, capsys: py
     run = write_run(tmp_path / "a")
     (run / "metrics.jsonl").unlink()
     assert refused(capsys, run) == (
-        f"lime-dist: {run}: metrics.jsonl has no steps; name a run that has trained, or leave this one out"
+        f"lime-dist: {run}: metrics.jsonl has no steps with loss, tokens_seen and model_flops; name a run that has "
+        "trained, with this version, or leave it out"
     )
     (run / "config.yaml").write_text("model: {num_layer: 3}")
     assert refused(capsys, run) == (
@@ -282,6 +307,15 @@ def test_missing_steps_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{run}: metrics.jsonl lacks step 1; a run that went on from another folder's checkpoint" in refused(
         capsys, run
     )
+
+
+def test_a_cut_last_step_is_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "a", evaluations=falling(0.5))
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"step": 40, "loss"', '{"ste'))
+    found = report(capsys, str(run))
+    assert found["variants"][0]["final_loss"]["mean"] == falling(0.5)[36]
+    assert f"{run}: has not finished: 39 of 40 steps" in found["warnings"]
 
 
 def test_losses_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,6 +336,21 @@ def test_the_picture_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert page.count("<svg") == 1 and page.count("<table>") == 2
     assert "[LIMe, full] takes 18.8 ± 0.0 % fewer FLOPs" in page
     assert "LIMe, first:2: &lt;b&gt;" in page and "<b>" not in page
+
+
+def test_lines_are_means_where_all_seeds_have_losses() -> None:
+    def curve(steps: tuple[int, ...], losses: tuple[float, ...]) -> Curve:
+        return Curve(steps=steps, tokens=tuple(10 * step for step in steps), flops=steps, losses=losses)
+
+    band = band_of([curve((0, 2, 4), (5.0, 3.0, 1.0)), curve((1, 2, 3), (8.0, 7.0, 6.0))], "tokens")
+    assert (band.at.tolist(), band.mean.tolist()) == ([10, 20, 30], [6.0, 5.0, 4.0])
+    assert (band.low.tolist(), band.high.tolist()) == ([4.0, 3.0, 2.0], [8.0, 7.0, 6.0])
+
+
+def test_a_curve_has_the_tokens_and_flops_of_all_steps_so_far(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", evaluations={0: 4.0, 10: 3.0})
+    curve, flops = read_run(run).curve("eval_loss", 1), step_flops(str(run))
+    assert (curve.steps, curve.tokens, curve.flops) == ((0, 10), (0, 10 * 144), (0, 10 * flops))
 
 
 def test_a_long_run_is_drawn_small(tmp_path: Path) -> None:
