@@ -111,11 +111,11 @@ def _loss_row(comparison: Comparison, index: int) -> tuple[str, ...]:
 
 
 def _cell(value: Estimate | None, sign: str = "") -> str:
-    """With its error, or of how few values it is."""
+    """With its error, or of how few values it is; none where no seed has it, of a difference no seed in common."""
     if value is None:
-        return "none in common" if sign else "none"
-    error = "one seed" if value.standard_error is None else f"± {value.standard_error:.4f}"
-    return f"{value.mean:{sign}.4f}, {error}" if value.standard_error is None else f"{value.mean:{sign}.4f} {error}"
+        return "none"
+    error = ", one seed" if value.standard_error is None else f" ± {value.standard_error:.4f}"
+    return f"{value.mean:{sign}.4f}{error}"
 
 
 # ---- sentences

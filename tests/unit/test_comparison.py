@@ -141,7 +141,8 @@ def test_no_seed_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     llama = write_run(tmp_path / "b", LLAMA, "run.seed=2", evaluations=falling(0.4))
     assert main(["compare", str(lime), str(llama)]) == 0
     printed = capsys.readouterr()
-    assert "[LIMe, full] and [LLaMA] have no seed in common" in printed.out and "none in common" in printed.out
+    assert "[LIMe, full] and [LLaMA] have no seed in common" in printed.out
+    assert "3.6000, one seed        none              none" in printed.out
     assert "run.seed: the variants have other seeds (LIMe, full: 1; LLaMA: 2)" in printed.err
 
 
