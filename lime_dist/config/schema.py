@@ -157,6 +157,9 @@ class CheckpointConfig:
     every: int = 0  # steps; 0: only at the end
     keep: int = 2
     resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a checkpoint's folder
+    weights_from: str | None = (
+        None  # a step_N folder or a run's: where a new run's weights come from, without its optimiser
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.edges import checkpoints_of, evaluated_config, no_checkpoint, resume_folder, resumed_config
+from lime_dist.checkpoint.edges import (
+    checkpoints_of,
+    evaluated_config,
+    first_weights,
+    no_checkpoint,
+    resume_folder,
+    resumed_config,
+)
 from lime_dist.checkpoint.reader import flush_to_disk, set_aside_after
-from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
+from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
@@ -230,6 +237,7 @@ class TrainingRun:
         start = agree_on_start(config, device)
         if start.folder is None:
             self.rank = Rank(plan, groups, device, pulse)
+            self._load_first_weights()
         else:
             self._load(start, plan)
         between()
@@ -240,6 +248,14 @@ class TrainingRun:
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
+
+    def _load_first_weights(self) -> None:
+        """Those of another run, where the config names one."""
+        folder = first_weights(self.config)
+        if folder is not None:
+            load_weights(self.rank, folder)
+            if self.rank.is_logger:
+                print(f"weights from {folder}", flush=True)
 
     def _load(self, start: Start, plan: RunPlan) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached. plan: of an earlier pattern, perhaps."""
