@@ -21,7 +21,6 @@ from lime_dist.checkpoint.reader import flush_to_disk, set_aside_after
 from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
-from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.errors import ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
 from lime_dist.lifecycle.heartbeat import side_heartbeat_folder
@@ -41,6 +40,7 @@ from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
 from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
+from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
 from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.training.world import join_world
 
@@ -54,34 +54,6 @@ class SampleBatch:
     def __getitem__(self, rows: slice) -> Tensor:
         """int64 [rows, seq + 1]."""
         return self._samples.batch(self._start + rows.start, rows.stop - rows.start)
-
-
-Between = Callable[[], None]  # called after each token file, as opening one may take long
-
-
-def open_training_data(config: Config, between: Between = lambda: None) -> TokenSamples:
-    return _open(config, config.data.train, train_split(config.data.valid_fraction), "data.train", between)
-
-
-def open_held_out_data(config: Config, between: Between = lambda: None) -> TokenSamples | None:
-    """`data.valid`, or the documents kept back from `data.train`, or None."""
-    if config.data.valid:
-        return _open(config, config.data.valid, WHOLE, "data.valid", between)
-    if config.data.valid_fraction:
-        return _open(config, config.data.train, held_out_split(config.data.valid_fraction), "data.train", between)
-    return None
-
-
-def _open(config: Config, sources: list, split: Split, key: str, between: Between) -> TokenSamples:
-    return TokenSamples(
-        [(source.path, source.weight) for source in sources],
-        seq_length=config.data.seq_length,
-        seed=config.run.seed,
-        split=split,
-        vocab_size=config.model.vocab_size,
-        key=key,
-        between=between,
-    )
 
 
 def train(plan: RunPlan, place: Place) -> int:
