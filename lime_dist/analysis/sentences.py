@@ -51,14 +51,16 @@ def _of_routers(routers: dict[str, Any]) -> Iterator[str]:
         f"{sum(shares.values()) / len(shares):.0%} of sum |R| (even weights would give {even:.0%}), from {shares[low]:.0%} in layer {low} "
         f"to {shares[high]:.0%} in layer {high}."
     )
-    yield from _of_favourites(mean, [layer for layer in readers if layer > 0])
+    yield from _of_favourites(mean, [layer for layer in readers if _count(mean[layer]) > 2])
     expected = routers["expected_source"]
     last = readers[-1]
     yield f"Layer {last} reads on average from layer {expected[last]:.1f}; even weights over all layers up to it would give {last / 2:.1f}."
 
 
 def _of_favourites(mean: Sequence[Row], readers: list[int]) -> Iterator[str]:
-    """Which earlier layer each reader reads most, the own layer aside."""
+    """Which earlier layer each reader that has a choice reads most, the own layer aside."""
+    if not readers:
+        return
     favourite = {reader: max(range(reader), key=lambda source: mean[reader][source] or 0.0) for reader in readers}
     preceding = [reader for reader, source in favourite.items() if source == reader - 1 and reader > 1]
     counts = Counter(source for reader, source in favourite.items() if reader not in preceding)

@@ -40,6 +40,7 @@ from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
 from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
+from lime_dist.training.router_pictures import gather_router_map
 from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
 from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.training.world import join_world
@@ -325,7 +326,15 @@ class TrainingRun:
             ),
         )
         self._end_profiled_step()
+        if _is_due(self.step, config.analysis.every):
+            self._picture_routers()
         return result.stop_asked
+
+    def _picture_routers(self) -> None:
+        self._pulse.beat("routers")
+        router_map = gather_router_map(self.rank)
+        if router_map is not None:
+            self._record("record", lambda metrics: metrics.router_map(self.step, router_map.mean))
 
     def _end_profiled_step(self) -> None:
         folder = self._profiler.end() if self._profiler is not None else None
