@@ -165,7 +165,8 @@ def _renormalised(router: nn.Module, kept: Tensor) -> Iterator[None]:
 
     def cut(_: nn.Module, __: Any, weights: Tensor) -> Tensor:
         left = weights.float() * kept
-        return (left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).to(weights.dtype)
+        left[..., -1] += (left.sum(-1) == 0).float()  # of `head_top_p`, where all that is left was pruned
+        return (left / left.sum(-1, keepdim=True)).to(weights.dtype)
 
     handle = router.register_forward_hook(cut)
     try:

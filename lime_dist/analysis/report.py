@@ -105,16 +105,16 @@ def _model_facts(config: Config) -> dict[str, Any]:
 def _router_map(
     folder: Path, model: LimeChunk, config: Config, inputs: Sequence[Tensor], left_out: dict[str, str]
 ) -> RouterMap | None:
-    pattern = config.pattern
-    readers = list(filter(pattern.has_router, range(pattern.num_layers)))
+    pattern, tensors = config.pattern, logical_tensors(config.model, config.pattern)
+    readers = [layer for layer in range(pattern.num_layers) if router_name(layer) in tensors]
     if not readers:
         left_out["routers"] = left_out["edges"] = (
-            "the model has no routers (depth.router=none, or a pattern without edges)"
+            f"depth.router={config.depth.router}, {pattern.num_edges} edges: no weights are learned"
         )
         return None
-    if not pattern.routing.fixed_weights:
+    if not pattern.routing.ranks_edges:
         return map_of_magnitudes(pattern, mean_token_weights(model, inputs))
-    reader, tensors = CheckpointReader(folder), logical_tensors(config.model, pattern)
+    reader = CheckpointReader(folder)
     return map_of_routers(pattern, {layer: reader.array("weight", tensors[router_name(layer)]) for layer in readers})
 
 

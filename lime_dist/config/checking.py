@@ -76,8 +76,8 @@ def _no_router_maps(config: Config) -> str | None:
         return None
     if depth.router == "none":
         return "with depth.router=none, as there are no routers"
-    if not depth.routing.fixed_weights:
-        return f"with depth.router={depth.router}, whose weights are different for each token (`lime-dist analyze` means them over a text)"
+    if not depth.routing.ranks_edges:
+        return f"with depth.router={depth.router}, as only static routers are learned and the same for all tokens (see `lime-dist analyze`)"
     return f"above run.steps={config.run.steps}" if every > config.run.steps else None
 
 

@@ -17,12 +17,12 @@ from lime_dist.training.rank import Rank
 
 
 def gather_router_map(rank: Rank) -> RouterMap | None:
-    """Of the optimiser's fp32 weights, the same as of the whole model's routers; None where routers have no fixed weights.
+    """Of the optimiser's fp32 weights, the same as of the whole model's routers; None where there are none that are learned and the same for all tokens.
 
     A sum over ranks of what each owns, zero elsewhere: as small as the map however many ranks there are. Collective: world.
     """
     pattern, heads = rank.run_plan.transfer.pattern, rank.config.model.kv_heads
-    if not pattern.num_edges or not pattern.routing.fixed_weights:
+    if not pattern.num_edges or not pattern.routing.ranks_edges:
         return None
     owned = numpy.zeros((heads, pattern.num_layers, pattern.num_layers))
     for piece, router in _own_routers(rank):
