@@ -169,6 +169,11 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+    every: int = 0  # steps between router maps in TensorBoard, which all ranks wait for; 0: never
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     dir: str = "runs/default"
     steps: int = 100
@@ -201,6 +206,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
     profile: ProfileConfig = ProfileConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
     deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, passed through
 
     @property

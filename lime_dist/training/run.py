@@ -28,7 +28,6 @@ from lime_dist.checkpoint.reader import flush_to_disk, set_aside_after
 from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
-from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.errors import ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
 from lime_dist.lifecycle.heartbeat import side_heartbeat_folder
@@ -48,6 +47,8 @@ from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
 from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
+from lime_dist.training.router_pictures import gather_router_map
+from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
 from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.training.world import join_world
 
@@ -65,35 +66,6 @@ class SampleBatch:
     @property
     def num_targets(self) -> int:
         return self._samples.num_targets(self._start, self._size)
-
-
-Between = Callable[[], None]  # called after each token file, as opening one may take long
-
-
-def open_training_data(config: Config, between: Between = lambda: None) -> TokenSamples:
-    return _open(config, config.data.train, train_split(config.data.valid_fraction), "data.train", between)
-
-
-def open_held_out_data(config: Config, between: Between = lambda: None) -> TokenSamples | None:
-    """`data.valid`, or the documents kept back from `data.train`, or None."""
-    if config.data.valid:
-        return _open(config, config.data.valid, WHOLE, "data.valid", between)
-    if config.data.valid_fraction:
-        return _open(config, config.data.train, held_out_split(config.data.valid_fraction), "data.train", between)
-    return None
-
-
-def _open(config: Config, sources: list, split: Split, key: str, between: Between) -> TokenSamples:
-    return TokenSamples(
-        [(source.path, source.weight) for source in sources],
-        seq_length=config.data.seq_length,
-        seed=config.run.seed,
-        split=split,
-        samples=config.data.samples,
-        vocab_size=config.model.vocab_size,
-        key=key,
-        between=between,
-    )
 
 
 def train(plan: RunPlan, place: Place) -> int:
@@ -374,7 +346,15 @@ class TrainingRun:
             ),
         )
         self._end_profiled_step()
+        if _is_due(self.step, config.analysis.every):
+            self._picture_routers()
         return result.stop_asked
+
+    def _picture_routers(self) -> None:
+        self._pulse.beat("routers")
+        router_map = gather_router_map(self.rank)
+        if router_map is not None:
+            self._record("record", lambda metrics: metrics.router_map(self.step, router_map.mean))
 
     def _end_profiled_step(self) -> None:
         folder = self._profiler.end() if self._profiler is not None else None
