@@ -38,6 +38,8 @@ def ready_plan(config: Config, world_size: int | None = None) -> RunPlan:
     _check_folders(config)
     folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
+    if folder is None:
+        _check_first_weights(started)
     check_switches(config, started.pattern if folder is None else None)
     return _checked_plan(started)  # raises what is left: patterns, costs and memory that do not fit the stages
 
@@ -100,6 +102,38 @@ def resume_folder(config: Config) -> Path | None:
     return Path(config.checkpoint.resume)
 
 
+def first_weights(config: Config) -> Path | None:
+    """The checkpoint of `checkpoint.weights_from`, with whose weights a new run begins; None: with initial ones.
+
+    Raises: CheckpointError where there is none.
+    """
+    given = config.checkpoint.weights_from
+    if given is None:
+        return None
+    path = Path(given)
+    found = path if (path / "meta.json").is_file() else find_latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"checkpoint.weights_from: {shown(given)} is neither a step_N folder nor a run's folder with one; correct the path"
+        )
+    return found
+
+
+def _check_first_weights(config: Config) -> None:
+    """Before ranks start: they are of this model, with all the edges that it reads."""
+    folder = first_weights(config)
+    if folder is None:
+        return
+    saved = saved_config(CheckpointReader(folder))
+    check_same_model(folder, saved, config)
+    missing = lost_edges(config.pattern, saved.pattern)
+    if missing:
+        raise CheckpointError(
+            f"checkpoint.weights_from: {config.depth.name} has {missing} edges that {folder} ({saved.depth.name}) lacks; set "
+            f"depth.pattern={saved.depth.name}, or one with fewer edges"
+        )
+
+
 def resumed_config(config: Config, folder: Path) -> Config:
     """`config` as it goes on from the checkpoint `folder`, with the edges that its next update has.
 
@@ -133,7 +167,9 @@ def check_same_model(folder: Path, saved: Config, config: Config) -> None:
         for item in fields(config.model)
     }
     facts["model.num_kv_heads"] = saved.model.kv_heads, config.model.kv_heads
-    facts |= {f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry")}
+    facts |= {
+        f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry", "heads")
+    }
     for key, (theirs, ours) in facts.items():
         if theirs != ours:
             raise CheckpointError(
@@ -285,9 +321,9 @@ def router_weights(folder: Path, config: Config) -> EdgeWeights:
             f"name a LIMe checkpoint of {config.model.num_layers} layers"
         )
     pattern = saved.pattern
-    if not pattern.routing.fixed_weights:
+    if not pattern.routing.ranks_edges:
         raise CheckpointError(
-            f"depth.weights_from: the routers of {folder} have other weights for each token; name a checkpoint of router static"
+            f"depth.weights_from: the routers of {folder} ({saved.depth.router}) cannot rank edges; name a checkpoint of router static"
         )
     tensors = logical_tensors(saved.model, pattern)
     routers = {

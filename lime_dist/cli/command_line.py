@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lime_dist import __version__
+from lime_dist.analysis import commands as analysis_commands
 from lime_dist.bench import commands as bench_commands
 from lime_dist.cli import commands, samples
 from lime_dist.cluster import commands as cluster_commands
 from lime_dist.cluster import watching
+from lime_dist.comparison import commands as comparison_commands
 from lime_dist.data import commands as data_commands
 from lime_dist.errors import ConfigError, LimeDistError, one_line, shown
 from lime_dist.lifecycle.ending import FAILED, INTERRUPTED, NEVER_RESTART, REQUEUE, write_outcome
@@ -32,12 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parsers(subparsers)
     samples.add_parser(subparsers)
+    analysis_commands.add_parser(subparsers)
     data_commands.add_parser(subparsers)
     bench_commands.add_parser(subparsers)
     cluster_commands.add_parser(subparsers)
     watching.add_parsers(subparsers)
     preflight_commands.add_parser(subparsers)
     profiling_commands.add_parser(subparsers)
+    comparison_commands.add_parsers(subparsers)
     return parser
 
 

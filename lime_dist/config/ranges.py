@@ -58,6 +58,7 @@ RANGES: dict[str, Range] = {
     "model.vocab_size": _whole(1, 2**24),
     "model.rope_theta": _above(0, 1e15),
     "model.rms_norm_eps": _above(0, 1),
+    "depth.head_top_p": _above(0, 1),
     "parallel.tp": _whole(1, 1024),
     "parallel.pp": _whole(1, 512),
     "parallel.dp": _whole(1, MAX_WORLD_SIZE),
@@ -75,7 +76,7 @@ RANGES: dict[str, Range] = {
     "optim.weight_decay": _from(0),
     "optim.max_grad_norm": _from(0),
     "optim.warmup_steps": _whole(0, 10**9),
-    "optim.min_lr_ratio": _from(0, 1),
+    "optim.min_lr": _from(0, 1),
     "data.train.weight": _above(0, 1e9),
     "data.valid.weight": _above(0, 1e9),
     "data.valid_fraction": Range(low=0, high=1, below=True),
@@ -92,6 +93,7 @@ RANGES: dict[str, Range] = {
     "run.peak_tflops": _above(0, 1e6),
     "run.log_every": _whole(1, 10**9),
     "profile.steps": _whole(1, 10**9),
+    "analysis.every": _whole(0, 10**9),
 }
 
 

@@ -15,25 +15,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config import ModelConfig
-from lime_dist.depth.hidden import HIDDEN_DYNAMIC, HIDDEN_STATIC
-from lime_dist.depth.key_value import KEY_VALUE
+from lime_dist.depth.hidden import AverageHidden, DynamicRouting, StaticRouting
+from lime_dist.depth.key_value import AverageKeyValue, KeyValueRouting, NoRouting
 from lime_dist.depth.pattern import Pattern
 from lime_dist.depth.routing import Routing
 from lime_dist.lime.depth import Depth
 from lime_dist.lime.depth_memory import DepthMemory
-from lime_dist.lime.hidden import DynamicDepth, StaticDepth
+from lime_dist.lime.hidden import HiddenDepth
 from lime_dist.lime.key_value import KeyValueDepth
 from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, RotaryTables
+from lime_dist.lime.microbatch import Examples, read_microbatch, visible
 from lime_dist.lime.parts import Parts, PlainParts
 from lime_dist.plan.parameters import plan_parameters
 from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
 # Each kind's half that runs on a device.
-DEPTHS: dict[Routing, type[Depth]] = {
-    KEY_VALUE: KeyValueDepth,
-    HIDDEN_STATIC: StaticDepth,
-    HIDDEN_DYNAMIC: DynamicDepth,
+DEPTHS: dict[type[Routing], type[Depth]] = {
+    KeyValueRouting: KeyValueDepth,
+    AverageKeyValue: KeyValueDepth,
+    NoRouting: KeyValueDepth,
+    StaticRouting: HiddenDepth,
+    DynamicRouting: HiddenDepth,
+    AverageHidden: HiddenDepth,
 }
 
 
@@ -62,7 +66,7 @@ class LimeChunk(nn.Module):
         self.entries = transfer.own_entries(layers)
         self._rotary = RotaryTables(model.head_dim, model.rope_theta, parts.dtype, parts.device)
         self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first else None
-        self._depth = DEPTHS[transfer.pattern.routing](model, transfer, layers, parts)
+        self._depth = DEPTHS[type(transfer.pattern.routing)](model, transfer, layers, parts)
         self.layers = nn.ModuleDict(
             {str(layer): DecoderLayer(model, self._depth.attention(layer), parts) for layer in layers}
         )
@@ -113,6 +117,7 @@ class LimeChunk(nn.Module):
         seq_length: int,
         memory: DepthMemory,
         targets: Tensor | None = None,
+        examples: Examples | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Carry one microbatch through the chunk's layers.
@@ -123,7 +128,9 @@ class LimeChunk(nn.Module):
         the memory's chain: both to be differentiated in one joint backward. Collective: tp group.
         """
         start = cache.length if cache is not None else 0
-        run = Pass(batch_size, seq_length, *self._rotary.at(range(start, start + seq_length)), memory, cache)
+        documents = examples.documents if examples is not None else None
+        seen = visible(documents) if documents is not None else None
+        run = Pass(batch_size, seq_length, *self._rotary.at(range(start, start + seq_length)), memory, cache, seen)
         residual = self.embed_tokens(self._padded(inputs.flatten())) if self.embed_tokens is not None else inputs
         chain = self._depth.add_received(memory, memory.start())
         for layer in self.layers.values():
@@ -132,7 +139,7 @@ class LimeChunk(nn.Module):
             else:
                 residual, chain = layer(residual, chain, run)
         if targets is not None and self.is_last:
-            return self._loss(residual, targets), chain
+            return self._loss(residual, targets, examples.weights if examples is not None else None), chain
         return residual, self._depth.add_own(memory, chain)
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -143,10 +150,10 @@ class LimeChunk(nn.Module):
         """[tokens, vocab_size], rows past the tokens included. Last chunk only. Collective: tp group."""
         return self._parts.gather_logits(self.logits(residual), self.config.vocab_size)
 
-    def _loss(self, residual: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy over the microbatch's tokens."""
-        losses = self._parts.cross_entropy(self.logits(residual), self._padded(targets.flatten()))
-        return losses[: targets.numel()].mean()
+    def _loss(self, residual: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Cross entropy: the mean over the microbatch's tokens, or their sum by `weights`."""
+        losses = self._parts.cross_entropy(self.logits(residual), self._padded(targets.flatten()))[: targets.numel()]
+        return losses.mean() if weights is None else losses @ weights.flatten()
 
     def _padded(self, ids: Tensor) -> Tensor:
         missing = self.rows(ids.numel()) - ids.numel()
@@ -192,7 +199,8 @@ def model_logits(model: LimeChunk, tokens: Tensor) -> Tensor:
 
 
 def model_loss(model: LimeChunk, tokens: Tensor) -> Tensor:
-    """Mean next-token cross entropy of [batch, seq + 1] through the whole model on one device."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    loss, _ = model(inputs, *inputs.shape, model.new_memory(inputs.numel()), targets)
+    """Mean next-token cross entropy of [batch, seq + 1], ids or ids with marks, through the whole model on one device."""
+    batch = read_microbatch(tokens)
+    memory = model.new_memory(batch.inputs.numel())
+    loss, _ = model(batch.inputs, *batch.inputs.shape, memory, batch.targets, batch.examples)
     return loss

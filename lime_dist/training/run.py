@@ -16,12 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.edges import checkpoints_of, evaluated_config, no_checkpoint, resume_folder, resumed_config
+from lime_dist.checkpoint.edges import (
+    checkpoints_of,
+    evaluated_config,
+    first_weights,
+    no_checkpoint,
+    resume_folder,
+    resumed_config,
+)
 from lime_dist.checkpoint.reader import flush_to_disk, set_aside_after
-from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
+from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
-from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.errors import ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
 from lime_dist.lifecycle.heartbeat import side_heartbeat_folder
@@ -41,48 +47,25 @@ from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
 from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
+from lime_dist.training.router_pictures import gather_router_map
+from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
 from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.training.world import join_world
 
 
 class SampleBatch:
-    """Consecutive samples, read when sliced, so that each rank reads only its own rows."""
+    """`size` consecutive samples, read when sliced, so that each rank reads only its own rows."""
 
-    def __init__(self, samples: TokenSamples, start: int):
-        self._samples, self._start = samples, start
+    def __init__(self, samples: TokenSamples, start: int, size: int):
+        self._samples, self._start, self._size = samples, start, size
 
     def __getitem__(self, rows: slice) -> Tensor:
         """int64 [rows, seq + 1]."""
         return self._samples.batch(self._start + rows.start, rows.stop - rows.start)
 
-
-Between = Callable[[], None]  # called after each token file, as opening one may take long
-
-
-def open_training_data(config: Config, between: Between = lambda: None) -> TokenSamples:
-    return _open(config, config.data.train, train_split(config.data.valid_fraction), "data.train", between)
-
-
-def open_held_out_data(config: Config, between: Between = lambda: None) -> TokenSamples | None:
-    """`data.valid`, or the documents kept back from `data.train`, or None."""
-    if config.data.valid:
-        return _open(config, config.data.valid, WHOLE, "data.valid", between)
-    if config.data.valid_fraction:
-        return _open(config, config.data.train, held_out_split(config.data.valid_fraction), "data.train", between)
-    return None
-
-
-def _open(config: Config, sources: list, split: Split, key: str, between: Between) -> TokenSamples:
-    return TokenSamples(
-        [(source.path, source.weight) for source in sources],
-        seq_length=config.data.seq_length,
-        seed=config.run.seed,
-        split=split,
-        samples=config.data.samples,
-        vocab_size=config.model.vocab_size,
-        key=key,
-        between=between,
-    )
+    @property
+    def num_targets(self) -> int:
+        return self._samples.num_targets(self._start, self._size)
 
 
 def train(plan: RunPlan, place: Place) -> int:
@@ -162,7 +145,7 @@ def _record_steps(
     first, last = _UNRECORDED_STEPS + 1, _UNRECORDED_STEPS + num_steps
     profiler = Profiler(rank, first=first, last=last, links=measure_links(groups, plan, device))
     size, watch, folder = plan.config.data.global_batch_size, Stopwatch(), None
-    with BatchReader(samples.batch, rank.rows(), size, last * size) as batches:
+    with BatchReader(samples.batch, rank.rows(), size, last * size, samples.num_targets) as batches:
         for step in range(1, last + 1):
             between()
             pulse.begin_step(step)
@@ -226,6 +209,7 @@ class TrainingRun:
         start = agree_on_start(config, device)
         if start.folder is None:
             self.rank = Rank(plan, groups, device, pulse)
+            self._load_first_weights()
         else:
             self._load(start, plan)
         between()
@@ -236,6 +220,14 @@ class TrainingRun:
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
+
+    def _load_first_weights(self) -> None:
+        """Those of another run, where the config names one."""
+        folder = first_weights(self.config)
+        if folder is not None:
+            load_weights(self.rank, folder)
+            if self.rank.is_logger:
+                print(f"weights from {folder}", flush=True)
 
     def _load(self, start: Start, plan: RunPlan) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached. plan: of an earlier pattern, perhaps."""
@@ -321,7 +313,7 @@ class TrainingRun:
     def _batch_reader(self) -> BatchReader:
         size = self.config.data.global_batch_size
         last = self.samples_seen + (self.config.run.steps - self.step) * size
-        return BatchReader(self._samples.batch, self.rank.rows(), size, last)
+        return BatchReader(self._samples.batch, self.rank.rows(), size, last, self._samples.num_targets)
 
     def _train_step(self, batches: BatchReader, watch: Stopwatch) -> bool:
         """Whether any rank was asked to stop."""
@@ -354,7 +346,15 @@ class TrainingRun:
             ),
         )
         self._end_profiled_step()
+        if _is_due(self.step, config.analysis.every):
+            self._picture_routers()
         return result.stop_asked
+
+    def _picture_routers(self) -> None:
+        self._pulse.beat("routers")
+        router_map = gather_router_map(self.rank)
+        if router_map is not None:
+            self._record("record", lambda metrics: metrics.router_map(self.step, router_map.mean))
 
     def _end_profiled_step(self) -> None:
         folder = self._profiler.end() if self._profiler is not None else None
@@ -441,7 +441,7 @@ def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
 def evaluate_batches(rank: Rank, held_out: TokenSamples, stop: JointStop) -> float | None:
     """Mean loss over the first `eval.batches` global batches of the held-out text; None when stopped. Collective: world."""
     size = rank.config.data.global_batch_size
-    batches = [SampleBatch(held_out, index * size) for index in range(rank.config.eval.batches)]
+    batches = [SampleBatch(held_out, index * size, size) for index in range(rank.config.eval.batches)]
     return rank.evaluate(batches, stop.agreed)
 
 
