@@ -77,7 +77,7 @@ def test_every_kind_of_routing(kind: str, capsys: pytest.CaptureFixture[str]) ->
     for figures in (*found["spectra"]["entropy"].values(), *found["spectra"]["effective_rank"].values()):
         assert len(figures["mean"]) == len(figures["std"]) == LAYERS
     assert None not in found["spectra"]["entropy"]["values"]["mean"]
-    assert found["separability"]["used_of_each"] >= 200
+    assert found["separability"]["used_of_each"] >= 100
     has_routers = kind not in ("average", "llama")
     assert bool(found["routers"]) == bool(found["edges"]) == has_routers
     assert ("routers" in found["left_out"]) == ("edges" in found["left_out"]) == (not has_routers)
@@ -235,6 +235,6 @@ def test_few_words_are_left_out_with_their_numbers(folder: Path, capsys: pytest.
     (folder / "few.txt").write_text("".join(f"{number} {TEXT}" for number in range(3)))
     found = analyzed(capsys, "kv", "--text", "few.txt", "--batches", "1")
     assert found["separability"] is None and re.search(
-        r"is \d, are \d, was \d, were \d\): 200", found["left_out"]["separability"]
+        r"is \d, are \d, was \d, were \d\): 100", found["left_out"]["separability"]
     )
     assert math.isfinite(found["held_out_loss"])
