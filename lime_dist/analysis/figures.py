@@ -59,7 +59,7 @@ def _curves(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> Figure:
         for index, (name, report) in enumerate(zip(names, reports)):
             plot(place, report, f"{name}: " if len(names) > 1 else "", f"C{index}" if len(names) > 1 else None)
         if place.get_legend_handles_labels()[0]:
-            place.legend()
+            place.legend(fontsize="small")
     return figure
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lime_dist.lime.model import LimeChunk
 from lime_dist.plan.parameters import logical_tensors
 
 DIGITS = 6  # of every figure
+MAX_SEARCHED_TOKENS = 20 * 10**6  # for words, where the text has few of them: some ten seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,8 @@ def _separability_report(
     if processor is None:
         left_out["separability"] = "the run's data.tokenizer is not here to find words with; give --tokenizer"
         return None
-    occurrences, counts = find_occurrences(text.sequences(), piece_texts(processor), limit=MAX_OCCURRENCES)
+    searched = islice(text.sequences(), 1 + MAX_SEARCHED_TOKENS // text.seq_length)
+    occurrences, counts = find_occurrences(searched, piece_texts(processor), limit=MAX_OCCURRENCES)
     used = len(occurrences) // len(WORDS)
     if used < MIN_OCCURRENCES:
         found = ", ".join(f"{word} {count}" for word, count in counts.items())
