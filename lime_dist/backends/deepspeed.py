@@ -33,6 +33,7 @@ from lime_dist.config import Config
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import specified_parameters
 from lime_dist.pipeline.executor import joint_backward
+from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.tensors import Role
 from lime_dist.training.optim import build_optimizer, set_lr
 
@@ -299,8 +300,9 @@ class ZeroOptimizer:
 
 def _router_placeholder(stage: LimeStage, config: Config) -> nn.Parameter | None:
     """DeepSpeed's norm is a collective per parameter group, so a stage without routers joins with an empty hand."""
+    tensors = logical_tensors(config.model, config.pattern).values()
     if any(spec.role is Role.ROUTER for spec in stage.parameter_specs()) or not any(
-        map(config.pattern.has_router, range(config.model.num_layers))
+        tensor.role is Role.ROUTER for tensor in tensors
     ):
         return None
     some = next(stage.parameters())

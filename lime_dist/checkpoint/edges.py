@@ -133,7 +133,9 @@ def check_same_model(folder: Path, saved: Config, config: Config) -> None:
         for item in fields(config.model)
     }
     facts["model.num_kv_heads"] = saved.model.kv_heads, config.model.kv_heads
-    facts |= {f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry")}
+    facts |= {
+        f"depth.{key}": (getattr(saved.depth, key), getattr(config.depth, key)) for key in ("router", "entry", "heads")
+    }
     for key, (theirs, ours) in facts.items():
         if theirs != ours:
             raise CheckpointError(
@@ -285,9 +287,9 @@ def router_weights(folder: Path, config: Config) -> EdgeWeights:
             f"name a LIMe checkpoint of {config.model.num_layers} layers"
         )
     pattern = saved.pattern
-    if not pattern.routing.fixed_weights:
+    if not pattern.routing.ranks_edges:
         raise CheckpointError(
-            f"depth.weights_from: the routers of {folder} have other weights for each token; name a checkpoint of router static"
+            f"depth.weights_from: the routers of {folder} ({saved.depth.router}) cannot rank edges; name a checkpoint of router static"
         )
     tensors = logical_tensors(saved.model, pattern)
     routers = {

@@ -21,7 +21,8 @@ from lime_dist.config.deepspeed_keys import (
 from lime_dist.config.ranges import MAX_WORLD_SIZE, RANGES, numbers_of
 from lime_dist.config.reading import nearest, shown_key
 from lime_dist.config.schema import Config, DepthConfig, ModelConfig
-from lime_dist.depth.kinds import ROUTINGS, entries_with, routers_of
+from lime_dist.depth.key_value import ROUTER_INITS
+from lime_dist.depth.kinds import OPTIONS, ROUTINGS, entries_with, options_of, routers_of
 from lime_dist.errors import ConfigError, LayoutError, shown
 from lime_dist.plan.schedule import SCHEDULE_NAMES, check_schedule
 
@@ -107,10 +108,12 @@ def _check_model(model: ModelConfig) -> None:
 
 _CHOICES = {
     "depth.policy": ("least", "relay"),
+    "depth.router_init": ROUTER_INITS,
+    "depth.heads": ("all", "same"),
     "depth.partial_sum_dtype": ("bundle", "fp32"),
     "parallel.recompute": ("none", "layer"),
     "pipeline.schedule": SCHEDULE_NAMES,
-    "optim.lr_schedule": ("cosine", "constant"),
+    "optim.lr_schedule": ("cosine", "linear", "constant"),
     "run.dtype": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "cuda"),
 }
@@ -136,13 +139,32 @@ def _check_depth(depth: DepthConfig) -> None:
         (depth.entry, depth.router) in ROUTINGS,
         f"depth.router: {depth.router} with depth.entry={depth.entry}; set depth.entry={entries}, or depth.router={routers}",
     )
-    if depth.routing.fixed_weights:
+    _check_options(depth)
+    if depth.routing.ranks_edges:
         return
     for key, pattern in (("pattern", depth.pattern), *((f"switch_at.{at}", p) for at, p in depth.switch_at.items())):
         _require(
             not str(pattern).startswith("top_p"),
-            f"depth.{key}: {pattern} with depth.router={depth.router}, whose weights are different for each token; use another pattern",
+            f"depth.{key}: {pattern} with depth.router={depth.router}, whose weights cannot rank edges; use another pattern",
         )
+
+
+def _check_options(depth: DepthConfig) -> None:
+    for key in OPTIONS:
+        default = next(field.default for field in dataclasses.fields(depth) if field.name == key)
+        given, fits = getattr(depth, key), " or ".join(_kinds_with(key))
+        _require(
+            given == default or key in options_of(ROUTINGS[depth.entry, depth.router]),
+            f"depth.{key}: {shown(given)} is for {fits}; leave it out, or set those",
+        )
+
+
+def _kinds_with(option: str) -> list[str]:
+    return [
+        f"depth.entry={entry} depth.router={router}"
+        for (entry, router), kind in ROUTINGS.items()
+        if option in options_of(kind)
+    ]
 
 
 def _check_numbers(config: Config) -> None:

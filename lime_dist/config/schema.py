@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lime_dist.depth.key_value import KEY_VALUE
-from lime_dist.depth.kinds import ROUTINGS
+from lime_dist.depth.key_value import NO_ROUTING
+from lime_dist.depth.kinds import ROUTINGS, options_of
 from lime_dist.depth.pattern import Pattern, none_pattern, parse_pattern, pattern_of_edges
 from lime_dist.depth.routing import Routing
 from lime_dist.formats import parse_bytes
@@ -42,8 +42,15 @@ class ModelConfig:
 class DepthConfig:
     """Who reads whom, and how it travels."""
 
-    router: str = "static"  # static: learned weights | dynamic: weights from the reader's input | none (LLaMA)
+    # static: learned weights | dynamic: weights from the reader's input | average: nothing learned | none (LLaMA)
+    router: str = "static"
     entry: str = "kv"  # kv: raw keys and values (LIMe v2) | hidden: hidden states (LIMe v1)
+    # Of v2: how its routers begin, on the own layer and on the others | uniform: at random on all. See depth/key_value.py.
+    router_init: str = "identity_uniform"  # identity_uniform (the paper's) | uniform | identity_zero
+    heads: str = "all"  # of v2: all: a head reads all heads of its sources | same: the same heads only
+    head_top_p: float | None = (
+        None  # of v1: each head's largest weights up to this share, and no others; see depth/hidden.py
+    )
     pattern: str | dict[int, list[int]] = "full"  # see depth/pattern.py; or reader: [earlier layers]
     pattern_name: str | None = None  # what edges in `pattern` are called; set when a text is resolved to them
     switch_at: dict[int, str | dict[int, list[int]]] = field(default_factory=dict)  # updates done: pattern from then on
@@ -67,8 +74,11 @@ class DepthConfig:
 
     @property
     def routing(self) -> Routing:
-        """Of a checked config; without routers any would do."""
-        return KEY_VALUE if self.router == "none" else ROUTINGS[self.entry, self.router]
+        """Of a checked config."""
+        if self.router == "none":
+            return NO_ROUTING
+        kind = ROUTINGS[self.entry, self.router]
+        return dataclasses.replace(kind, **{key: getattr(self, key) for key in options_of(kind)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +120,9 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0  # 0: no clipping
-    lr_schedule: str = "cosine"  # cosine | constant
+    lr_schedule: str = "cosine"  # cosine | linear (to 0 after the last step) | constant
     warmup_steps: int = 200
-    min_lr_ratio: float = 0.0
+    min_lr: float = 1e-6  # the least share of lr and router_lr that a schedule comes down to
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from lime_dist.depth.key_value import KEY_VALUE
+from lime_dist.depth.key_value import KEY_VALUE, NO_ROUTING
 from lime_dist.depth.routing import Routing
 from lime_dist.errors import PlanError, shown
 
@@ -75,7 +75,7 @@ def lost_edges(before: Pattern, after: Pattern) -> int:
 
 def none_pattern(num_layers: int) -> Pattern:
     """Every layer reads only itself: the ordinary transformer."""
-    return Pattern("none", tuple((layer,) for layer in range(num_layers)))
+    return Pattern("none", tuple((layer,) for layer in range(num_layers)), routing=NO_ROUTING)
 
 
 def pattern_of_edges(edges: Mapping[int, Iterable[int]], num_layers: int, name: str = "edges") -> Pattern:

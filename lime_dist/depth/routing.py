@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 
 import numpy
 
-from lime_dist.plan.tensors import Cutter, LogicalTensor, ParameterSpec, Role
+from lime_dist.plan.tensors import Cutter, Initial, LogicalTensor, ParameterSpec, Role
 
 
 class ModelSizes(Protocol):
@@ -48,9 +48,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Routing(ABC):
-    """One kind of depth routing.
+    """One kind of depth routing. Its fields are those of the keys of `depth` that it takes.
 
-    A reader has one router, the logical tensor `Read.router_name` of role `Role.ROUTER`.
+    A reader has one router, the logical tensor `Read.router_name` of role `Role.ROUTER`, if its weights are learned.
     """
 
     name: ClassVar[str]  # in a plan's record
@@ -58,21 +58,30 @@ class Routing(ABC):
     # Whether sums over sources may cross stages in place of entries: only if they are of an entry's size, and their
     # weights are known before the reader's input is.
     presummable: ClassVar[bool]
-    # Whether a source has the same weights for all tokens, so that trained routers can rank edges.
-    fixed_weights: ClassVar[bool] = True
+    # Whether trained routers can rank edges: those that are learned, and the same for all tokens.
+    ranks_edges: ClassVar[bool] = True
     decays_routers: ClassVar[bool] = False  # whether `optim.weight_decay` is for routers too
 
     @abstractmethod
     def entry_shape(self, model: ModelSizes, rows: int) -> tuple[int, int]:
         """(source heads, elements behind each) of the entry of `rows` tokens."""
 
+    def own_attention(self, cut: Cutter, model: ModelSizes, layer: int) -> ParameterSpec:
+        """Q, K and V of a layer that makes all of them of its own input, in one matrix."""
+        sections = [queries(model, layer), *keys_values(model, layer, self.own_initial(model))]
+        return cut.columns(f"{attention_prefix(layer)}qkv_proj.weight", sections)
+
+    def own_initial(self, model: ModelSizes) -> Initial | None:
+        """What K and V of such a layer begin with; None: as other matrices do."""
+        return None
+
     def reader_parameters(self, cut: Cutter, model: ModelSizes, reader: int) -> Iterator[ParameterSpec]:
         """Of the attention of a layer with a router, but for the router and the output projection."""
-        yield own_attention(cut, model, reader)
+        yield self.own_attention(cut, model, reader)
 
     @abstractmethod
-    def router(self, cut: Cutter, name: str, model: ModelSizes, read: Read) -> ParameterSpec:
-        """The parameter `name`: the reader's router over the sources that this chunk adds.
+    def router(self, cut: Cutter, name: str, model: ModelSizes, read: Read) -> ParameterSpec | None:
+        """The parameter `name`: the reader's router over the sources that this chunk adds; None where nothing is learned.
 
         Of a presummable kind each chunk that adds some owns that slice of it; of others the reader's chunk adds all.
         """
@@ -89,7 +98,7 @@ class Routing(ABC):
         return 0
 
     def source_weights(self, router: numpy.ndarray) -> numpy.ndarray:
-        """What a trained router gives each source, [heads, sources, ...]; kinds of `fixed_weights` only."""
+        """What a trained router gives each source, [heads, sources, ...]; kinds that `ranks_edges` only."""
         return router
 
     def without_sources(self, router: numpy.ndarray, num_sources: int, places: list[int]) -> numpy.ndarray:
@@ -105,17 +114,12 @@ def router_name(reader: int) -> str:
     return f"{attention_prefix(reader)}lime_router.weight"
 
 
-def own_attention(cut: Cutter, model: ModelSizes, layer: int) -> ParameterSpec:
-    """Q, K and V of a layer that makes all of them of its own input, in one matrix."""
-    return cut.columns(f"{attention_prefix(layer)}qkv_proj.weight", [queries(model, layer), *keys_values(model, layer)])
-
-
 def queries(model: ModelSizes, layer: int) -> LogicalTensor:
     shape = model.num_heads * model.head_dim, model.hidden_size
     return LogicalTensor(f"{attention_prefix(layer)}q_proj.weight", shape, Role.PROJECTION)
 
 
-def keys_values(model: ModelSizes, layer: int) -> list[LogicalTensor]:
+def keys_values(model: ModelSizes, layer: int, initial: Initial | None) -> list[LogicalTensor]:
     shape = model.kv_heads * model.head_dim, model.hidden_size
     names = (f"{attention_prefix(layer)}{name}.weight" for name in ("k_proj", "v_proj"))
-    return [LogicalTensor(name, shape, Role.KEY_VALUE) for name in names]
+    return [LogicalTensor(name, shape, Role.PROJECTION, initial) for name in names]

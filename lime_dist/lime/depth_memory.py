@@ -236,8 +236,8 @@ class DepthMemory:
         self._reach = reach
 
     def start(self) -> Tensor:
-        """The beginning of the chain."""
-        return self.entries.values.new_empty(0)
+        """The beginning of the chain, which leads to the gradients of received entries even where no weights are learned."""
+        return self.entries.values.new_empty(0, requires_grad=torch.is_grad_enabled())
 
     def write(self, layer: int, entry: Tensor, chain: Tensor) -> Tensor:
         """Put `entry` (of an entry's elements, any strides) in its slot; returns the chain behind it."""

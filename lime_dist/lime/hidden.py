@@ -21,15 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_dist.config import ModelConfig
+from lime_dist.depth.hidden import DynamicRouting, StaticRouting
 from lime_dist.lime.depth import Depth
 from lime_dist.lime.depth_memory import Run
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
-from lime_dist.lime.parts import Parts
-
-
-def _empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=parts.dtype, device=parts.device))
-
+from lime_dist.lime.parts import Parts, empty_parameter
 
 # ---- what a reader holds
 
@@ -37,31 +33,53 @@ def _empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:
 class StaticRouter(nn.Module):
     """Softmax of learned weights [H_kv, sources], the same for all tokens."""
 
-    def __init__(self, model: ModelConfig, num_sources: int, parts: Parts):
+    def __init__(self, model: ModelConfig, num_sources: int, top_p: float | None, parts: Parts):
         super().__init__()
-        self.weight, self._parts = _empty_parameter(parts, model.kv_heads, num_sources), parts
+        self.weight, self._top_p, self._parts = empty_parameter(parts, model.kv_heads, num_sources), top_p, parts
 
-    def forward(self, normed: Tensor) -> Tensor:
+    def forward(self, gained: Tensor) -> Tensor:
         """[H_kv, sources]."""
-        return _softmax(self._parts.for_tokens(self.weight))
+        return _shares(self._parts.for_tokens(self.weight), self._top_p)
 
 
 class DynamicRouter(nn.Module):
-    """Softmax of a linear map of the reader's normed input, for each token; weight [H_kv * sources, hidden]."""
+    """Softmax of a linear map of the reader's own entry with its gain, for each token; weight [H_kv * sources, hidden]."""
+
+    def __init__(self, model: ModelConfig, num_sources: int, top_p: float | None, parts: Parts):
+        super().__init__()
+        self.weight = empty_parameter(parts, model.kv_heads * num_sources, model.hidden_size)
+        self._num_sources, self._top_p, self._parts = num_sources, top_p, parts
+
+    def forward(self, gained: Tensor) -> Tensor:
+        """[tokens / tp, hidden] -> [tokens / tp, H_kv, sources]."""
+        scores = F.linear(gained, self._parts.for_tokens(self.weight))
+        return _shares(scores.unflatten(1, (-1, self._num_sources)), self._top_p)
+
+
+class AverageRouter(nn.Module):
+    """The same for all sources."""
 
     def __init__(self, model: ModelConfig, num_sources: int, parts: Parts):
         super().__init__()
-        self.weight = _empty_parameter(parts, model.kv_heads * num_sources, model.hidden_size)
-        self._num_sources, self._parts = num_sources, parts
+        self._shape, self._share = (model.kv_heads, num_sources), 1 / num_sources
 
-    def forward(self, normed: Tensor) -> Tensor:
-        """Residual [rows, hidden] -> [tokens / tp, H_kv, sources]."""
-        scores = F.linear(self._parts.residual_to_tokens(normed), self._parts.for_tokens(self.weight))
-        return _softmax(scores.unflatten(1, (-1, self._num_sources)))
+    def forward(self, gained: Tensor) -> Tensor:
+        """[H_kv, sources]."""
+        return gained.new_full(self._shape, self._share)
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+def _shares(scores: Tensor, top_p: float | None) -> Tensor:
+    """Softmax over the sources, the last dimension; top_p: see `depth.hidden.StaticRouting`."""
+    shares = scores.softmax(-1, dtype=torch.float32)
+    return (shares if top_p is None else _pruned(shares, top_p)).to(scores.dtype)
+
+
+def _pruned(shares: Tensor, top_p: float) -> Tensor:
+    """`depth.hidden.pruned`, with a gradient to what stays."""
+    ordered, order = shares.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(shares).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))
+    return kept / kept.sum(-1, keepdim=True)
 
 
 class KeyValueProjection(nn.Module):
@@ -71,7 +89,7 @@ class KeyValueProjection(nn.Module):
         super().__init__()
         self._head_dim, self._parts = model.head_dim, parts
         rows = 2 * model.kv_heads // parts.tp_size * model.head_dim
-        self.weight = _empty_parameter(parts, rows, model.hidden_size)
+        self.weight = empty_parameter(parts, rows, model.hidden_size)
 
     def forward(self) -> Tensor:
         """[H_kv, 2 (K, V) * head_dim, hidden], always a copy. Collective: tp group."""
@@ -80,15 +98,16 @@ class KeyValueProjection(nn.Module):
 
 
 class DepthNorm(nn.Module):
-    """The gain g_j of the reader's own norm, folded into its projections."""
+    """The gain g_j of the reader's own norm: of entries as they are, and folded into its projections."""
 
     def __init__(self, model: ModelConfig, parts: Parts):
         super().__init__()
-        self.weight, self._parts = _empty_parameter(parts, model.hidden_size), parts
+        self.weight, self._parts = empty_parameter(parts, model.hidden_size), parts
 
-    def forward(self, projection: Tensor) -> Tensor:
-        """[..., hidden] -> the same."""
-        return projection * self._parts.for_tokens(self.weight)
+    def forward(self, *entries: Tensor) -> tuple[Tensor, ...]:
+        """[..., hidden] each -> the same."""
+        gain = self._parts.for_tokens(self.weight)
+        return tuple(entry * gain for entry in entries)
 
 
 # ---- attention
@@ -100,9 +119,11 @@ class _EntryWriter:
     def __init__(self, model: ModelConfig, layer: int, parts: Parts):
         self._eps, self._layer, self._parts = model.rms_norm_eps, layer, parts
 
-    def write(self, residual: Tensor, chain: Tensor, run: Pass) -> Tensor:
+    def write(self, residual: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """The entry, and the chain behind it."""
         tokens = self._parts.residual_to_tokens(residual)
-        return run.memory.write(self._layer, F.rms_norm(tokens, tokens.shape[-1:], None, self._eps), chain)
+        entry = F.rms_norm(tokens, tokens.shape[-1:], None, self._eps)
+        return entry, run.memory.write(self._layer, entry, chain)
 
 
 class SourceAttention(OwnAttention):
@@ -113,7 +134,7 @@ class SourceAttention(OwnAttention):
         self._entry = _EntryWriter(model, layer, parts)
 
     def project(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        chain = self._entry.write(residual, chain, run)
+        _, chain = self._entry.write(residual, chain, run)
         return super().project(residual, normed, chain, run)
 
 
@@ -129,9 +150,11 @@ class HiddenAttention(Attention):
         self.lime_router = router
 
     def project(self, residual: Tensor, normed: Tensor, chain: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        chain = self._entry.write(residual, chain, run)
-        weights, projection = self.lime_router(normed), self.depth_norm(self.kv_proj())
-        kv = MixAndProject.apply(weights, projection, chain, run.memory.runs_read(self.layer, self._sources))
+        entry, chain = self._entry.write(residual, chain, run)
+        gained, projection = self.depth_norm(entry, self.kv_proj())
+        kv = MixAndProject.apply(
+            self.lime_router(gained), projection, chain, run.memory.runs_read(self.layer, self._sources)
+        )
         kv = self._parts.tokens_to_heads(kv.unflatten(-1, (2, self.head_dim)).transpose(1, 2))
         return self.split_heads(self.q_proj(normed)), kv, chain
 
@@ -139,22 +162,19 @@ class HiddenAttention(Attention):
 class HiddenDepth(Depth):
     """Entries cross stages as they are, so there are no sums to begin or to go on with."""
 
-    router: type[StaticRouter] | type[DynamicRouter]
-
     def routed(self, layer: int) -> Attention:
         if layer not in self.transfer.reads:
             return SourceAttention(self.model, layer, self.parts)
         sources = self.transfer.reads[layer]
-        router = self.router(self.model, len(sources), self.parts)
-        return HiddenAttention(self.model, layer, sources, router, self.parts)
+        return HiddenAttention(self.model, layer, sources, self._router(len(sources)), self.parts)
 
-
-class StaticDepth(HiddenDepth):
-    router = StaticRouter
-
-
-class DynamicDepth(HiddenDepth):
-    router = DynamicRouter
+    def _router(self, num_sources: int) -> nn.Module:
+        routing = self.transfer.pattern.routing
+        if isinstance(routing, StaticRouting):
+            return StaticRouter(self.model, num_sources, routing.head_top_p, self.parts)
+        if isinstance(routing, DynamicRouting):
+            return DynamicRouter(self.model, num_sources, routing.head_top_p, self.parts)
+        return AverageRouter(self.model, num_sources, self.parts)
 
 
 # ---- the read

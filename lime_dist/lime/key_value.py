@@ -1,16 +1,18 @@
 """LIMe v2: a layer's keys and values are mixed from the raw ones of earlier layers (arXiv 2502.09245v2, section 3).
 
-Routers are static, signed, unnormalised: [H_kv (reader head), sources, H_kv (source head)].
+Routers are static, signed, unnormalised: [H_kv (reader head), sources, H_kv (source head)], but for the ablations.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lime_dist.config import ModelConfig
+from lime_dist.depth.key_value import KeyValueRouting
 from lime_dist.lime.layers import Attention, OwnAttention, Pass
-from lime_dist.lime.parts import Parts
-from lime_dist.lime.summed import Router, SummedDepth
+from lime_dist.lime.parts import Parts, empty_parameter
+from lime_dist.lime.summed import Router, SameHeadRouter, SummedDepth
 
 
 class KeyValueAttention(OwnAttention):
@@ -32,5 +34,14 @@ class KeyValueAttention(OwnAttention):
 
 
 class KeyValueDepth(SummedDepth):
+    def router(self, reader: int, sources: tuple[int, ...]) -> Router:
+        routing = self.transfer.pattern.routing
+        if isinstance(routing, KeyValueRouting) and routing.heads == "all":
+            return super().router(reader, sources)
+        weight: Tensor = empty_parameter(self.parts, self.num_heads, len(sources))
+        if not isinstance(routing, KeyValueRouting):
+            weight = torch.full_like(weight, 1 / len(self.transfer.pattern.sources[reader]), requires_grad=False)
+        return SameHeadRouter(weight, sources, self.layers.start, self.parts)
+
     def routed(self, layer: int) -> Attention:
         return KeyValueAttention(self.model, layer, self.routers.get(layer), self.parts)

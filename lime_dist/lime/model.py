@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lime_dist.config import ModelConfig
-from lime_dist.depth.hidden import HIDDEN_DYNAMIC, HIDDEN_STATIC
-from lime_dist.depth.key_value import KEY_VALUE
+from lime_dist.depth.hidden import AverageHidden, DynamicRouting, StaticRouting
+from lime_dist.depth.key_value import AverageKeyValue, KeyValueRouting, NoRouting
 from lime_dist.depth.pattern import Pattern
 from lime_dist.depth.routing import Routing
 from lime_dist.lime.depth import Depth
 from lime_dist.lime.depth_memory import DepthMemory
-from lime_dist.lime.hidden import DynamicDepth, StaticDepth
+from lime_dist.lime.hidden import HiddenDepth
 from lime_dist.lime.key_value import KeyValueDepth
 from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, RotaryTables
 from lime_dist.lime.parts import Parts, PlainParts
@@ -30,10 +30,13 @@ from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
 # Each kind's half that runs on a device.
-DEPTHS: dict[Routing, type[Depth]] = {
-    KEY_VALUE: KeyValueDepth,
-    HIDDEN_STATIC: StaticDepth,
-    HIDDEN_DYNAMIC: DynamicDepth,
+DEPTHS: dict[type[Routing], type[Depth]] = {
+    KeyValueRouting: KeyValueDepth,
+    AverageKeyValue: KeyValueDepth,
+    NoRouting: KeyValueDepth,
+    StaticRouting: HiddenDepth,
+    DynamicRouting: HiddenDepth,
+    AverageHidden: HiddenDepth,
 }
 
 
@@ -62,7 +65,7 @@ class LimeChunk(nn.Module):
         self.entries = transfer.own_entries(layers)
         self._rotary = RotaryTables(model.head_dim, model.rope_theta, parts.dtype, parts.device)
         self.embed_tokens = parts.embedding(model.vocab_size, model.hidden_size) if self.is_first else None
-        self._depth = DEPTHS[transfer.pattern.routing](model, transfer, layers, parts)
+        self._depth = DEPTHS[type(transfer.pattern.routing)](model, transfer, layers, parts)
         self.layers = nn.ModuleDict(
             {str(layer): DecoderLayer(model, self._depth.attention(layer), parts) for layer in layers}
         )

@@ -64,6 +64,10 @@ class Parts(Protocol):
         """A replicated parameter used on entries: its gradient is summed over the tensor group."""
 
 
+def empty_parameter(parts: Parts, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=parts.dtype, device=parts.device))
+
+
 class PlainParts:
     """One device, plain torch: what everything else is compared with."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.lime.model import LimeChunk, LimeStage
-from lime_dist.plan.tensors import LogicalTensor, Normal, ParameterSpec, Piece, Role, Uniform
+from lime_dist.plan.tensors import LogicalTensor, Normal, ParameterSpec, Piece, Role
 
 NORMAL_STD = 0.02
 
@@ -17,25 +17,21 @@ NORMAL_STD = 0.02
 def initial_values(tensor: LogicalTensor, seed: int) -> Tensor:
     """The initial fp32 values of one logical tensor: a function of (seed, name) alone, so the same under every layout.
 
-    As in the authors' code (arXiv 2502.09245v2), where the tensor's kind of routing does not say otherwise: norms one;
-    K and V kaiming_uniform(a = sqrt 5); other matrices normal(0, 0.02).
+    Where the tensor's kind of routing does not say otherwise: norms one, matrices normal(0, 0.02), as in Hugging Face's LLaMA
+    and in the authors' code (arXiv 2502.09245v2).
     """
     digest = hashlib.sha256(f"{seed}:{tensor.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     values = torch.empty(tensor.shape, dtype=torch.float32)
     if tensor.role is Role.NORM:
         return values.fill_(1.0)
-    initial = tensor.initial or _usual(tensor)
+    initial = tensor.initial or Normal(std=NORMAL_STD)
     if isinstance(initial, Normal):
         return values.normal_(0.0, initial.std, generator=generator)
     values.uniform_(-initial.bound, initial.bound, generator=generator)
     if initial.own_identity:
-        values[:, -1] = torch.eye(len(values))
+        values[:, -1] = torch.eye(len(values)) if values.dim() == 3 else 1.0
     return values
-
-
-def _usual(tensor: LogicalTensor) -> Normal | Uniform:
-    return Uniform(bound=tensor.shape[1] ** -0.5) if tensor.role is Role.KEY_VALUE else Normal(std=NORMAL_STD)
 
 
 def initialize(stage: LimeChunk | LimeStage, seed: int) -> None:

@@ -11,7 +11,7 @@ from math import prod
 
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
-from lime_dist.depth.routing import Read, own_attention, router_name
+from lime_dist.depth.routing import Read, router_name
 from lime_dist.plan.tensors import Cutter, LogicalTensor, ParameterSpec, Role
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
@@ -58,7 +58,7 @@ def _parameters(
         yield from _layer_parameters(cut, model, transfer, layer)
     for reader in transfer.reads:
         if reader not in layers:
-            yield _router(cut, f"partial_routers.{reader}.weight", model, transfer, reader)
+            yield from _router(cut, f"partial_routers.{reader}.weight", model, transfer, reader)
     if not is_last:
         return
     yield cut.whole(LogicalTensor("norm.weight", (model.hidden_size,), Role.NORM))
@@ -91,16 +91,21 @@ def _layer_parameters(cut: Cutter, model: ModelConfig, transfer: ChunkTransfer, 
 
 def _attention_inputs(cut: Cutter, model: ModelConfig, transfer: ChunkTransfer, layer: int) -> Iterator[ParameterSpec]:
     """Q, K and V, and of a reader what its kind of routing asks for."""
+    routing = transfer.pattern.routing
     if layer not in transfer.reads:
-        yield own_attention(cut, model, layer)
+        yield routing.own_attention(cut, model, layer)
         return
-    yield from transfer.pattern.routing.reader_parameters(cut, model, layer)
-    yield _router(cut, router_name(layer), model, transfer, layer)
+    yield from routing.reader_parameters(cut, model, layer)
+    yield from _router(cut, router_name(layer), model, transfer, layer)
 
 
-def _router(cut: Cutter, name: str, model: ModelConfig, transfer: ChunkTransfer, reader: int) -> ParameterSpec:
+def _router(
+    cut: Cutter, name: str, model: ModelConfig, transfer: ChunkTransfer, reader: int
+) -> Iterator[ParameterSpec]:
     read = Read(reader, transfer.pattern.sources[reader], transfer.reads[reader])
-    return transfer.pattern.routing.router(cut, name, model, read)
+    router = transfer.pattern.routing.router(cut, name, model, read)
+    if router is not None:
+        yield router
 
 
 def count_parameters(specs: tuple[ParameterSpec, ...]) -> int:

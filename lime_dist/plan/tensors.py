@@ -17,7 +17,6 @@ class Role(Enum):
 
     EMBEDDING = "embedding"
     NORM = "norm"
-    KEY_VALUE = "key_value"
     PROJECTION = "projection"
     ROUTER = "router"
 
@@ -33,11 +32,15 @@ class Normal:
 class Uniform:
     """Initial values from uniform(-bound, bound).
 
-    own_identity: of a router [heads, sources, heads] the slice of the last source, the reader's own, is the identity.
+    own_identity: of a router [heads, sources, heads] the slice of the last source, the reader's own, is the identity; of one
+    [heads, sources], each head for itself, it is 1.
     """
 
     bound: float
     own_identity: bool = False
+
+
+Initial = Normal | Uniform
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class LogicalTensor:
     name: str
     shape: tuple[int, ...]
     role: Role
-    initial: Normal | Uniform | None = None
+    initial: Initial | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from lime_dist.config import Config, OptimConfig
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import specified_parameters
 from lime_dist.plan.tensors import Role
-
-DECAYED_ROLES = (Role.PROJECTION, Role.KEY_VALUE)
 
 
 def build_optimizer(
@@ -44,7 +43,7 @@ def _parameter_groups(
     undecayed: list[nn.Parameter] = []
     routers = [] if placeholder is None else [placeholder]
     for spec, parameter in specified_parameters(stage):
-        group = routers if spec.role is Role.ROUTER else decayed if spec.role in DECAYED_ROLES else undecayed
+        group = routers if spec.role is Role.ROUTER else decayed if spec.role is Role.PROJECTION else undecayed
         group.append(parameter)
     groups = [
         {"name": "decayed", "params": decayed, "peak_lr": optim.lr, "weight_decay": optim.weight_decay},
@@ -55,13 +54,21 @@ def _parameter_groups(
 
 
 def lr_factor(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """The fraction of the peak rate at update `step` (from 0) of `num_steps`: linear warm-up, then cosine or constant."""
+    """The fraction of the peak rates at update `step` (from 0) of `num_steps`: linear warm-up, then the schedule.
+
+    As in the authors' code: the first update of a warm-up has rate 0, and no later one less than `optim.min_lr`.
+    """
     if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.lr_schedule == "constant":
-        return 1.0
+        return step / optim.warmup_steps
     progress = min(1.0, (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps))
-    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    return max(optim.min_lr, _SCHEDULES[optim.lr_schedule](progress))
+
+
+_SCHEDULES: dict[str, Callable[[float], float]] = {  # from the end of the warm-up, 0, to the end of the run, 1
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -1,8 +1,9 @@
 """`lime-dist parity`: this installation, under any layout, against reference numbers in a folder.
 
 The folder holds `config.json`, `weights.safetensors`, `grads.safetensors` and `io.safetensors`: Hugging
-Face's LLaMA names, a `lime_router` of shape [H_kv (reader), sources, H_kv (source)] a layer, the first
-batch's logits, loss and gradients, and the loss and gradient norm of every update from those weights.
+Face's LLaMA names, a `lime_router` of shape [H_kv (reader), sources, H_kv (source)] a layer (LIMe v1: [heads, sources], or
+[heads * sources, hidden] where `depth.router` is dynamic, and the reader's `depth_norm`), the first batch's logits, loss and
+gradients, and the loss and gradient norm of every update from those weights.
 """
 
 from __future__ import annotations
@@ -124,7 +125,6 @@ def _reference_tree(reference: Reference) -> dict[str, Any]:
         raise ConfigError(
             f"reference: optimizer.schedule is {optimizer['schedule']!r}; only constant rates can be compared"
         )
-    has_routers = any(name.endswith("lime_router.weight") for name in reference.weights)
     return {
         "model": {
             "num_layers": sizes["num_layers"],
@@ -137,7 +137,7 @@ def _reference_tree(reference: Reference) -> dict[str, Any]:
             "rope_theta": sizes["rope_theta"],
             "rms_norm_eps": sizes["rms_norm_eps"],
         },
-        "depth": {"router": "static" if has_routers else "none"},
+        "depth": _reference_depth(reference),
         "optim": {
             "lr": optimizer["lr"],
             "router_lr": optimizer["router_lr"],
@@ -151,6 +151,12 @@ def _reference_tree(reference: Reference) -> dict[str, Any]:
         "data": {"seq_length": reference.tokens.shape[2] - 1, "global_batch_size": reference.tokens.shape[1]},
         "run": {"steps": reference.tokens.shape[0], "timeout_seconds": 120},
     }
+
+
+def _reference_depth(reference: Reference) -> dict[str, Any]:
+    """Folders of LIMe v2 and LLaMA need not say what they are."""
+    has_routers = any(name.endswith("lime_router.weight") for name in reference.weights)
+    return reference.config.get("depth", {"router": "static" if has_routers else "none"})
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ DENSE = DenseRouting()
 def known_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are forks, which know what the test knows."""
     monkeypatch.setitem(ROUTINGS, ("dense", "static"), DENSE)
-    monkeypatch.setitem(DEPTHS, DENSE, DenseDepth)
+    monkeypatch.setitem(DEPTHS, DenseRouting, DenseDepth)
 
 
 def make_dense(text: str) -> Config:
@@ -146,7 +146,7 @@ def test_a_checkpoint_loads_with_fewer_edges_and_its_routers_rank_them(tmp_path:
     assert torch.equal(loaded[name], saved[name][:, 2:])
     chosen = resolve_pattern(make_dense("").with_pattern("top_p:0.1"), trained=tmp_path / "step_000001").pattern
     assert chosen.sources[3] == (int(saved[name][0, :3].abs().argmax()), 3)
-    assert chosen.routing is DENSE
+    assert chosen.routing == DENSE
 
 
 def test_what_does_not_go_with_it_is_refused() -> None:

@@ -49,6 +49,37 @@ def test_authors_numbers(layout: str) -> None:
     assert report["passed"], report
 
 
+KINDS = ("gqa4", "v1_static4", "v1_dynamic4", "llama4_gqa")
+OF_EACH_KIND = (  # every two of a number of stages, of tensor ranks, of replicas and a policy meet
+    "tp=2 dp=2",
+    "pp=2 dp=2 micro=2 relay",
+    "pp=2 tp=2 micro=4",
+    "pp=3 micro=4",
+    "pp=3 tp=2 dp=2 micro=2 relay",
+    "pp=4 tp=2 micro=2 relay",
+    "pp=4 dp=2 micro=4",
+)
+
+
+@pytest.mark.parametrize("layout", OF_EACH_KIND)
+@pytest.mark.parametrize("kind", KINDS)
+def test_authors_numbers_of_each_kind(kind: str, layout: str) -> None:
+    report = run_parity(GOLDEN.parent / kind, overrides(layout), TIMEOUT)
+    assert report["passed"], report
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("policy", ["least", "relay"])
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["mha4", *KINDS])
+def test_authors_numbers_under_every_layout(kind: str, pp: int, tp: int, dp: int, policy: str) -> None:
+    layout = [f"parallel.pp={pp}", f"parallel.tp={tp}", f"parallel.dp={dp}", f"depth.policy={policy}"]
+    report = run_parity(GOLDEN.parent / kind, [*layout, "pipeline.num_microbatches=2"], TIMEOUT)
+    assert report["passed"], report
+
+
 def test_command_line(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["parity", str(GOLDEN), "parallel.pp=2", "pipeline.num_microbatches=2", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)

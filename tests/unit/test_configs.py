@@ -70,9 +70,9 @@ def test_twins_differ_in_the_router_only(size: str) -> None:
     assert all(map(crosses, plan_report(plan_run(lime))["hops"]))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_numbers_are_the_papers(size: str) -> None:
-    config = load(f"lime_{size}")
+@pytest.mark.parametrize("name", [f"{family}_{size}" for family in ("lime", "llama") for size in SIZES])
+def test_numbers_are_the_papers(name: str) -> None:
+    config, size = load(name), name.partition("_")[2]
     model, optim, data = config.model, config.optim, config.data
     assert SIZES[size] == (
         model.num_layers, model.hidden_size, model.intermediate_size, model.num_heads, model.kv_heads, config.run.steps
@@ -81,3 +81,4 @@ def test_numbers_are_the_papers(size: str) -> None:
     assert (data.seq_length, data.global_batch_size) == (2048, 1024)
     assert (optim.lr, optim.router_lr, optim.warmup_steps, optim.lr_schedule) == (1e-3, 1e-2, 200, "cosine")
     assert (optim.betas, optim.eps, optim.weight_decay, optim.max_grad_norm) == ([0.9, 0.95], 1e-8, 0.1, 1.0)
+    assert (optim.min_lr, config.run.seed) == (1e-6, 42)

@@ -67,18 +67,22 @@ def test_set_lr_scales_each_groups_own_peak() -> None:
 
 COSINE = {"warmup_steps": 4, "lr_schedule": "cosine"}
 FACTORS = [  # settings, step, steps in all, factor
-    (COSINE, 0, 12, 0.25),
-    (COSINE, 3, 12, 1.0),
+    (COSINE, 0, 12, 0.0),
+    (COSINE, 1, 12, 0.25),
+    (COSINE, 3, 12, 0.75),
     (COSINE, 4, 12, 1.0),
     (COSINE, 8, 12, 0.5),
     (COSINE, 6, 12, 0.5 + 0.5 * math.cos(math.pi / 4)),
-    (COSINE, 12, 12, 0.0),
-    (COSINE, 99, 12, 0.0),
-    ({**COSINE, "min_lr_ratio": 0.2}, 8, 12, 0.6),
-    ({**COSINE, "min_lr_ratio": 0.2}, 12, 12, 0.2),
+    (COSINE, 12, 12, 1e-6),
+    (COSINE, 99, 12, 1e-6),
+    ({**COSINE, "min_lr": 0.2}, 8, 12, 0.5),
+    ({**COSINE, "min_lr": 0.2}, 12, 12, 0.2),
     ({**COSINE, "warmup_steps": 0}, 0, 10, 1.0),
-    ({**COSINE, "warmup_steps": 20}, 9, 10, 0.5),
-    ({"warmup_steps": 2, "lr_schedule": "constant"}, 0, 9, 0.5),
+    ({**COSINE, "warmup_steps": 20}, 9, 10, 0.45),
+    ({"warmup_steps": 4, "lr_schedule": "linear"}, 4, 12, 1.0),
+    ({"warmup_steps": 4, "lr_schedule": "linear"}, 6, 12, 0.75),
+    ({"warmup_steps": 4, "lr_schedule": "linear"}, 12, 12, 1e-6),
+    ({"warmup_steps": 2, "lr_schedule": "constant"}, 1, 9, 0.5),
     ({"warmup_steps": 2, "lr_schedule": "constant"}, 8, 9, 1.0),
 ]
 

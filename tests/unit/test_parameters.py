@@ -112,8 +112,8 @@ def test_roles() -> None:
     tensors = logical_tensors(make_model(tie_embeddings=False), parse_pattern("full", 5))
     roles = {
         "embed_tokens": Role.EMBEDDING, "lm_head": Role.PROJECTION, "norm": Role.NORM, "input_layernorm": Role.NORM,
-        "post_attention_layernorm": Role.NORM, "q_proj": Role.PROJECTION, "k_proj": Role.KEY_VALUE,
-        "v_proj": Role.KEY_VALUE, "o_proj": Role.PROJECTION, "gate_proj": Role.PROJECTION, "up_proj": Role.PROJECTION,
+        "post_attention_layernorm": Role.NORM, "q_proj": Role.PROJECTION, "k_proj": Role.PROJECTION,
+        "v_proj": Role.PROJECTION, "o_proj": Role.PROJECTION, "gate_proj": Role.PROJECTION, "up_proj": Role.PROJECTION,
         "down_proj": Role.PROJECTION, "lime_router": Role.ROUTER,
     }  # fmt: skip
     assert {name: tensor.role for name, tensor in tensors.items()} == {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lime_dist.config import ModelConfig
+from lime_dist.config import ModelConfig, check_config, parse_config
+from lime_dist.depth.key_value import ROUTER_INITS, KeyValueRouting
 from lime_dist.depth.pattern import parse_pattern
 from lime_dist.lime.model import plain_model
 from lime_dist.lime.values import assemble_local, gather_logical, initial_values, initialize, load, slices
@@ -28,30 +32,84 @@ PATTERN = parse_pattern("full", 4)
 TENSORS = logical_tensors(MODEL, PATTERN)
 
 
-def of_role(role: Role) -> list[Tensor]:
-    return [initial_values(tensor, 0) for tensor in TENSORS.values() if tensor.role is role]
+KINDS = {  # depth keys, whether K and V of the first layer, and of the others, are uniform: up to which bound
+    "router=static entry=kv": (1 / 8, 1 / 8),
+    "router=static entry=hidden": (None, 1 / 64),
+    "router=dynamic entry=hidden": (None, 1 / 64),
+    "router=none": (None, None),
+}
 
 
-def test_norms_are_one_and_projections_normal() -> None:
-    assert all(torch.equal(values, torch.ones(64)) for values in of_role(Role.NORM))
-    for values in of_role(Role.PROJECTION) + of_role(Role.EMBEDDING):
-        assert values.std() == pytest.approx(0.02, rel=0.05)  # 4096 draws at least: 1 % off at one deviation
-        assert abs(values.mean()) < 0.002
+def initial_of(depth: str) -> dict[str, Tensor]:
+    """Of a multi-head model of 4 layers and hidden size 64."""
+    words = dict(word.split("=") for word in depth.split())
+    config = check_config(parse_config({"model": {**asdict(MODEL), "num_kv_heads": 8}, "depth": words}))
+    tensors = logical_tensors(config.model, config.pattern)
+    return {name: initial_values(tensor, 0) for name, tensor in tensors.items()}
 
 
-def test_keys_and_values_are_uniform_within_one_over_root_hidden() -> None:
-    for values in of_role(Role.KEY_VALUE):
-        assert values.abs().max() <= 0.125
-        assert values.std() == pytest.approx(0.125 / 3**0.5, rel=0.05)
+@pytest.mark.parametrize("depth", KINDS)
+def test_norms_are_one_and_matrices_normal(depth: str) -> None:
+    for name, values in initial_of(depth).items():
+        if "norm" in name:
+            assert torch.equal(values, torch.ones(64)), name
+        elif not any(part in name for part in ("k_proj", "v_proj", "lime_router")):
+            assert_normal(values, 0.02)
+
+
+@pytest.mark.parametrize("depth", KINDS)
+def test_keys_and_values_begin_as_the_authors(depth: str) -> None:
+    """v2: uniform(+-1 / root of hidden) on every layer; a reader of v1: uniform(+-1 / hidden); LLaMA's and v1's first: normal."""
+    first, others = KINDS[depth]
+    for name, values in initial_of(depth).items():
+        if "k_proj" not in name and "v_proj" not in name:
+            continue
+        bound = first if name.startswith("layers.0.") else others
+        if bound is None:
+            assert_normal(values, 0.02)
+        else:
+            assert_uniform(values, bound)
+
+
+def assert_normal(values: Tensor, std: float) -> None:
+    """Spread, centre and tails; 4096 draws at least: 1 % off at one deviation."""
+    assert values.std() == pytest.approx(std, rel=0.05)
+    assert abs(values.mean()) < 0.1 * std
+    assert 3 * std < values.abs().max()
+    assert (values.abs() < std).float().mean() == pytest.approx(0.683, abs=0.03)
+
+
+def assert_uniform(values: Tensor, bound: float) -> None:
+    assert 0.99 * bound < values.abs().max() <= bound
+    assert values.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert (values.abs() < bound / 2).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+def routers_of(tensors: Iterable[LogicalTensor]) -> list[Tensor]:
+    return [initial_values(tensor, 0) for tensor in tensors if tensor.role is Role.ROUTER]
 
 
 def test_routers_begin_with_their_own_layer_and_a_random_rest() -> None:
-    for reader, values in enumerate(of_role(Role.ROUTER), start=1):
+    for reader, values in enumerate(routers_of(TENSORS.values()), start=1):
         sources = reader + 1
         assert values.shape == (4, sources, 4)
         assert torch.equal(values[:, -1], torch.eye(4))
         bound, rest = (3 / (sources * 4)) ** 0.5, values[:, :-1]
         assert bound / 2 < rest.abs().max() <= bound and rest.min() < 0 < rest.max()
+
+
+@pytest.mark.parametrize(("heads", "inputs"), [("all", 16), ("same", 4)])
+def test_ablations_of_the_routers_beginning(heads: str, inputs: int) -> None:
+    found = {}
+    for router_init in ROUTER_INITS:
+        routing = KeyValueRouting(router_init=router_init, heads=heads)
+        found[router_init] = routers_of(logical_tensors(MODEL, replace(PATTERN, routing=routing)).values())[-1]
+    own = torch.eye(4) if heads == "all" else torch.ones(4)
+    assert all(torch.equal(found[kind][:, -1], own) for kind in ("identity_uniform", "identity_zero"))
+    assert not found["identity_zero"][:, :-1].any()
+    assert 0.7 * (3 / inputs) ** 0.5 < found["uniform"].abs().max() <= (3 / inputs) ** 0.5
+    assert not torch.equal(found["uniform"][:, -1], own)
+    assert found["uniform"].shape == ((4, 4, 4) if heads == "all" else (4, 4))
 
 
 def test_values_follow_from_seed_and_name_alone() -> None:
