@@ -15,6 +15,7 @@ from lime_dist.bench import commands as bench_commands
 from lime_dist.cli import commands, samples
 from lime_dist.cluster import commands as cluster_commands
 from lime_dist.cluster import watching
+from lime_dist.comparison import commands as comparison_commands
 from lime_dist.data import commands as data_commands
 from lime_dist.errors import ConfigError, LimeDistError, one_line, shown
 from lime_dist.lifecycle.ending import FAILED, INTERRUPTED, NEVER_RESTART, REQUEUE, write_outcome
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     watching.add_parsers(subparsers)
     preflight_commands.add_parser(subparsers)
     profiling_commands.add_parser(subparsers)
+    comparison_commands.add_parsers(subparsers)
     return parser
 
 

@@ -114,6 +114,7 @@ _CHOICES = {
     "parallel.recompute": ("none", "layer"),
     "pipeline.schedule": SCHEDULE_NAMES,
     "optim.lr_schedule": ("cosine", "linear", "constant"),
+    "data.samples": ("stream", "padded", "packed"),
     "run.dtype": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "cuda"),
 }

@@ -140,6 +140,9 @@ class DataConfig:
     valid_fraction: float = 0.0
     tokenizer: str | None = None
     seq_length: int = 2048
+    samples: str = (
+        "stream"  # documents joined and cut: stream | one whole document each: padded | as many as fit: packed
+    )
     global_batch_size: int = 1  # sequences a step, over all replicas
 
 

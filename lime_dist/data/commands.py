@@ -7,17 +7,22 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lime_dist.data.tasks.arithmetic import DEFAULT_OPERANDS, Arithmetic
+from lime_dist.data.tasks.catalog import TASKS
+from lime_dist.errors import DataError
+
 if TYPE_CHECKING:
     from lime_dist.data.documents import TextFormat
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register `data` and its commands; each sets `run`, a handler from the parsed arguments to the exit code."""
-    parser = subparsers.add_parser("data", help="build a corpus, train a tokenizer, tokenize text for training")
+    parser = subparsers.add_parser("data", help="build a corpus or a task, train a tokenizer, tokenize text")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_build_corpus(commands)
     _add_train_tokenizer(commands)
     _add_tokenize(commands)
+    _add_build_task(commands)
 
 
 def _add_build_corpus(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -74,6 +79,31 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     _add_overwrite(parser)
     parser.set_defaults(run=_tokenize)
+
+
+def _add_build_task(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("build-task", help="write a synthetic task: examples, tokenizer and token files")
+    parser.add_argument("task", choices=tuple(TASKS), help="what to make")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for train, valid and, of prosqa, test"
+    )
+    parser.add_argument(
+        "--operands",
+        type=_numbers,
+        metavar="N,N",
+        help=f"of arithmetic: operands of the expressions (default: {','.join(map(str, DEFAULT_OPERANDS))})",
+    )
+    for split in ("train", "valid", "test"):
+        defaults = ", ".join(f"{task.sizes[split]} {name}" for name, task in TASKS.items() if split in task.sizes)
+        parser.add_argument(
+            f"--{split}",
+            type=_positive,
+            metavar="N",
+            help=f"examples, of arithmetic for each number of operands (default: {defaults})",
+        )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    _add_overwrite(parser)
+    parser.set_defaults(run=_build_task)
 
 
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +167,20 @@ def _tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _build_task(args: argparse.Namespace) -> int:
+    from lime_dist.data.tasks.build import build_task
+
+    if args.operands is not None and args.task != Arithmetic.name:
+        raise DataError(f"--operands: {args.task} has none; leave it out")
+    task = TASKS[args.task]() if args.operands is None else Arithmetic(args.operands)
+    given = {split: getattr(args, split) for split in ("train", "valid", "test") if getattr(args, split) is not None}
+    if not given.keys() <= task.sizes.keys():
+        raise DataError(f"--test: {args.task} has no such file; leave it out")
+    for written in build_task(task, args.out, {**task.sizes, **given}, seed=args.seed, overwrite=args.overwrite):
+        print(written)
+    return 0
+
+
 def _text_format(args: argparse.Namespace) -> TextFormat:
     from lime_dist.data.documents import TextFormat
 
@@ -151,6 +195,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive, text.split(",")))
 
 
 def _fraction(text: str) -> float:

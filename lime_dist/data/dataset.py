@@ -1,4 +1,4 @@
-"""Training samples from token files: packed, shuffled, blended by weight.
+"""Training samples from token files: cut or whole, shuffled, blended by weight.
 
 Sample `index` depends on the files, the seed, the split and `index` alone: not on the number of steps, the
 layout or the process. It owns the order of samples; which rank reads which index is the caller's.
@@ -7,27 +7,28 @@ layout or the process. It owns the order of samples; which rank reads which inde
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from lime_dist.data.indexed import check_files, open_tokens
-from lime_dist.data.split import WHOLE, Split, cut_documents, num_samples, require_vocabulary
+from lime_dist.data.indexed import check_files
+from lime_dist.data.marks import is_target
+from lime_dist.data.sample_kinds import SOURCES
+from lime_dist.data.sample_source import SampleSource, SourceOptions
+from lime_dist.data.split import WHOLE, Split
 from lime_dist.errors import DataError
 
 # Blend weights are rounded to multiples of one part in this many, which is also the period of the blend.
 BLEND_PERIOD = 100_000
-_EPOCHS_KEPT = 2
 
 
 class TokenSamples:
     """One split of a weighted blend of token files.
 
     A source is a prefix of token files and its weight, relative to the other weights. `split` is the range
-    of every source's documents that is used.
+    of every source's documents that is used. `samples` is how they become samples, a key of `SOURCES`.
     `vocab_size`, where given, is the model's: files and samples with larger ids are refused. `key` is
     the configuration key that errors name; `seed` is 0 or more; `between` is called after each source is open.
 
@@ -41,6 +42,7 @@ class TokenSamples:
         seq_length: int,
         seed: int,
         split: Split = WHOLE,
+        samples: str = "stream",
         vocab_size: int | None = None,
         key: str = "data.train",
         between: Callable[[], None] = lambda: None,
@@ -48,17 +50,13 @@ class TokenSamples:
         if not 0 <= split[0] < split[1] <= 1:
             raise DataError(f"{key}: the split {split} is not a range within 0 and 1; give two ascending fractions")
         self._blend = Blend(sources, key=key)
-        self._sources: list[PackedSource] = []
+        self._seq_length = seq_length
+        self._sources: list[SampleSource[Any]] = []
         for position, (prefix, _) in enumerate(sources):
-            source = PackedSource(
-                prefix,
-                seq_length=seq_length,
-                split=split,
-                entropy=(seed, position),
-                vocab_size=vocab_size,
-                key=key,
+            options = SourceOptions(
+                seq_length=seq_length, split=split, entropy=(seed, position), vocab_size=vocab_size, key=key
             )
-            self._sources.append(source)
+            self._sources.append(SOURCES[samples](check_files(prefix, key=key), options))
             between()
 
     @property
@@ -68,7 +66,7 @@ class TokenSamples:
 
     @property
     def tokens_per_epoch(self) -> tuple[int, ...]:
-        """For each source, the tokens that one epoch reads: those of the split less a tail shorter than a sample."""
+        """For each source, the inputs of one epoch: of a stream the split's tokens less a tail shorter than a sample."""
         return tuple(source.samples_per_epoch * source.seq_length for source in self._sources)
 
     @property
@@ -76,8 +74,26 @@ class TokenSamples:
         """For each source, its number of samples before it starts again in another order."""
         return tuple(source.samples_per_epoch for source in self._sources)
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether values may carry marks (`marks.py`), so that they are not the ids alone."""
+        return any(source.is_marked for source in self._sources)
+
+    def num_targets(self, start: int, count: int) -> int:
+        """Of samples `start` to `start + count`, the targets that count. Reads no sample of a source without marks."""
+        if not self.is_marked:
+            return count * self._seq_length
+        return sum(self._num_targets_of(index) for index in range(start, start + count))
+
+    def _num_targets_of(self, index: int) -> int:
+        position, source_index = self._blend.locate(index)
+        source = self._sources[position]
+        if not source.is_marked:
+            return self._seq_length
+        return int(np.count_nonzero(is_target(source.sample(source_index)[1:])))
+
     def sample(self, index: int) -> np.ndarray:
-        """int64 [seq_length + 1]: `seq_length` inputs, and the targets one token on.
+        """int64 [seq_length + 1]: `seq_length` inputs, and the targets one token on; with marks where `is_marked`.
 
         Raises: DataError on a token id that the model lacks.
         """
@@ -136,90 +152,3 @@ def _apportion(weights: np.ndarray) -> np.ndarray:
     missing = BLEND_PERIOD - counts.sum()
     counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
     return counts
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """The order of `documents` in its stream, where each `ends`, and the order of `samples`."""
-
-    documents: np.ndarray
-    ends: np.ndarray
-    samples: np.ndarray
-
-
-class PackedSource:
-    """One token file: in each epoch its documents are joined in a new order, cut into samples, and these shuffled.
-
-    Sample k of the stream is tokens k * seq_length to (k + 1) * seq_length, the last one included: neighbours share
-    a token, and every token is an input once an epoch, up to the tail. The orders come from the raw bits of
-    PCG64(SeedSequence([*entropy, epoch])), which all NumPy versions agree on (not so `Generator.permutation`).
-    """
-
-    def __init__(
-        self,
-        prefix: str,
-        *,
-        seq_length: int,
-        split: Split,
-        entropy: tuple[int, ...],
-        vocab_size: int | None,
-        key: str,
-    ) -> None:
-        files = check_files(prefix, key=key)
-        if vocab_size is not None:
-            require_vocabulary(files, vocab_size, key=key)
-        self.seq_length = seq_length
-        self._prefix, self._key, self._entropy = prefix, key, entropy
-        self._vocab_size = sys.maxsize if vocab_size is None else vocab_size
-        self._tokens = open_tokens(files)
-        bounds = cut_documents(files, split, seq_length=seq_length, key=key)
-        self._starts, self._lengths = bounds[:-1], np.diff(bounds)
-        self.num_tokens = int(bounds[-1] - bounds[0])
-        self.samples_per_epoch = num_samples(bounds, seq_length)
-        self._epochs: dict[int, _Epoch] = {}
-
-    def prepare(self, index: int) -> None:
-        """Make the order of the epoch that sample `index` lies in."""
-        self._epoch(index // self.samples_per_epoch)
-
-    def sample(self, index: int) -> np.ndarray:
-        """int64 [seq_length + 1], sample `index` of this source. Raises: DataError on an id outside the vocabulary."""
-        epoch_index, place = divmod(index, self.samples_per_epoch)
-        epoch = self._epoch(epoch_index)
-        tokens = self._read(epoch, int(epoch.samples[place]) * self.seq_length, self.seq_length + 1)
-        for token_id in (tokens.min(), tokens.max()):
-            if not 0 <= token_id < self._vocab_size:  # an embedding would crash, or give 0 where tensor ranks share it
-                raise DataError(
-                    f"{self._key}: {self._prefix} has the token id {token_id}, the model a vocabulary of "
-                    f"{self._vocab_size}; tokenize again with the model's tokenizer"
-                )
-        return tokens
-
-    def _read(self, epoch: _Epoch, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the epoch's stream, which may cross documents."""
-        tokens = np.empty(count, dtype=np.int64)
-        place = int(np.searchsorted(epoch.ends, start, side="right"))
-        filled = 0
-        while filled < count:
-            document = epoch.documents[place]
-            left = int(epoch.ends[place]) - start - filled
-            stop = int(self._starts[document] + self._lengths[document])
-            taken = min(left, count - filled)
-            tokens[filled : filled + taken] = self._tokens[stop - left : stop - left + taken]
-            filled += taken
-            place += 1
-        return tokens
-
-    def _epoch(self, epoch_index: int) -> _Epoch:
-        if epoch_index not in self._epochs:
-            if len(self._epochs) == _EPOCHS_KEPT:
-                del self._epochs[next(iter(self._epochs))]
-            bits = np.random.PCG64(np.random.SeedSequence([*self._entropy, epoch_index]))
-            documents = _shuffled(len(self._lengths), bits)
-            samples = _shuffled(self.samples_per_epoch, bits)
-            self._epochs[epoch_index] = _Epoch(documents, np.cumsum(self._lengths[documents]), samples)
-        return self._epochs[epoch_index]
-
-
-def _shuffled(count: int, bits: np.random.PCG64) -> np.ndarray:
-    return np.argsort(bits.random_raw(count), kind="stable")

@@ -1,5 +1,7 @@
 """Token files in the format of Megatron's IndexedDataset: `PREFIX.bin` and `PREFIX.idx`, with our `PREFIX.meta.json`.
 
+A file may have a loss mask, `PREFIX.mask`: a byte a token, 1 where the token is a target of training and 0 elsewhere.
+
 Writing goes through megatron-core. Reading needs NumPy alone: a login node checks a run without torch, and arrays
 stay valid for as long as they are held (megatron's reader unmaps the file under the arrays that it gave out).
 Files made by Megatron's own tools work too; they lack the meta file.
@@ -30,6 +32,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 _INTEGER_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _LENGTH_BYTES, _POINTER_BYTES, _BOUND_BYTES = 4, 8, 8
 _AGAIN = "run lime-dist data tokenize again"
+_TASK_AGAIN = "run lime-dist data build-task again"
+_MASK_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class TokenFiles:
 
     document_bounds: int64 [num_documents + 1]; document i is tokens bounds[i] to bounds[i + 1], that one not included.
     meta: None for files of Megatron's own tools.
+    has_mask: whether there is a loss mask beside them.
     """
 
     prefix: str
@@ -45,6 +50,7 @@ class TokenFiles:
     document_bounds: np.ndarray
     num_sequences: int
     meta: TokenMeta | None
+    has_mask: bool = False
 
     @property
     def num_documents(self) -> int:
@@ -63,6 +69,10 @@ class TokenFiles:
         return self.meta.tokenizer_sha256 if self.meta is not None else None
 
     @property
+    def task(self) -> str | None:
+        return self.meta.task if self.meta is not None else None
+
+    @property
     def has_checksums(self) -> bool:
         return self.meta is not None and self.meta.checksums is not None
 
@@ -75,7 +85,7 @@ def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
     `key` is the configuration key that errors name.
     Raises: DataError when a file is missing, cut short, of another format, or not of the same data as the others.
     """
-    bin_path, idx_path, meta_path = _paths(prefix)
+    bin_path, idx_path, mask_path, meta_path = _paths(prefix)
     for path in (idx_path, bin_path):
         if not path.is_file():
             raise DataError(f"{key}: {path} does not exist; make it with lime-dist data tokenize or correct the path")
@@ -85,6 +95,7 @@ def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
         index = _read_index(idx_path, key)
         _check_tokens(bin_path, index.num_bytes, key)
         meta = find_meta(meta_path, key=key)
+        has_mask = _check_mask(mask_path, meta, index.num_bytes // index.dtype.itemsize, key)
         if meta is not None:
             _check_meta(prefix, meta, index.num_bytes // index.dtype.itemsize, key)
     except OSError as error:
@@ -95,6 +106,7 @@ def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
         document_bounds=index.document_bounds(),
         num_sequences=len(index.lengths),
         meta=meta,
+        has_mask=has_mask,
     )
 
 
@@ -103,17 +115,24 @@ def open_tokens(files: TokenFiles) -> np.ndarray:
     return np.memmap(_paths(files.prefix)[0], dtype=files.dtype, mode="r")
 
 
+def open_mask(files: TokenFiles) -> np.ndarray:
+    """The loss mask of files that have one: uint8 [num_tokens], memory-mapped."""
+    return np.memmap(_paths(files.prefix)[2], dtype=np.uint8, mode="r")
+
+
 class IndexedWriter:
     """Writes one token file; the files appear under their names when `commit` is called, and not before.
 
     Use as a context manager: leaving the block removes what was not committed.
+    masked: a loss mask is written too, of which each document brings its part.
     Raises: DataError when the files exist and `overwrite` is not set.
     """
 
-    def __init__(self, prefix: Path, *, vocab_size: int, overwrite: bool = False) -> None:
+    def __init__(self, prefix: Path, *, vocab_size: int, overwrite: bool = False, masked: bool = False) -> None:
         self._paths = _paths(str(prefix))
         prepare_outputs(self._paths, overwrite=overwrite)
         self._partials = tuple(map(partial_path, self._paths))
+        self._mask = self._partials[2].open("wb") if masked else None
         megatron = _megatron()
         self.dtype = np.dtype(megatron.DType.optimal_dtype(vocab_size))
         self._builder = megatron.IndexedDatasetBuilder(str(self._partials[0]), dtype=self.dtype.type)
@@ -123,28 +142,40 @@ class IndexedWriter:
 
     def __exit__(self, *_: object) -> None:
         self._builder.data_file.close()
+        if self._mask is not None:
+            self._mask.close()
         for partial in self._partials:
             partial.unlink(missing_ok=True)
 
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document: token ids [num_tokens] of any integer dtype."""
+    def add_document(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append one document: token ids [num_tokens] of any integer dtype, of masked files with its mask."""
+        assert (mask is None) == (self._mask is None)
         self._builder.add_document(tokens, [len(tokens)])
+        if self._mask is not None and mask is not None:
+            assert len(mask) == len(tokens)
+            self._mask.write(mask.astype(np.uint8).tobytes())
 
     def commit(self, meta: dict[str, Any]) -> None:
         """Finish the files; `meta` gets their checksums. The `.idx` goes away first and comes back last: without it the others count as missing."""
-        bin_path, idx_path, meta_path = self._paths
-        bin_partial, idx_partial, meta_partial = self._partials
+        bin_path, idx_path, mask_path, meta_path = self._paths
+        bin_partial, idx_partial, mask_partial, meta_partial = self._partials
         self._builder.finalize(str(idx_partial))
         checksums = {"bin": block_digest(bin_partial), "idx": block_digest(idx_partial)}
+        if self._mask is not None:
+            self._mask.close()
+            checksums["mask"] = block_digest(mask_partial)
         meta_partial.write_text(json.dumps({**meta, RULE: checksums}, indent=2) + "\n")
         idx_path.unlink(missing_ok=True)
+        mask_path.unlink(missing_ok=True)  # of files that had one before
         bin_partial.replace(bin_path)
+        if self._mask is not None:
+            mask_partial.replace(mask_path)
         meta_partial.replace(meta_path)
         idx_partial.replace(idx_path)
 
 
-def _paths(prefix: str) -> tuple[Path, Path, Path]:
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.meta.json")
+def _paths(prefix: str) -> tuple[Path, Path, Path, Path]:
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.mask"), Path(f"{prefix}.meta.json")
 
 
 def _megatron() -> ModuleType:
@@ -230,8 +261,28 @@ def _check_tokens(path: Path, num_bytes: int, key: str) -> None:
         raise DataError(f"{key}: {path} holds no tokens; {_AGAIN} on text")
 
 
+def _check_mask(path: Path, meta: TokenMeta | None, num_tokens: int, key: str) -> bool:
+    """Whether there is one; what its checksum says is `_check_meta`'s."""
+    checksums = meta.checksums if meta is not None else None
+    if not path.exists():
+        if checksums is not None and "mask" in checksums:
+            raise DataError(
+                f"{key}: {path} does not exist, and the meta file has its checksum; copy it or {_TASK_AGAIN}"
+            )
+        return False
+    if checksums is not None and "mask" not in checksums:
+        raise DataError(f"{key}: {path} is not of these tokens (the meta file has no checksum of a mask); remove it")
+    found = path.stat().st_size
+    if found != num_tokens:
+        raise DataError(f"{key}: {path} has {found} bytes, the .idx {num_tokens} tokens; {_TASK_AGAIN}")
+    mask = np.memmap(path, dtype=np.uint8, mode="r")
+    if any(mask[start : start + _MASK_BLOCK].max() > 1 for start in range(0, num_tokens, _MASK_BLOCK)):
+        raise DataError(f"{key}: {path} has bytes other than 0 and 1; {_TASK_AGAIN}")
+    return True
+
+
 def _check_meta(prefix: str, meta: TokenMeta, num_tokens: int, key: str) -> None:
-    meta_path = _paths(prefix)[2]
+    meta_path = _paths(prefix)[3]
     if meta.num_tokens != num_tokens:
         raise DataError(f"{key}: {meta_path} is of {meta.num_tokens} tokens, the .idx of {num_tokens}; {_AGAIN}")
     for suffix, expected in (meta.checksums or {}).items():

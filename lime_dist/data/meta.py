@@ -1,4 +1,4 @@
-"""What `PREFIX.meta.json` says of a token file: its vocabulary, the tokenizer that made it and the files' checksums.
+"""What `PREFIX.meta.json` says of a token file: its vocabulary, tokenizer and task, and the files' checksums.
 
 Files made by Megatron's own tools have none, and those of earlier versions lack the checksums.
 """
@@ -20,12 +20,16 @@ _AGAIN = "run lime-dist data tokenize again"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMeta:
-    """`checksums`: by "bin" and "idx". None: not known."""
+    """`checksums`: by "bin", "idx" and, of files with a loss mask, "mask". None: not known.
+
+    task: the synthetic task whose examples the documents are.
+    """
 
     vocab_size: int
     num_tokens: int
     tokenizer_sha256: str | None = None
     checksums: Mapping[str, str] | None = None
+    task: str | None = None
 
 
 def find_meta(path: Path, *, key: str) -> TokenMeta | None:
@@ -39,7 +43,12 @@ def find_meta(path: Path, *, key: str) -> TokenMeta | None:
     tokenizer, checksums = values.get("tokenizer_sha256"), values.get(RULE)
     if not isinstance(tokenizer, str | None) or not _are_checksums(checksums):
         raise DataError(f"{key}: {path} has no usable tokenizer_sha256 or {RULE}; {_AGAIN}")
-    return TokenMeta(vocab_size=vocab_size, num_tokens=num_tokens, tokenizer_sha256=tokenizer, checksums=checksums)
+    task = values.get("task")
+    if not isinstance(task, str | None):
+        raise DataError(f"{key}: {path} names no usable task; run lime-dist data build-task again")
+    return TokenMeta(
+        vocab_size=vocab_size, num_tokens=num_tokens, tokenizer_sha256=tokenizer, checksums=checksums, task=task
+    )
 
 
 def require_tokenizer(tokenizer: Path, sha256: str | None, *, key: str, made: str) -> None:
@@ -77,6 +86,6 @@ def _is_count(value: object) -> TypeGuard[int]:
 def _are_checksums(value: object) -> bool:
     return value is None or (
         isinstance(value, dict)
-        and value.keys() == {"bin", "idx"}
+        and value.keys() in ({"bin", "idx"}, {"bin", "idx", "mask"})
         and all(isinstance(text, str) for text in value.values())
     )

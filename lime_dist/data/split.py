@@ -34,7 +34,7 @@ def cut_documents(files: TokenFiles, split: Split, *, seq_length: int, key: str)
 
     Raises: DataError when the split holds less than one sample.
     """
-    first, last = (round(fraction * files.num_documents) for fraction in split)
+    first, last = _documents_of(files, split)
     bounds = files.document_bounds[first : last + 1]
     num_tokens = int(bounds[-1] - bounds[0])
     if num_samples(bounds, seq_length) > 0:
@@ -42,10 +42,45 @@ def cut_documents(files: TokenFiles, split: Split, *, seq_length: int, key: str)
     needed = f"one sample needs {seq_length + 1}"
     if split == WHOLE:
         raise DataError(f"{key}: {files.prefix} has {num_tokens} tokens, {needed}; lower data.seq_length or add text")
+    left, change = _left_by_fraction(files, split)
+    raise DataError(f"{left}, {num_tokens} tokens, {needed}; {change} it, lower data.seq_length or add text")
+
+
+def whole_documents(files: TokenFiles, split: Split, *, seq_length: int, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where the documents of the split that have tokens begin and end, of which each fits a sample.
+
+    Raises: DataError when there is none, or one does not fit.
+    """
+    first, last = _documents_of(files, split)
+    bounds = files.document_bounds[first : last + 1]
+    lengths = np.diff(bounds)
+    longest = int(lengths.max(initial=0))
+    if longest > seq_length + 1:
+        raise DataError(
+            f"{key}: {files.prefix} has a document of {longest} tokens, a sample of whole documents holds {seq_length + 1}; "
+            f"set data.seq_length={longest - 1} or data.samples=stream"
+        )
+    if longest == 0 and split == WHOLE:
+        raise DataError(f"{key}: {files.prefix} has no document with tokens; add text")
+    if longest == 0:
+        left, change = _left_by_fraction(files, split)
+        raise DataError(f"{left}; {change} it or add text")
+    return bounds[:-1][lengths > 0], bounds[1:][lengths > 0]
+
+
+def _documents_of(files: TokenFiles, split: Split) -> tuple[int, int]:
+    """The first document, and the one behind the last."""
+    first, last = (round(fraction * files.num_documents) for fraction in split)
+    return first, last
+
+
+def _left_by_fraction(files: TokenFiles, split: Split) -> tuple[str, str]:
+    """What is wrong with a part that is too small, and how its fraction is to change."""
+    first, last = _documents_of(files, split)
     part, change = ("training", "lower") if split[0] == 0 else ("validation", "raise")
-    raise DataError(
-        f"data.valid_fraction: leaves {last - first} of {files.num_documents} documents of {files.prefix} for {part}, "
-        f"{num_tokens} tokens, {needed}; {change} it, lower data.seq_length or add text"
+    return (
+        f"data.valid_fraction: leaves {last - first} of {files.num_documents} documents of {files.prefix} for {part}",
+        change,
     )
 
 

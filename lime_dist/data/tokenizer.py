@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, set_random_generator_seed
 
@@ -22,6 +23,21 @@ _MAX_SENTENCE_CHARACTERS = 1000
 _MIN_LINES = 101
 _ERRORS_ONLY = 2
 _SAMPLING_SEED = 0
+_NUM_SPECIAL, _NUM_BYTES = 3, 256
+_SPACE = "\u2581"
+# What gives every text back.
+_OPTIONS: dict[str, Any] = dict(
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    unk_id=0,
+    bos_id=1,
+    eos_id=2,
+    pad_id=-1,
+    minloglevel=_ERRORS_ONLY,
+)
 
 
 def load_tokenizer(model_path: Path | str) -> SentencePieceProcessor:
@@ -72,19 +88,33 @@ def train_tokenizer(
             character_coverage=character_coverage,
             input_sentence_size=max_lines,
             num_threads=workers,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=_ERRORS_ONLY,
+            **_OPTIONS,
         )
     except RuntimeError as error:
         raise failures[0] if failures else _explained(error, vocab_size) from None
+    with written_whole(model_path) as partial:
+        partial.write_bytes(model.getvalue())
+    return model_path
+
+
+def list_tokenizer(model_path: Path, *, words: Sequence[str], characters: str) -> Path:
+    """Write a tokenizer that is given its vocabulary: an id for each of `words`, spaces before them included, and
+    for each of `characters`. A text is cut into the longest words that match, from the left.
+
+    Ids: as of `train_tokenizer`, then the words in their order.
+    """
+    characters = "".join(dict.fromkeys(f" {characters}"))
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([characters]),
+        model_writer=model,
+        vocab_size=_NUM_SPECIAL + _NUM_BYTES + len(words) + len(characters),
+        model_type="char",
+        character_coverage=1.0,
+        user_defined_symbols=[word.replace(" ", _SPACE) for word in words],
+        num_threads=1,
+        **_OPTIONS,
+    )
     with written_whole(model_path) as partial:
         partial.write_bytes(model.getvalue())
     return model_path

@@ -47,6 +47,7 @@ class Pass:
     sin: Tensor
     memory: DepthMemory
     cache: KeyValueCache | None = None
+    visible: Tensor | None = None  # [batch, 1, seq, seq], which inputs each sees; None: all before it
 
     @property
     def num_tokens(self) -> int:
@@ -129,7 +130,7 @@ class Attention(nn.Module, ABC):
         keys, values = rotate(run.to_sequences(kv[:, 0]), cos, sin), run.to_sequences(kv[:, 1])
         if run.cache is not None:
             keys, values = run.cache.extend(self.layer, keys, values)
-        mixed = _attend(queries, keys, values)
+        mixed = _attend(queries, keys, values, run.visible)
         mixed = mixed.permute(0, 2, 1, 3).reshape(run.num_tokens, -1)
         return self.o_proj(F.pad(mixed, (0, 0, 0, padding)) if padding else mixed), chain
 
@@ -147,13 +148,14 @@ class OwnAttention(Attention):
         return queries, kv.transpose(0, 1), chain
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention of the last `queries` of the sequence over all keys; [batch, heads, tokens, head_dim]."""
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of the last `queries` of the sequence over all keys, causal without a mask; [batch, heads, tokens, head_dim]."""
     grouped = queries.shape[1] != keys.shape[1]
     new, seen = queries.shape[2], keys.shape[2]
-    if new == seen:
+    if mask is None and new == seen:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
-    mask = torch.ones(new, seen, dtype=torch.bool, device=queries.device).tril(seen - new)
+    if mask is None:
+        mask = torch.ones(new, seen, dtype=torch.bool, device=queries.device).tril(seen - new)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
 
 

@@ -24,6 +24,7 @@ from lime_dist.lime.depth_memory import DepthMemory
 from lime_dist.lime.hidden import HiddenDepth
 from lime_dist.lime.key_value import KeyValueDepth
 from lime_dist.lime.layers import DecoderLayer, KeyValueCache, Pass, RMSNorm, RotaryTables
+from lime_dist.lime.microbatch import Examples, read_microbatch, visible
 from lime_dist.lime.parts import Parts, PlainParts
 from lime_dist.plan.parameters import plan_parameters
 from lime_dist.plan.tensors import ParameterSpec
@@ -117,6 +118,7 @@ class LimeChunk(nn.Module):
         memory: DepthMemory,
         targets: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        examples: Examples | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Carry one microbatch through the chunk's layers.
 
@@ -126,7 +128,9 @@ class LimeChunk(nn.Module):
         the memory's chain: both to be differentiated in one joint backward. Collective: tp group.
         """
         start = cache.length if cache is not None else 0
-        run = Pass(batch_size, seq_length, *self._rotary.at(range(start, start + seq_length)), memory, cache)
+        documents = examples.documents if examples is not None else None
+        seen = visible(documents) if documents is not None else None
+        run = Pass(batch_size, seq_length, *self._rotary.at(range(start, start + seq_length)), memory, cache, seen)
         residual = self.embed_tokens(self._padded(inputs.flatten())) if self.embed_tokens is not None else inputs
         chain = self._depth.add_received(memory, memory.start())
         for layer in self.layers.values():
@@ -135,7 +139,7 @@ class LimeChunk(nn.Module):
             else:
                 residual, chain = layer(residual, chain, run)
         if targets is not None and self.is_last:
-            return self._loss(residual, targets), chain
+            return self._loss(residual, targets, examples.weights if examples is not None else None), chain
         return residual, self._depth.add_own(memory, chain)
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -146,10 +150,10 @@ class LimeChunk(nn.Module):
         """[tokens, vocab_size], rows past the tokens included. Last chunk only. Collective: tp group."""
         return self._parts.gather_logits(self.logits(residual), self.config.vocab_size)
 
-    def _loss(self, residual: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy over the microbatch's tokens."""
-        losses = self._parts.cross_entropy(self.logits(residual), self._padded(targets.flatten()))
-        return losses[: targets.numel()].mean()
+    def _loss(self, residual: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Cross entropy: the mean over the microbatch's tokens, or their sum by `weights`."""
+        losses = self._parts.cross_entropy(self.logits(residual), self._padded(targets.flatten()))[: targets.numel()]
+        return losses.mean() if weights is None else losses @ weights.flatten()
 
     def _padded(self, ids: Tensor) -> Tensor:
         missing = self.rows(ids.numel()) - ids.numel()
@@ -166,9 +170,9 @@ class LimeStage(nn.Module):
     def chunk(self, chunk: int) -> LimeChunk:
         return cast(LimeChunk, self.chunks[str(chunk)])
 
-    def forward(self, chunk: int, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, chunk: int, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """`LimeChunk.forward` of one chunk: one module for whatever wraps all of a rank's parameters."""
-        return self.chunks[str(chunk)](*args)
+        return self.chunks[str(chunk)](*args, **options)
 
     def parameter_specs(self) -> tuple[ParameterSpec, ...]:
         """What each parameter of this stage is in terms of logical tensors."""
@@ -195,7 +199,8 @@ def model_logits(model: LimeChunk, tokens: Tensor) -> Tensor:
 
 
 def model_loss(model: LimeChunk, tokens: Tensor) -> Tensor:
-    """Mean next-token cross entropy of [batch, seq + 1] through the whole model on one device."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    loss, _ = model(inputs, *inputs.shape, model.new_memory(inputs.numel()), targets)
+    """Mean next-token cross entropy of [batch, seq + 1], ids or ids with marks, through the whole model on one device."""
+    batch = read_microbatch(tokens)
+    memory = model.new_memory(batch.inputs.numel())
+    loss, _ = model(batch.inputs, *batch.inputs.shape, memory, batch.targets, examples=batch.examples)
     return loss

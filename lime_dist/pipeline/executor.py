@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.lime.depth_memory import DepthMemory
+from lime_dist.lime.microbatch import Microbatch
 from lime_dist.lime.model import LimeStage
 from lime_dist.pipeline.transport import Incoming, Link, ResidualShare, Transport
 from lime_dist.plan.messages import Cargo, Message
@@ -59,12 +60,12 @@ class Executor:
     def run(
         self,
         actions: Sequence[Action],
-        microbatches: Sequence[Tensor],
+        microbatches: Sequence[Microbatch],
         *,
         with_loss: bool = True,
         follow: Follow = iter,
     ) -> list[Tensor]:
-        """Carry out `actions` over `microbatches` (token ids [batch, seq + 1] each).
+        """Carry out `actions` over `microbatches`.
 
         follow: gives out the operations one by one, and is asked for the next when the last is done.
 
@@ -86,7 +87,7 @@ class _Passes:
     """
 
     def __init__(
-        self, executor: Executor, microbatches: Sequence[Tensor], with_loss: bool, operations: Iterator[Operation]
+        self, executor: Executor, microbatches: Sequence[Microbatch], with_loss: bool, operations: Iterator[Operation]
     ):
         self._executor, self._microbatches, self._with_loss = executor, microbatches, with_loss
         self._operations = operations
@@ -148,7 +149,7 @@ class _Passes:
                 earlier: self._memory(earlier, microbatch_index)
                 for earlier in self._executor.chunks[chunk].transfer.kept
             }
-            num_tokens = _num_tokens(self._microbatches[microbatch_index])
+            num_tokens = self._microbatches[microbatch_index].inputs.numel()
             module = self._executor.stage.chunk(chunk)
             self._memories[place] = module.new_memory(num_tokens, kept=kept, reach=self._reach)
         return self._memories[place]
@@ -207,14 +208,19 @@ class _Passes:
             left.memory.sums.release_values()  # else the layers read them again
 
     def _forward(self, chunk: ChunkPlan, action: Action) -> _InFlight:
-        tokens, memory = self._microbatches[action.microbatch_index], self._memory(chunk.chunk, action.microbatch_index)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:] if self._with_loss else None
+        batch, memory = self._microbatches[action.microbatch_index], self._memory(chunk.chunk, action.microbatch_index)
+        inputs, targets = batch.inputs, batch.targets if self._with_loss else None
         residual = None
         if not chunk.is_first:
             residual = self._executor.residual_share.whole(self._residuals.pop(action))
             residual.requires_grad_(torch.is_grad_enabled())
         output, chain = self._executor.call(
-            chunk.chunk, inputs if residual is None else residual, *inputs.shape, memory, targets
+            chunk.chunk,
+            inputs if residual is None else residual,
+            *inputs.shape,
+            memory,
+            targets,
+            examples=batch.examples,
         )
         left = _InFlight(memory, residual, output, chain)
         if torch.is_grad_enabled():
@@ -252,7 +258,3 @@ def _residual_gradient(left: _InFlight) -> Tensor:
 def joint_backward(roots: list[Tensor], gradients: list[Tensor | None]) -> None:
     """One walk over the chunk for all its outputs."""
     torch.autograd.backward(roots, gradients)
-
-
-def _num_tokens(tokens: Tensor) -> int:
-    return tokens.shape[0] * (tokens.shape[1] - 1)

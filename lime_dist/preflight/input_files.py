@@ -10,15 +10,9 @@ from lime_dist.config import Config
 from lime_dist.data.indexed import TokenFiles
 from lime_dist.data.indexed import check_files as check_token_files
 from lime_dist.data.meta import require_tokenizer
-from lime_dist.data.split import (
-    WHOLE,
-    Split,
-    cut_documents,
-    held_out_split,
-    num_samples,
-    require_vocabulary,
-    train_split,
-)
+from lime_dist.data.sample_kinds import SOURCES
+from lime_dist.data.sample_source import SourceOptions
+from lime_dist.data.split import WHOLE, Split, held_out_split, require_vocabulary, train_split
 from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
 from lime_dist.errors import ConfigError, DataError
 from lime_dist.lifecycle.launcher import warn
@@ -87,10 +81,18 @@ def _check_vocabulary(config: Config, path: Path) -> None:
 
 
 def _count_samples(config: Config, sources: Sequence[_Source], split: Split) -> int:
-    """Of an epoch of all sources. Raises: DataError where a source has less than one."""
-    seq_length = config.data.seq_length
-    cuts = [cut_documents(source.files, split, seq_length=seq_length, key=source.key) for source in sources]
-    return sum(num_samples(bounds, seq_length) for bounds in cuts)
+    """Of an epoch of all sources. Raises: DataError where a source has less than one, or a document that fits none."""
+    count = 0
+    for position, source in enumerate(sources):
+        options = SourceOptions(
+            seq_length=config.data.seq_length,
+            split=split,
+            entropy=(config.run.seed, position),
+            vocab_size=config.model.vocab_size,
+            key=source.key,
+        )
+        count += SOURCES[config.data.samples](source.files, options).samples_per_epoch
+    return count
 
 
 # ---- warnings

@@ -8,17 +8,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import Tensor
 
 ReadSamples = Callable[[int, int], Tensor]  # first sample, count -> int64 [count, seq + 1]
+CountTargets = Callable[[int, int], int | None]  # first sample, count -> those that count in the loss; None: all
 
 
 class BatchAhead:
     """A global batch of which a thread reads the rows that will be asked for."""
 
-    def __init__(self, reading: dict[tuple[int, int], Future[Tensor]]):
-        self._reading = reading
+    def __init__(self, reading: dict[tuple[int, int], Future[Tensor]], counting: Future[int | None]):
+        self._reading, self._counting = reading, counting
 
     def __getitem__(self, rows: slice) -> Tensor:
         """int64 [rows, seq + 1]. Raises: what the reading raised."""
         return self._reading[rows.start, rows.stop].result()
+
+    @property
+    def num_targets(self) -> int | None:
+        """Those of the whole global batch that count in the loss; None: all. Raises: what the reading raised."""
+        return self._counting.result()
 
 
 class BatchReader:
@@ -28,8 +34,16 @@ class BatchReader:
     The samples are read by one thread alone, in the order in which they are used.
     """
 
-    def __init__(self, read: ReadSamples, rows: Sequence[slice], batch_size: int, stop: int):
+    def __init__(
+        self,
+        read: ReadSamples,
+        rows: Sequence[slice],
+        batch_size: int,
+        stop: int,
+        count_targets: CountTargets = lambda start, count: None,
+    ):
         self._read, self._rows, self._batch_size, self._stop = read, rows, batch_size, stop
+        self._count_targets = count_targets
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: dict[int, BatchAhead] = {}  # by first sample
 
@@ -48,9 +62,9 @@ class BatchReader:
         return batch
 
     def _begin(self, start: int) -> BatchAhead:
-        return BatchAhead(
-            {
-                (rows.start, rows.stop): self._thread.submit(self._read, start + rows.start, rows.stop - rows.start)
-                for rows in self._rows
-            }
-        )
+        counting = self._thread.submit(self._count_targets, start, self._batch_size)
+        reading = {
+            (rows.start, rows.stop): self._thread.submit(self._read, start + rows.start, rows.stop - rows.start)
+            for rows in self._rows
+        }
+        return BatchAhead(reading, counting)

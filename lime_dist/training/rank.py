@@ -16,6 +16,7 @@ from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.backends.megatron import Groups, MegatronParts
 from lime_dist.errors import TrainingDiverged
 from lime_dist.lifecycle.pulse import Pass, Pulse
+from lime_dist.lime.microbatch import Microbatch, count_targets, read_microbatch
 from lime_dist.lime.model import LimeChunk, LimeStage
 from lime_dist.lime.values import initialize
 from lime_dist.pipeline.executor import Executor
@@ -28,10 +29,17 @@ from lime_dist.plan.stages import StagePlan
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Batch(Protocol):
-    """A global batch of token ids [global_batch_size, seq + 1]: a tensor, or what reads rows when asked for them."""
+class RowsOfBatch(Protocol):
+    """A global batch of values [global_batch_size, seq + 1], ids with marks, which reads rows when asked for them."""
 
     def __getitem__(self, rows: slice) -> Tensor: ...
+
+    @property
+    def num_targets(self) -> int | None:
+        """Those that count in the loss; None: all."""
+
+
+Batch = Tensor | RowsOfBatch
 
 
 class TrafficDiffers(RuntimeError):
@@ -104,7 +112,7 @@ class Rank:
     def _await_input(self, action: Action, incoming: Incoming) -> Tensor:
         return self.pulse.awaiting(action.kind.name.lower(), _pass(action), incoming.wait)
 
-    def _run_passes(self, actions: Sequence[Action], microbatches: list[Tensor], **how: Any) -> list[Tensor]:
+    def _run_passes(self, actions: Sequence[Action], microbatches: list[Microbatch], **how: Any) -> list[Tensor]:
         """how: as `Executor.run` has it."""
         self.pulse.expect({
             kind.name.lower(): [_pass(action) for action in actions if action.kind is kind]
@@ -129,15 +137,24 @@ class Rank:
         )
         return [slice(block * size, (block + 1) * size) for block in blocks]
 
-    def microbatches(self, batch: Batch) -> list[Tensor]:
-        """This replica's microbatches of a global batch. Stages between the first and the last chunk need their shape only,
-        and have them on the CPU.
+    def microbatches(self, batch: Batch) -> list[Microbatch]:
+        """This replica's microbatches of a global batch. Stages between the first and the last chunk need of the tokens their
+        shape only, and have them on the CPU.
         """
-        found = [batch[rows] for rows in self.rows()]
-        if any(chunk.is_first or chunk.is_last for chunk in self.plan.chunks):
-            found = [_to_device(tokens, self.device) for tokens in found]
+        mean_targets = self._mean_targets(batch)
+        found = [read_microbatch(batch[rows], mean_targets) for rows in self.rows()]
+        reads_tokens = any(chunk.is_first or chunk.is_last for chunk in self.plan.chunks)
+        found = [microbatch.to(self.device, tokens=reads_tokens) for microbatch in found]
         self.pulse.finish()
         return found
+
+    def _mean_targets(self, batch: Batch) -> float:
+        """Of a microbatch; an example that has more targets than others then counts no more in one layout than in another."""
+        config = self.config
+        num_targets = count_targets(batch) if isinstance(batch, Tensor) else batch.num_targets
+        if num_targets is None:
+            num_targets = config.data.global_batch_size * config.data.seq_length
+        return num_targets / (config.pipeline.num_microbatches * config.layout.dp)
 
     def accumulate(self, batch: Batch) -> Tensor:
         """Add the gradients of a global batch's mean loss; returns this rank's share of the facts, for `update`."""
@@ -208,7 +225,7 @@ class Rank:
         self.transport.take_sent()
         for index, residual in enumerate(outputs):
             block = self.groups.coordinate.dp_rank + index * self.groups.layout.dp
-            rows, seq_length = microbatches[index].shape[0], microbatches[index].shape[1] - 1
+            rows, seq_length = microbatches[index].inputs.shape
             logits = self.stage.chunk(self.plan.chunks[-1].chunk).whole_logits(residual)[: rows * seq_length]
             found.append((block * rows, logits.float().cpu().unflatten(0, (rows, seq_length))))
         return found
@@ -242,8 +259,3 @@ class Rank:
 
 def _pass(action: Action) -> Pass:
     return Pass(action.chunk, action.microbatch_index + 1)
-
-
-def _to_device(tokens: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, so that the host goes on: a copy from other memory waits for all that the GPU was given before."""
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)

@@ -46,14 +46,18 @@ from lime_dist.training.world import join_world
 
 
 class SampleBatch:
-    """Consecutive samples, read when sliced, so that each rank reads only its own rows."""
+    """`size` consecutive samples, read when sliced, so that each rank reads only its own rows."""
 
-    def __init__(self, samples: TokenSamples, start: int):
-        self._samples, self._start = samples, start
+    def __init__(self, samples: TokenSamples, start: int, size: int):
+        self._samples, self._start, self._size = samples, start, size
 
     def __getitem__(self, rows: slice) -> Tensor:
         """int64 [rows, seq + 1]."""
         return self._samples.batch(self._start + rows.start, rows.stop - rows.start)
+
+    @property
+    def num_targets(self) -> int:
+        return self._samples.num_targets(self._start, self._size)
 
 
 Between = Callable[[], None]  # called after each token file, as opening one may take long
@@ -78,6 +82,7 @@ def _open(config: Config, sources: list, split: Split, key: str, between: Betwee
         seq_length=config.data.seq_length,
         seed=config.run.seed,
         split=split,
+        samples=config.data.samples,
         vocab_size=config.model.vocab_size,
         key=key,
         between=between,
@@ -161,7 +166,7 @@ def _record_steps(
     first, last = _UNRECORDED_STEPS + 1, _UNRECORDED_STEPS + num_steps
     profiler = Profiler(rank, first=first, last=last, links=measure_links(groups, plan, device))
     size, watch, folder = plan.config.data.global_batch_size, Stopwatch(), None
-    with BatchReader(samples.batch, rank.rows(), size, last * size) as batches:
+    with BatchReader(samples.batch, rank.rows(), size, last * size, samples.num_targets) as batches:
         for step in range(1, last + 1):
             between()
             pulse.begin_step(step)
@@ -320,7 +325,7 @@ class TrainingRun:
     def _batch_reader(self) -> BatchReader:
         size = self.config.data.global_batch_size
         last = self.samples_seen + (self.config.run.steps - self.step) * size
-        return BatchReader(self._samples.batch, self.rank.rows(), size, last)
+        return BatchReader(self._samples.batch, self.rank.rows(), size, last, self._samples.num_targets)
 
     def _train_step(self, batches: BatchReader, watch: Stopwatch) -> bool:
         """Whether any rank was asked to stop."""
@@ -440,7 +445,7 @@ def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
 def evaluate_batches(rank: Rank, held_out: TokenSamples, stop: JointStop) -> float | None:
     """Mean loss over the first `eval.batches` global batches of the held-out text; None when stopped. Collective: world."""
     size = rank.config.data.global_batch_size
-    batches = [SampleBatch(held_out, index * size) for index in range(rank.config.eval.batches)]
+    batches = [SampleBatch(held_out, index * size, size) for index in range(rank.config.eval.batches)]
     return rank.evaluate(batches, stop.agreed)
 
 

@@ -92,8 +92,8 @@ def test_weights_gradients_and_optimizer_are_counted(text: str) -> None:
 
 def saved_by_autograd(rank: Rank, batch: Tensor) -> dict[str, int]:
     """Of one microbatch's forward pass, without weights and the depth memory."""
-    tokens, stage = rank.microbatches(batch)[0], rank.stage.chunk(rank.plan.chunks[0].chunk)
-    inputs, memory = tokens[:, :-1], stage.new_memory(tokens[:, :-1].numel())
+    microbatch, stage = rank.microbatches(batch)[0], rank.stage.chunk(rank.plan.chunks[0].chunk)
+    inputs, memory = microbatch.inputs, stage.new_memory(microbatch.inputs.numel())
     residual = torch.randn(residual_rows(rank), rank.config.model.hidden_size, dtype=stage.dtype, requires_grad=True)
     left_out = {each.untyped_storage().data_ptr() for each in (*stage.parameters(), memory.entries.values)}
     saved: dict[int, Tensor] = {}
@@ -104,7 +104,7 @@ def saved_by_autograd(rank: Rank, batch: Tensor) -> dict[str, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, _ = stage(inputs if rank.plan.is_first_stage else residual, *inputs.shape, memory, tokens[:, 1:])
+        output, _ = stage(inputs if rank.plan.is_first_stage else residual, *inputs.shape, memory, microbatch.targets)
     return {"saved": num_bytes(saved.values()), "output": num_bytes([output])}
 
 

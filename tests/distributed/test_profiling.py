@@ -369,6 +369,10 @@ class LateBatch:
         time.sleep(self._seconds)
         return self._batch[rows]
 
+    @property
+    def num_targets(self) -> None:
+        """All."""
+
 
 def _train_late(rank: Rank, batch: Tensor, forward: dict[int, float], data: dict[int, float]) -> None:
     """forward, data: seconds by rank for which each pass, each microbatch's rows take longer."""

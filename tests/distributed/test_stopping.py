@@ -16,7 +16,8 @@ from test_watchdog import start, wait_until, write_endless_run
 
 from lime_dist.checkpoint.reader import find_checkpoints
 from lime_dist.cli.command_line import main
-from lime_dist.data.dataset import PackedSource
+from lime_dist.data import dataset
+from lime_dist.data.indexed import TokenFiles
 from lime_dist.lifecycle.ending import DONE, FAILED, OUTCOME_VARIABLE, REQUEUE, read_outcome
 from lime_dist.lifecycle.heartbeat import heartbeat_folder, read_heartbeats
 from lime_dist.lifecycle.local import free_port
@@ -94,16 +95,16 @@ def test_a_signal_ends_the_eval_command(config: Path) -> None:
 
 def test_a_signal_while_data_is_opened_ends_the_start(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two token files each rank has opened one when all agree to leave."""
-    opened, sent, open_source = config.parent / "opened", config.parent / "sent", PackedSource.__init__
+    opened, sent, open_source = config.parent / "opened", config.parent / "sent", dataset.check_files
 
-    def slowly(source: PackedSource, *args: object, **more: object) -> None:
+    def slowly(prefix: str, **more: str) -> TokenFiles:
         with opened.open("a") as file:
             file.write("one\n")
         while not sent.exists():
             time.sleep(0.05)
-        open_source(source, *args, **more)
+        return open_source(prefix, **more)
 
-    monkeypatch.setattr(PackedSource, "__init__", slowly)  # ranks are forked, so they have it
+    monkeypatch.setattr(dataset, "check_files", slowly)  # ranks are forked, so they have it
     process = start(config, *LAYOUT, held_out(config))
     wait_until(lambda: opened.exists() and len(opened.read_text().splitlines()) == 2, process)
     process.terminate()

@@ -1,4 +1,4 @@
-"""Samples: packing, epochs, splits and blends, each against what the definition says."""
+"""Samples: cutting, epochs, splits and blends, each against what the definition says."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from lime_dist.data import dataset
-from lime_dist.data.dataset import BLEND_PERIOD, Blend, PackedSource, TokenSamples
-from lime_dist.data.indexed import IndexedWriter
+from lime_dist.data import stream_source
+from lime_dist.data.dataset import BLEND_PERIOD, Blend, TokenSamples
+from lime_dist.data.indexed import IndexedWriter, check_files
+from lime_dist.data.marks import BEGINS, ID_BITS, NOT_TARGET, begins, is_target, token_ids
+from lime_dist.data.sample_source import SourceOptions
+from lime_dist.data.stream_source import StreamSource
 from lime_dist.errors import DataError
 
 SEQ_LENGTH = 8
@@ -276,12 +279,11 @@ def test_a_token_id_outside_the_vocabulary_is_refused(tmp_path: Path, token_id: 
 
 
 def test_only_two_epochs_are_kept(prefix: str) -> None:
-    source = PackedSource(
-        prefix, seq_length=SEQ_LENGTH, split=(0.0, 1.0), entropy=(5, 0), vocab_size=None, key="data.train"
-    )
+    options = SourceOptions(seq_length=SEQ_LENGTH, split=(0.0, 1.0), entropy=(5, 0), vocab_size=None, key="data.train")
+    source = StreamSource(check_files(prefix), options)
     for epoch in range(5):
         source.sample(epoch * source.samples_per_epoch)
-    assert list(source._epochs) == [3, 4]
+    assert list(source._orders) == [3, 4]
 
 
 def test_a_prepared_start_shuffles_nothing_more(
@@ -293,7 +295,7 @@ def test_a_prepared_start_shuffles_nothing_more(
         samples.prepare(start, lambda calls=between: calls.append(None))
         assert len(between) == 2
         with monkeypatch.context() as patch:
-            patch.setattr(dataset, "_shuffled", lambda *_: pytest.fail("shuffled in a step"))
+            patch.setattr(stream_source, "shuffled", lambda *_: pytest.fail("shuffled in a step"))
             samples.batch(start, 3)
 
 
@@ -309,3 +311,177 @@ def test_what_is_between_the_sources_is_called_after_each(prefix: str, other_pre
     samples_of(prefix, between=lambda: calls.append(None))
     TokenSamples([(prefix, 1.0), (other_prefix, 1.0)], seq_length=8, seed=1, between=lambda: calls.append(None))
     assert len(calls) == 3
+
+
+# ---- loss masks, and samples of whole documents
+
+EXAMPLE_LENGTHS = [1 + (index * 7) % SEQ_LENGTH for index in range(60)] + [SEQ_LENGTH + 1]
+EXAMPLES = consecutive(EXAMPLE_LENGTHS, first=1)
+PROMPTS = [len(tokens) // 2 for tokens in EXAMPLES]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The second half of each document is the answer."""
+    prefix = tmp_path_factory.mktemp("tokens") / "masked"
+    with IndexedWriter(prefix, vocab_size=60_000, masked=True) as writer:
+        for tokens, prompt in zip(EXAMPLES, PROMPTS):
+            writer.add_document(np.array(tokens), np.arange(len(tokens)) >= prompt)
+        writer.commit({"vocab_size": 60_000, "tokens": sum(EXAMPLE_LENGTHS)})
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same documents without a mask."""
+    return write_documents(tmp_path_factory.mktemp("tokens") / "whole", EXAMPLES)
+
+
+ANSWERS = {token for tokens, prompt in zip(EXAMPLES, PROMPTS) for token in tokens[prompt:]}
+FIRSTS = {tokens[0] for tokens in EXAMPLES}
+
+
+def documents_in(sample: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
+    """The ids of each document of a sample, and the padding, by its marks alone."""
+    starts = np.flatnonzero(begins(sample))
+    assert starts[0] == 0
+    parts = np.split(sample, starts[1:])
+    padding = parts.pop() if len(parts) > 1 and token_ids(parts[-1][0]) == token_ids(parts[-2][-1]) else sample[:0]
+    return [token_ids(part).tolist() for part in parts], padding
+
+
+@pytest.mark.parametrize("mode", ["padded", "packed"])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_has_every_document_once_and_whole(whole: str, masked: str, mode: str, epoch: int) -> None:
+    for prefix in (whole, masked):
+        samples = samples_of(prefix, samples=mode)
+        found = [document for sample in epoch_of(samples, epoch) for document in documents_in(sample)[0]]
+        assert sorted(found) == [list(tokens) for tokens in EXAMPLES]
+        assert samples.num_tokens == sum(EXAMPLE_LENGTHS)
+
+
+@pytest.mark.parametrize("mode", ["padded", "packed"])
+def test_padding_repeats_the_last_token_and_is_no_target(whole: str, mode: str) -> None:
+    for sample in epoch_of(samples_of(whole, samples=mode), 0):
+        documents, padding = documents_in(sample)
+        assert len(padding) == SEQ_LENGTH + 1 - sum(map(len, documents))
+        assert (token_ids(padding) == documents[-1][-1]).all() and not is_target(padding).any()
+        assert begins(padding[:1]).all() and not begins(padding[1:]).any()
+
+
+@pytest.mark.parametrize("mode", ["stream", "padded", "packed"])
+def test_targets_are_the_answers(masked: str, whole: str, mode: str) -> None:
+    """Less the documents' first tokens, in samples of whole documents: nothing precedes them."""
+    for prefix, answers in ((masked, ANSWERS), (whole, set(range(1, 1 + sum(EXAMPLE_LENGTHS))))):
+        samples = samples_of(prefix, samples=mode)
+        values = epoch_of(samples, 1)[:, 1:]
+        targets = token_ids(values[is_target(values)])
+        assert len(targets) == len(set(targets)), "one counts twice"
+        if mode == "stream":
+            first = token_ids(epoch_of(samples, 1)[:, 0])
+            assert set(targets) == answers & set(token_ids(values).ravel()) and len(first) > 1
+        else:
+            assert set(targets) == answers - FIRSTS
+        count = len(values)
+        assert samples.num_targets(count, count) == len(targets)
+        assert samples.num_targets(count, 1) == np.count_nonzero(is_target(samples.sample(count)[1:]))
+
+
+def test_a_padded_sample_is_one_document_and_packed_ones_are_full(whole: str) -> None:
+    padded = epoch_of(samples_of(whole, samples="padded"), 0)
+    assert [len(documents_in(sample)[0]) for sample in padded] == [1] * len(EXAMPLES)
+    packed = epoch_of(samples_of(whole, samples="packed"), 0)
+    longest = SEQ_LENGTH + 1
+    lengths = [sum(map(len, documents_in(sample)[0])) for sample in packed]
+    # Greedy: any two neighbours in the order of packing hold more than one sample, so on average over half.
+    assert len(packed) < 0.75 * len(EXAMPLES) and sum(lengths) > len(packed) * longest / 2
+
+
+def test_packing_is_greedy_in_the_documented_order(whole: str) -> None:
+    """Pins the order for good: a change here changes what resumed runs read."""
+    packing = np.random.PCG64(np.random.SeedSequence([5, 0, 2**32 - 1]))
+    groups: list[list[int]] = []
+    for document in np.argsort(packing.random_raw(len(EXAMPLES)), kind="stable"):
+        if groups and sum(len(EXAMPLES[one]) for one in (*groups[-1], document)) <= SEQ_LENGTH + 1:
+            groups[-1].append(document)
+        else:
+            groups.append([document])
+    order = np.argsort(np.random.PCG64(np.random.SeedSequence([5, 0, 2])).random_raw(len(groups)), kind="stable")
+    expected = [[list(EXAMPLES[document]) for document in groups[place]] for place in order]
+    samples = epoch_of(samples_of(whole, samples="packed"), 2)
+    assert [documents_in(sample)[0] for sample in samples] == expected
+
+
+def test_a_sample_with_marks_bit_by_bit(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "t", vocab_size=100, masked=True) as writer:
+        writer.add_document(np.array([7, 8, 9]), np.array([0, 1, 1]))
+        writer.commit({"vocab_size": 100, "tokens": 3})
+    padded = samples_of(str(tmp_path / "t"), samples="padded", seq_length=5)
+    assert padded.sample(0).tolist() == [7 | BEGINS | NOT_TARGET, 8, 9, 9 | BEGINS | NOT_TARGET, *[9 | NOT_TARGET] * 2]
+    assert samples_of(str(tmp_path / "t"), seq_length=2).sample(0).tolist() == [7 | NOT_TARGET, 8, 9]
+    assert (ID_BITS, NOT_TARGET, BEGINS) == (32, 1 << 32, 1 << 33)
+
+
+def test_a_stream_without_a_mask_is_plain_ids(prefix: str) -> None:
+    samples = samples_of(prefix)
+    assert not samples.is_marked and samples.batch(0, 100).max() < 60_000
+    assert samples.num_targets(17, 5) == 5 * SEQ_LENGTH
+
+
+def test_blends_of_files_with_and_without_a_mask(prefix: str, masked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = TokenSamples([(prefix, 1.0), (masked, 1.0)], seq_length=SEQ_LENGTH, seed=5)
+    assert samples.is_marked
+    values = samples.batch(0, 40).numpy()[:, 1:]
+    assert samples.num_targets(0, 40) == np.count_nonzero(is_target(values)) < 40 * SEQ_LENGTH
+    monkeypatch.setattr(samples._sources[0], "sample", lambda _: pytest.fail("read for nothing"))
+    samples.num_targets(0, 40)
+
+
+@pytest.mark.parametrize("mode", ["padded", "packed"])
+def test_a_document_longer_than_a_sample_is_named(prefix: str, mode: str) -> None:
+    with pytest.raises(
+        DataError,
+        match=rf"^data\.train: .* has a document of {max(LENGTHS)} tokens, a sample of whole documents holds 9; "
+        rf"set data\.seq_length={max(LENGTHS) - 1} or",
+    ):
+        samples_of(prefix, samples=mode)
+    assert samples_of(prefix, samples=mode, seq_length=max(LENGTHS) - 1).samples_per_epoch[0] > 1
+
+
+@pytest.mark.parametrize("mode", ["padded", "packed"])
+def test_whole_documents_of_a_split(whole: str, mode: str) -> None:
+    parts = [samples_of(whole, samples=mode, split=split) for split in ((0.0, 0.5), (0.5, 1.0))]
+    read = [[document[0] for sample in epoch_of(part, 0) for document in documents_in(sample)[0]] for part in parts]
+    assert sorted(read[0]) + sorted(read[1]) == sorted(FIRSTS) and max(read[0]) < min(read[1])
+    with pytest.raises(
+        DataError, match=r"^data\.valid_fraction: leaves 0 of 61 documents .* for validation; raise it or"
+    ):
+        samples_of(whole, samples=mode, split=(0.999, 1.0))
+
+
+def test_documents_without_tokens_give_no_samples(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=np.int32)
+    for tokens in ([1, 2], [], [3]):
+        builder.add_document(np.array(tokens), [len(tokens), 0])
+    builder.finalize(str(tmp_path / "m.idx"))
+    assert samples_of(str(tmp_path / "m"), samples="padded").samples_per_epoch == (2,)
+
+
+@pytest.mark.parametrize("mode", ["padded", "packed"])
+def test_the_vocabulary_is_checked_of_ids_alone(masked: str, mode: str, tmp_path: Path) -> None:
+    samples_of(masked, samples=mode, vocab_size=60_000).batch(0, 30)
+    prefix = write_documents(tmp_path / "t", [range(5), range(99)], vocab_size=100_000)
+    (tmp_path / "t.meta.json").unlink()
+    assert token_ids(samples_of(prefix, samples=mode, vocab_size=99, seq_length=98).batch(0, 2)).max() == 98
+    with pytest.raises(DataError, match="has the token id 98, the model a vocabulary of 98"):
+        samples_of(prefix, samples=mode, vocab_size=98, seq_length=98).batch(0, 2)
+
+
+def test_marks_of_numbers_and_of_torch() -> None:
+    value = 5 | NOT_TARGET | BEGINS
+    assert (token_ids(value), is_target(value), begins(value)) == (5, False, True)
+    values = torch.tensor([value, 6])
+    assert token_ids(values).tolist() == [5, 6]
+    assert is_target(values).tolist() == [False, True] and begins(values).tolist() == [True, False]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lime_dist.data.checksums import RULE
-from lime_dist.data.indexed import IndexedWriter, check_files, open_tokens
+from lime_dist.data.indexed import IndexedWriter, check_files, open_mask, open_tokens
 from lime_dist.errors import DataError
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -156,6 +156,7 @@ def test_a_file_of_other_text_of_the_same_size_is_refused(prefix: str, suffix: s
         ('{"vocab_size": true, "tokens": 9}', "does not state"),
         ('{"vocab_size": 10, "tokens": 9, "tokenizer_sha256": 1}', "no usable tokenizer_sha256"),
         (f'{{"vocab_size": 10, "tokens": 9, "{RULE}": {{"bin": "0"}}}}', "no usable tokenizer_sha256 or sha256_of"),
+        ('{"vocab_size": 10, "tokens": 9, "task": 3}', "names no usable task; run lime-dist data build-task again"),
         (None, "is of 8 tokens"),
     ],
 )
@@ -163,6 +164,54 @@ def test_a_meta_file_of_other_tokens_is_refused(prefix: str, meta: str | None, s
     Path(f"{prefix}.meta.json").write_text(meta or json.dumps({"vocab_size": 10, "tokens": 8}))
     with pytest.raises(DataError, match=said):
         check_files(prefix)
+
+
+MASK = [0, 1, 1, 0, 1, 0, 0, 1, 1]
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> str:
+    with IndexedWriter(tmp_path / "m", vocab_size=10, masked=True) as writer:
+        for tokens, start in zip(DOCUMENTS, (0, 3, 5)):
+            writer.add_document(np.array(tokens), np.array(MASK[start : start + len(tokens)]))
+        writer.commit({"vocab_size": 10, "tokens": NUM_TOKENS, "task": "arithmetic"})
+    return str(tmp_path / "m")
+
+
+def test_a_mask_comes_back(masked: str, prefix: str) -> None:
+    files = check_files(masked)
+    assert files.has_mask and files.task == "arithmetic" and files.has_checksums
+    assert open_mask(files).tolist() == MASK and open_tokens(files).tolist() == sum(DOCUMENTS, [])
+    assert not check_files(prefix).has_mask and check_files(prefix).task is None
+    Path(f"{masked}.meta.json").unlink()
+    assert check_files(masked).has_mask
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"m\.mask does not exist, and the meta file has its checksum; copy it or run lime-dist data build-task"),
+        (bytes(8), r"m\.mask has 8 bytes, the \.idx 9 tokens; run"),
+        (bytes([*MASK[:-1], 2]), r"m\.mask has bytes other than 0 and 1; run"),
+        (bytes(9), r"m\.mask is not as it was written .*m\.meta\.json differs"),
+    ],
+)
+def test_a_damaged_mask_is_refused(masked: str, content: bytes | None, said: str) -> None:
+    path = Path(f"{masked}.mask")
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^data\.valid: .*{said}"):
+        check_files(masked, key="data.valid")
+
+
+def test_a_mask_of_other_tokens_is_refused_and_overwriting_removes_it(masked: str) -> None:
+    mask = Path(f"{masked}.mask").read_bytes()
+    with IndexedWriter(Path(masked), vocab_size=10, overwrite=True) as writer:
+        writer.add_document(np.arange(NUM_TOKENS))
+        writer.commit({"vocab_size": 10, "tokens": NUM_TOKENS})
+    assert not check_files(masked).has_mask
+    Path(f"{masked}.mask").write_bytes(mask)
+    with pytest.raises(DataError, match=r"m\.mask is not of these tokens .*; remove it$"):
+        check_files(masked)
 
 
 def test_nothing_is_left_of_an_unfinished_file(tmp_path: Path) -> None:

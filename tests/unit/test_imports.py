@@ -16,7 +16,7 @@ ORDER = (
     "config", "pipeline.step_times", "plan", "lime", "training.optim", "pipeline", "backends", "training.world", "training.rank", "testing",
 )  # fmt: skip
 TORCH_FREE = (
-    "errors", "formats", "layout", "cluster", "config", "depth", "plan", "training.records", "lifecycle.ending", "lifecycle.stopping",
+    "errors", "formats", "layout", "cluster", "comparison", "config", "depth", "plan", "training.records", "lifecycle.ending", "lifecycle.stopping",
     "lifecycle.ownership", "lifecycle.launcher", "lifecycle.network", "lifecycle.pulse", "lifecycle.heartbeat", "lifecycle.silence",
     "pipeline.step_times", "profiling.accounting", "profiling.analysis", "profiling.calibration", "profiling.critical_path", "profiling.findings", "profiling.advice",
     "profiling.kernel_events", "profiling.profile_files", "profiling.screen", "profiling.stream_events", "profiling.timeline", "profiling.trace",

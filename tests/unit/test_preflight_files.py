@@ -70,6 +70,15 @@ REFUSED = {
         r"data\.valid_fraction: leaves 5 of 50 documents .* for validation, 150 tokens, one sample needs 151; raise it, lower "
     ),
     "data.train=short": r"data\.train: short has 8 tokens, one sample needs 9; lower data\.seq_length or add text",
+    "data.train=documents data.samples=padded": (
+        r"data\.train: documents has a document of 30 tokens, a sample of whole documents holds 9; set data\.seq_length=29 or"
+    ),
+    "data.train=short data.valid=documents data.samples=packed": (
+        r"data\.valid: documents has a document of 30 tokens, a sample of whole documents holds 9; set data\.seq_length=29 or"
+    ),
+    "data.train=documents data.samples=padded data.seq_length=29 data.valid_fraction=0.005": (
+        r"data\.valid_fraction: leaves 0 of 50 documents of documents for validation; raise it or add text"
+    ),
     "data.valid=short": r"data\.valid: short has 8 tokens, one sample needs 9; lower data\.seq_length or add text",
 }
 
@@ -89,6 +98,8 @@ def test_refused(overrides: str) -> None:
         "data.train=documents data.valid_fraction=0.1",
         "data.train=documents data.valid_fraction=0.1 data.seq_length=149 data.global_batch_size=1 eval.batches=1",
         "data.train=short data.seq_length=7",
+        "data.train=short data.samples=padded",
+        "data.train=documents data.samples=packed data.seq_length=60 data.valid_fraction=0.4",
     ],
 )
 def test_accepted_without_a_word(overrides: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +111,10 @@ def test_accepted_without_a_word(overrides: str, capsys: pytest.CaptureFixture[s
     ("overrides", "said"),
     [
         ("data.train=bare", "lime-dist: warning: data.train: bare has no checksums in a .meta.json, "),
+        (
+            "data.train=documents data.valid_fraction=0.1 data.samples=packed data.seq_length=59",
+            "lime-dist: warning: eval.batches: 2 batches are 8 samples, the held-out text has 3, so some count more than once",
+        ),
         (
             "data.train=documents data.valid_fraction=0.02",
             "lime-dist: warning: eval.batches: 2 batches are 8 samples, the held-out text has 3, so some count more than once",

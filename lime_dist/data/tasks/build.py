@@ -1,0 +1,106 @@
+"""A synthetic task as files: examples as JSON lines, a tokenizer, and token files whose loss mask covers the answers.
+
+Files are a function of the task, the sizes and the seed. No prompt comes twice, in one file or in two; the held-out files
+are made first, so that they are the same for any number of training examples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+from lime_dist.data.checksums import file_digest
+from lime_dist.data.indexed import IndexedWriter
+from lime_dist.data.output_files import prepare_outputs, written_whole
+from lime_dist.data.tasks.examples import Example, Task
+from lime_dist.data.tokenizer import list_tokenizer, load_tokenizer
+from lime_dist.errors import DataError
+
+_TRIES = 10_000  # for an example that is not there yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFile:
+    """What one split's files hold; the longest example is in tokens, the end of the document included."""
+
+    prefix: Path
+    num_examples: int
+    num_tokens: int
+    longest: int
+
+    def __str__(self) -> str:
+        return f"{self.prefix}: {self.num_examples:,} examples, {self.num_tokens:,} tokens, the longest example {self.longest}"
+
+
+def build_task(
+    task: Task, out_dir: Path, sizes: Mapping[str, int], *, seed: int = 0, overwrite: bool = False
+) -> list[TaskFile]:
+    """Write `tokenizer.model` and, for each split, its examples and token files; sizes: examples of each kind.
+
+    Raises: DataError when a file exists, or when the task has not as many different examples.
+    """
+    model_path = out_dir / "tokenizer.model"
+    prepare_outputs([model_path, *(out_dir / f"{split}.jsonl" for split in sizes)], overwrite=overwrite)
+    list_tokenizer(model_path, words=task.words, characters=task.characters)
+    written, seen = {}, set[str]()
+    for split in sorted(sizes, key=lambda split: split == "train"):
+        examples = _draw_examples(
+            task, Random(f"{task.name} {split} {seed}"), split, sizes[split] * task.num_kinds, seen
+        )
+        written[split] = _write_split(task, out_dir / split, model_path, examples, overwrite=overwrite)
+    return [written[split] for split in sizes]
+
+
+def _draw_examples(task: Task, draw: Random, split: str, count: int, seen: set[str]) -> Iterator[Example]:
+    for index in tqdm(range(count), unit=" examples", desc=split, disable=None):
+        example = _draw_new(task, draw, index, seen)
+        if example is None:
+            raise DataError(f"--{split}: the task has hardly more than these {index} examples for it; ask for fewer")
+        seen.add(example.prompt)
+        yield example
+
+
+def _draw_new(task: Task, draw: Random, index: int, seen: set[str]) -> Example | None:
+    drawn = (task.generate(draw, index) for _ in range(_TRIES))
+    return next((example for example in drawn if example.prompt not in seen), None)
+
+
+def _write_split(
+    task: Task, prefix: Path, model_path: Path, examples: Iterator[Example], *, overwrite: bool
+) -> TaskFile:
+    processor = load_tokenizer(model_path)
+    lengths = []
+    with (
+        IndexedWriter(prefix, vocab_size=processor.vocab_size(), overwrite=overwrite, masked=True) as writer,
+        written_whole(prefix.with_name(f"{prefix.name}.jsonl")) as partial,
+        partial.open("w", encoding="utf-8") as lines,
+    ):
+        for example in examples:
+            lines.write(json.dumps(asdict(example)) + "\n")
+            tokens, mask = encode_example(processor, example)
+            writer.add_document(tokens, mask)
+            lengths.append(len(tokens))
+        writer.commit(
+            {
+                "vocab_size": processor.vocab_size(),
+                "tokenizer_sha256": file_digest(model_path),
+                "documents": len(lengths),
+                "tokens": sum(lengths),
+                "task": task.name,
+            }
+        )
+    return TaskFile(prefix=prefix, num_examples=len(lengths), num_tokens=sum(lengths), longest=max(lengths))
+
+
+def encode_example(processor: SentencePieceProcessor, example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [num_tokens] of prompt, answer and end, and the loss mask, which is 1 from the answer on."""
+    prompt, answer = processor.encode([example.prompt, example.answer])
+    tokens = [*prompt, *answer, processor.eos_id()]
+    return np.array(tokens, dtype=np.int32), np.arange(len(tokens)) >= len(prompt)
