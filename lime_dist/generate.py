@@ -110,6 +110,31 @@ def generate_ids(model: LimeChunk, prompt: list[int], sampling: Sampling, max_ne
         new_ids = [token]
 
 
+@torch.no_grad()
+def generate_greedily(model: LimeChunk, prompts: Tensor, *, eos: int, max_new_tokens: int) -> list[list[int]]:
+    """For each prompt of token ids [batch, length] the likeliest token, again and again, up to `eos`, which is left out.
+
+    As `generate_ids` at temperature 0, of all at once; a sequence that has ended is dropped from the batch.
+    """
+    cache, going, new_ids = KeyValueCache(), list(range(len(prompts))), prompts.to(model.device)
+    continuations: list[list[int]] = [[] for _ in going]
+    for _ in range(max_new_tokens):
+        residual, _ = model(new_ids, *new_ids.shape, model.new_memory(new_ids.numel()), cache=cache)
+        last = residual.unflatten(0, tuple(new_ids.shape))[:, -1]
+        tokens = model.whole_logits(last).float().argmax(-1)
+        goes_on = tokens != eos
+        going = [sequence for sequence, on in zip(going, goes_on.tolist()) if on]
+        if not going:
+            break
+        if len(going) < len(tokens):
+            cache.keep(goes_on)
+            tokens = tokens[goes_on]
+        for sequence, token in zip(going, tokens.tolist()):
+            continuations[sequence].append(token)
+        new_ids = tokens[:, None]
+    return continuations
+
+
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from fp32 logits [vocab]."""
     if sampling.temperature == 0:
@@ -141,8 +166,8 @@ def checkpoint_folder(path: Path) -> Path:
     return latest
 
 
-def single_device(name: str) -> torch.device:
-    """auto, cpu or cuda. Raises: ConfigError where there is none."""
+def single_device(name: str, key: str = "--device") -> torch.device:
+    """auto, cpu or cuda. Raises: ConfigError, which names `key`, where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: cuda, but there is no GPU here; use cpu")
+        raise ConfigError(f"{key}: cuda, but there is no GPU here; use cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "lime-dist",  # so that a picture drawn again is the same file
@@ -53,6 +54,15 @@ def panels(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(columns * PANEL_INCHES[0], rows * PANEL_INCHES[1]), layout="constrained")
     axes = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
     return figure, axes
+
+
+def heatmap(figure: Figure, axes: Axes, values: Any, *, title: str, across: str, down: str) -> None:
+    """[rows, columns], the first row on top, with its scale; nan stays blank."""
+    axes.grid(False)
+    axes.set(title=title, xlabel=across, ylabel=down)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(axes.imshow(values, cmap="viridis", vmin=0.0, interpolation="nearest", aspect="auto"), ax=axes)
 
 
 def to_svg(figure: Figure) -> str:

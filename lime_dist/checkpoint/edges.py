@@ -38,6 +38,8 @@ def ready_plan(config: Config, world_size: int | None = None) -> RunPlan:
     _check_folders(config)
     folder = resume_folder(config)
     started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
+    if folder is None:
+        _check_first_weights(started)
     check_switches(config, started.pattern if folder is None else None)
     return _checked_plan(started)  # raises what is left: patterns, costs and memory that do not fit the stages
 
@@ -98,6 +100,38 @@ def resume_folder(config: Config) -> Path | None:
     if config.checkpoint.resume == "auto":
         return find_latest(checkpoints_of(config))
     return Path(config.checkpoint.resume)
+
+
+def first_weights(config: Config) -> Path | None:
+    """The checkpoint of `checkpoint.weights_from`, with whose weights a new run begins; None: with initial ones.
+
+    Raises: CheckpointError where there is none.
+    """
+    given = config.checkpoint.weights_from
+    if given is None:
+        return None
+    path = Path(given)
+    found = path if (path / "meta.json").is_file() else find_latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"checkpoint.weights_from: {shown(given)} is neither a step_N folder nor a run's folder with one; correct the path"
+        )
+    return found
+
+
+def _check_first_weights(config: Config) -> None:
+    """Before ranks start: they are of this model, with all the edges that it reads."""
+    folder = first_weights(config)
+    if folder is None:
+        return
+    saved = saved_config(CheckpointReader(folder))
+    check_same_model(folder, saved, config)
+    missing = lost_edges(config.pattern, saved.pattern)
+    if missing:
+        raise CheckpointError(
+            f"checkpoint.weights_from: {config.depth.name} has {missing} edges that {folder} ({saved.depth.name}) lacks; set "
+            f"depth.pattern={saved.depth.name}, or one with fewer edges"
+        )
 
 
 def resumed_config(config: Config, folder: Path) -> Config:

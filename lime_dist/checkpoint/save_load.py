@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state
+from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state, set_weights
 from lime_dist.checkpoint.checking import FORMAT, Meta
 from lime_dist.checkpoint.reader import find_checkpoints, find_latest, flush_to_disk, step_folder, write_json
 from lime_dist.checkpoint.saved_weights import SavedWeights
@@ -200,6 +200,12 @@ def _delete(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path)
+
+
+def load_weights(rank: Rank, folder: Path) -> None:
+    """Put the checkpoint's weights alone into the rank. Raises: CheckpointError."""
+    saved = SavedWeights(folder, rank.config)
+    set_weights(rank.optimizer, rank.stage, partial(saved.tensor, "weight"))
 
 
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:

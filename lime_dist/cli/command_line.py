@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lime_dist import __version__
+from lime_dist.analysis import commands as analysis_commands
 from lime_dist.bench import commands as bench_commands
 from lime_dist.cli import commands, samples
 from lime_dist.cluster import commands as cluster_commands
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parsers(subparsers)
     samples.add_parser(subparsers)
+    analysis_commands.add_parser(subparsers)
     data_commands.add_parser(subparsers)
     bench_commands.add_parser(subparsers)
     cluster_commands.add_parser(subparsers)

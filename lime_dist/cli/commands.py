@@ -87,12 +87,22 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("eval", help="loss of a checkpoint on the held-out text")
+    parser = subparsers.add_parser("eval", help="loss of a checkpoint on the held-out text, or accuracy on a task")
     add_config(parser)
     add_nproc(parser)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="a step_N folder (default: the newest of the run's folder)"
     )
+    parser.add_argument(
+        "--task", action="store_true", help="continue each held-out example greedily, on one device; how many are right"
+    )
+    of_task = parser.add_argument_group("with --task")
+    of_task.add_argument("--split", metavar="PREFIX", help="examples (default: data.valid)")
+    of_task.add_argument("--limit", type=_positive, metavar="N", help="the first N examples only (default: all)")
+    of_task.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="default: twice as many as the longest answer has"
+    )
+    of_task.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_eval)
 
 
@@ -288,11 +298,30 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.task:
+        return _eval_task(args)
+    for option in ("split", "limit", "max_new_tokens", "json"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option.replace('_', '-')}: is of a task's accuracy; add --task or leave it out")
     ready = partial(ready_to_evaluate, checkpoint=args.checkpoint)
     code, report = ready_on_ranks(args, ready, "evaluate", args.checkpoint)
     if report is not None:
         print(json.dumps(report))
     return ended(code)
+
+
+def _eval_task(args: argparse.Namespace) -> int:
+    from lime_dist.task_accuracy import TaskRequest, judge_checkpoint
+
+    place = find_place()
+    if args.nproc is not None or (place is not None and place.world_size > 1):
+        raise ConfigError("--task: runs on one device; start it alone, without a launcher or --nproc")
+    request = TaskRequest(
+        checkpoint=args.checkpoint, split=args.split, limit=args.limit, max_new_tokens=args.max_new_tokens
+    )
+    accuracy = judge_checkpoint(load_config(args.config, args.overrides), request)
+    print(json.dumps(accuracy.report()) if args.json else accuracy)
+    return 0
 
 
 def _resolve(args: argparse.Namespace, ready: _Ready) -> RunPlan:

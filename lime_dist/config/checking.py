@@ -64,7 +64,21 @@ def find_warnings(config: Config) -> list[str]:
             "profile.kernels: has no effect without profile.steps, as no step is recorded; set profile.steps=[FIRST, LAST], or "
             "remove it"
         ]
+    if (reason := _no_router_maps(config)) is not None:
+        warnings += [f"analysis.every: has no effect {reason}; set it to 0"]
     return warnings
+
+
+def _no_router_maps(config: Config) -> str | None:
+    """Why `analysis.every` asks for maps that there will not be."""
+    depth, every = config.depth, config.analysis.every
+    if not every:
+        return None
+    if depth.router == "none":
+        return "with depth.router=none, as there are no routers"
+    if not depth.routing.ranks_edges:
+        return f"with depth.router={depth.router}, as only static routers are learned and the same for all tokens (see `lime-dist analyze`)"
+    return f"above run.steps={config.run.steps}" if every > config.run.steps else None
 
 
 def _require(holds: bool, message: str, error: type[ConfigError] = ConfigError) -> None:

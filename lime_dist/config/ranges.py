@@ -93,6 +93,7 @@ RANGES: dict[str, Range] = {
     "run.peak_tflops": _above(0, 1e6),
     "run.log_every": _whole(1, 10**9),
     "profile.steps": _whole(1, 10**9),
+    "analysis.every": _whole(0, 10**9),
 }
 
 

@@ -157,12 +157,20 @@ class CheckpointConfig:
     every: int = 0  # steps; 0: only at the end
     keep: int = 2
     resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a checkpoint's folder
+    weights_from: str | None = (
+        None  # a step_N folder or a run's: where a new run's weights come from, without its optimiser
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     steps: list[int] | None = None  # [first, last] to record, see `lime-dist profile`; None: none
     kernels: bool = False  # by torch.profiler too, which slows these steps: all times are of slowed ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+    every: int = 0  # steps between router maps in TensorBoard, which all ranks wait for; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +206,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
     profile: ProfileConfig = ProfileConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
     deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, passed through
 
     @property

@@ -36,6 +36,10 @@ class KeyValueCache:
         self.kv[layer] = (keys, values)
         return keys, values
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but those at `rows`: booleans [batch]."""
+        self.kv = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.kv.items()}
+
 
 @dataclass(frozen=True)
 class Pass:

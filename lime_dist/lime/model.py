@@ -117,8 +117,8 @@ class LimeChunk(nn.Module):
         seq_length: int,
         memory: DepthMemory,
         targets: Tensor | None = None,
-        cache: KeyValueCache | None = None,
         examples: Examples | None = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Carry one microbatch through the chunk's layers.
 
@@ -170,9 +170,9 @@ class LimeStage(nn.Module):
     def chunk(self, chunk: int) -> LimeChunk:
         return cast(LimeChunk, self.chunks[str(chunk)])
 
-    def forward(self, chunk: int, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, chunk: int, *args: Any) -> tuple[Tensor, Tensor]:
         """`LimeChunk.forward` of one chunk: one module for whatever wraps all of a rank's parameters."""
-        return self.chunks[str(chunk)](*args, **options)
+        return self.chunks[str(chunk)](*args)
 
     def parameter_specs(self) -> tuple[ParameterSpec, ...]:
         """What each parameter of this stage is in terms of logical tensors."""
@@ -202,5 +202,5 @@ def model_loss(model: LimeChunk, tokens: Tensor) -> Tensor:
     """Mean next-token cross entropy of [batch, seq + 1], ids or ids with marks, through the whole model on one device."""
     batch = read_microbatch(tokens)
     memory = model.new_memory(batch.inputs.numel())
-    loss, _ = model(batch.inputs, *batch.inputs.shape, memory, batch.targets, examples=batch.examples)
+    loss, _ = model(batch.inputs, *batch.inputs.shape, memory, batch.targets, batch.examples)
     return loss

@@ -220,7 +220,7 @@ class _Passes:
             *inputs.shape,
             memory,
             targets,
-            examples=batch.examples,
+            batch.examples,
         )
         left = _InFlight(memory, residual, output, chain)
         if torch.is_grad_enabled():

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from lime_dist.checkpoint.reader import flush_to_disk
@@ -121,6 +122,12 @@ class Metrics:
             self._board.add_scalar(f"profile_exposed_ms/{name}", 1e3 * boundary.exposed, step)
             if boundary.bytes_per_second:  # else all arrived before they could be timed
                 self._board.add_scalar(f"profile_bytes_per_second/{name}", boundary.bytes_per_second, step)
+
+    def router_map(self, step: int, mean: numpy.ndarray) -> None:
+        """mean |R| [readers, sources] as a picture in TensorBoard."""
+        from lime_dist.analysis.figures import map_picture  # matplotlib, which most runs do without
+
+        self._board.add_figure("routers/mean", map_picture(mean), step)
 
     def flush_to_disk(self) -> None:
         """On return what was recorded survives a power cut."""

@@ -16,12 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.edges import checkpoints_of, evaluated_config, no_checkpoint, resume_folder, resumed_config
+from lime_dist.checkpoint.edges import (
+    checkpoints_of,
+    evaluated_config,
+    first_weights,
+    no_checkpoint,
+    resume_folder,
+    resumed_config,
+)
 from lime_dist.checkpoint.reader import flush_to_disk, set_aside_after
-from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, naming_full_disk, save_checkpoint
+from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
-from lime_dist.data.split import WHOLE, Split, held_out_split, train_split
 from lime_dist.errors import ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
 from lime_dist.lifecycle.heartbeat import side_heartbeat_folder
@@ -41,6 +47,8 @@ from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
 from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
+from lime_dist.training.router_pictures import gather_router_map
+from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
 from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
 from lime_dist.training.world import join_world
 
@@ -58,35 +66,6 @@ class SampleBatch:
     @property
     def num_targets(self) -> int:
         return self._samples.num_targets(self._start, self._size)
-
-
-Between = Callable[[], None]  # called after each token file, as opening one may take long
-
-
-def open_training_data(config: Config, between: Between = lambda: None) -> TokenSamples:
-    return _open(config, config.data.train, train_split(config.data.valid_fraction), "data.train", between)
-
-
-def open_held_out_data(config: Config, between: Between = lambda: None) -> TokenSamples | None:
-    """`data.valid`, or the documents kept back from `data.train`, or None."""
-    if config.data.valid:
-        return _open(config, config.data.valid, WHOLE, "data.valid", between)
-    if config.data.valid_fraction:
-        return _open(config, config.data.train, held_out_split(config.data.valid_fraction), "data.train", between)
-    return None
-
-
-def _open(config: Config, sources: list, split: Split, key: str, between: Between) -> TokenSamples:
-    return TokenSamples(
-        [(source.path, source.weight) for source in sources],
-        seq_length=config.data.seq_length,
-        seed=config.run.seed,
-        split=split,
-        samples=config.data.samples,
-        vocab_size=config.model.vocab_size,
-        key=key,
-        between=between,
-    )
 
 
 def train(plan: RunPlan, place: Place) -> int:
@@ -230,6 +209,7 @@ class TrainingRun:
         start = agree_on_start(config, device)
         if start.folder is None:
             self.rank = Rank(plan, groups, device, pulse)
+            self._load_first_weights()
         else:
             self._load(start, plan)
         between()
@@ -240,6 +220,14 @@ class TrainingRun:
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
+
+    def _load_first_weights(self) -> None:
+        """Those of another run, where the config names one."""
+        folder = first_weights(self.config)
+        if folder is not None:
+            load_weights(self.rank, folder)
+            if self.rank.is_logger:
+                print(f"weights from {folder}", flush=True)
 
     def _load(self, start: Start, plan: RunPlan) -> None:
         """A rank with the checkpoint's weights, and the pattern that the run has reached. plan: of an earlier pattern, perhaps."""
@@ -358,7 +346,15 @@ class TrainingRun:
             ),
         )
         self._end_profiled_step()
+        if _is_due(self.step, config.analysis.every):
+            self._picture_routers()
         return result.stop_asked
+
+    def _picture_routers(self) -> None:
+        self._pulse.beat("routers")
+        router_map = gather_router_map(self.rank)
+        if router_map is not None:
+            self._record("record", lambda metrics: metrics.router_map(self.step, router_map.mean))
 
     def _end_profiled_step(self) -> None:
         folder = self._profiler.end() if self._profiler is not None else None

@@ -88,7 +88,7 @@ def _code_digest() -> str:
 
 def _token_file(prefix: str) -> str:
     """The sizes and checksums of its files, the meta file's too, which names the tokenizer."""
-    paths = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "meta.json")]
+    paths = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "mask", "meta.json")]
     return ", ".join(f"{path.stat().st_size} bytes {block_digest(path)[:12]}" for path in paths if path.is_file())
 
 

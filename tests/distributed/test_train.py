@@ -192,6 +192,44 @@ def test_checkpoint_loads_under_another_layout(
         assert np.abs(after[name] - values).max() < TOLERANCE * np.abs(values).max(), name
 
 
+@pytest.mark.parametrize(("written", "read"), [("pp=3 zero=1 tp=2 relay", "dp=2 zero=3"), ("zero=0", "pp=3 zero=1")])
+def test_a_run_begins_with_the_weights_of_another(
+    written: str, read: str, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whose optimiser is not taken: the first update of the warm-up has rate 0, and leaves one gradient in its moments."""
+    source, run_dir = whole(written), tmp_path / "run"
+    assert train(run_dir, read, f"checkpoint.weights_from={source}", "run.steps=1") == 0
+    assert evaluations(run_dir)[0] == pytest.approx(evaluations(source)[5], rel=TOLERANCE)
+    before, after = saved_arrays(source, 5), saved_arrays(run_dir, 1)
+    weights = [name for name in before if name.startswith("weight:")]
+    assert weights and all(np.array_equal(after[name], before[name]) for name in weights)
+    name = "layers.1.mlp.down_proj.weight"
+    assert np.allclose(after[f"exp_avg:{name}"] ** 2 * 0.05, after[f"exp_avg_sq:{name}"] * 0.01, rtol=1e-3)
+    # Stopped and started again it goes on from its own checkpoint.
+    assert train(run_dir, read, f"checkpoint.weights_from={source}", "run.steps=2") == 0
+    assert [line["step"] for line in steps(run_dir)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["checkpoint.weights_from=nowhere"], "checkpoint.weights_from: 'nowhere' is neither a step_N folder nor a run's folder"),
+        (["checkpoint.weights_from={source}", "model.hidden_size=64"], "saved with model.hidden_size=32, the run has 64"),
+        (["checkpoint.weights_from={source}", "depth.router=none"], "saved with depth.router=static, the run has none"),
+        (["checkpoint.weights_from={narrow}"], "checkpoint.weights_from: full has 3 edges that"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit(
+    more: list[str], message: str, whole: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    narrow = tmp_path / "narrow"
+    if "narrow" in more[0]:
+        assert train(narrow, "pattern=last:1", "run.steps=1") == 0
+    more = [word.format(source=whole("zero=0"), narrow=narrow) for word in more]
+    assert train(tmp_path / "run", "", *more) == 2
+    assert message in capfd.readouterr().err
+
+
 def test_all_layouts_see_the_same_batches(whole: Callable[[str], Path]) -> None:
     first, *others = [[line["loss"] for line in steps(whole(layout))] for layout in FP32]
     assert len(set(first)) == len(first) == 5 and first[-1] < first[0] - 0.1, "training does nothing"

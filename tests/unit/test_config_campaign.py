@@ -100,7 +100,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 SECTIONS = ("model", "depth", "parallel", "pipeline", "optim", "data", "eval", "checkpoint", "run", "deepspeed")
 KEYS = (
     "switch_at", "pattern", "router", "entry", "policy", "partial_sum_dtype", "weights_from", "pattern_name", "dp", "recompute", "boundary_cost",
-    "partition", "rope_theta", "rms_norm_eps", "valid_fraction", "resume", "device", "timeout_seconds", "zero_optimization", "min_lr", "eps",
+    "partition", "rope_theta", "rms_norm_eps", "valid_fraction", "resume", "device", "timeout_seconds", "zero_optimization", "min_lr", "eps", "router_init", "heads", "head_top_p", "samples",
 )  # fmt: skip
 
 

@@ -19,21 +19,23 @@ from lime_dist.errors import DataError
 pytestmark = pytest.mark.campaign
 
 VOCAB_SIZE = 50_000
-SUFFIXES = ("bin", "idx", "meta.json")
+SUFFIXES = ("bin", "idx", "mask", "meta.json")
 Mutation = Callable[[np.random.Generator, bytes], bytes]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three ways to have token files: `ours`; `bare`, the same without a meta file; `parts`, of several sequences each."""
+    """Ways to have token files: `ours`; `masked`, the same with a loss mask; `bare`, without a meta file; `parts`, of several
+    sequences each."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     folder = tmp_path_factory.mktemp("written")
     documents = [np.arange(first, first + 1 + first % 37) for first in range(100, 2500, 13)]
-    with IndexedWriter(folder / "ours", vocab_size=VOCAB_SIZE) as writer:
-        for tokens in documents:
-            writer.add_document(tokens)
-        writer.commit({"vocab_size": VOCAB_SIZE, "tokens": sum(map(len, documents)), "tokenizer_sha256": "0" * 64})
+    for name in ("ours", "masked"):
+        with IndexedWriter(folder / name, vocab_size=VOCAB_SIZE, masked=name == "masked") as writer:
+            for tokens in documents:
+                writer.add_document(tokens, tokens % 3 > 0 if name == "masked" else None)
+            writer.commit({"vocab_size": VOCAB_SIZE, "tokens": sum(map(len, documents)), "tokenizer_sha256": "0" * 64})
     builder = IndexedDatasetBuilder(str(folder / "parts.bin"), dtype=np.uint16)
     for index, tokens in enumerate(documents):
         builder.add_document(tokens, [len(part) for part in np.array_split(tokens, 1 + index % 3)])
@@ -175,9 +177,12 @@ def _cases(random: np.random.Generator, content: bytes, mutations: tuple[Mutatio
             yield mutated
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_with_checksums_every_damage_is_refused(damage: Damage, suffix: str, num_cases: int) -> None:
-    assert damage("ours", suffix, (*ANY_FILE, set_header)) == {"refused": num_cases}
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("ours", "bin"), ("ours", "idx"), ("masked", "bin"), ("masked", "idx"), ("masked", "mask")]
+)
+def test_with_checksums_every_damage_is_refused(damage: Damage, name: str, suffix: str, num_cases: int) -> None:
+    mutations = ANY_FILE if suffix == "mask" else (*ANY_FILE, set_header)
+    assert damage(name, suffix, mutations) == {"refused": num_cases}
 
 
 def test_without_checksums_an_index_of_one_sequence_a_document_gives_no_other_samples(damage: Damage) -> None:
@@ -191,8 +196,9 @@ def test_without_checksums_document_bounds_among_several_sequences_may_move(dama
     assert outcomes["other"] <= 0.1 * num_cases
 
 
-def test_a_damaged_meta_file_is_refused_or_does_not_matter(damage: Damage) -> None:
-    outcomes = damage("ours", "meta.json", (*ANY_FILE, set_value, set_value, set_value, drop_key))
+@pytest.mark.parametrize("name", ["ours", "masked"])
+def test_a_damaged_meta_file_is_refused_or_does_not_matter(damage: Damage, name: str) -> None:
+    outcomes = damage(name, "meta.json", (*ANY_FILE, set_value, set_value, set_value, drop_key))
     assert outcomes["other"] == 0 and outcomes["refused"] > 0
 
 

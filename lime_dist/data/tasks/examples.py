@@ -18,7 +18,7 @@ class Example:
 
 
 class Task(ABC):
-    """What a task is to the rest of the house.
+    """What the builder and the evaluation ask of a task.
 
     words, characters: what gets token ids of its own (`list_tokenizer`). group_name: what `group` counts.
     sizes: by split, the examples of each kind. num_kinds: kinds of examples, which take turns.

@@ -1,0 +1,63 @@
+"""A report as text: its sentences, and a table by layer. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lime_dist.formats import format_bytes
+
+_COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (  # head, where in the report, form
+    ("own share", ("routers", "own_share"), "{:.0%}"),
+    ("mean source", ("routers", "expected_source"), "{:.1f}"),
+    ("S hidden", ("spectra", "entropy", "hidden_states", "mean"), "{:.2f}"),
+    ("S values", ("spectra", "entropy", "values", "mean"), "{:.2f}"),
+    ("S raw values", ("spectra", "entropy", "raw_values", "mean"), "{:.2f}"),
+    ("rank values", ("spectra", "effective_rank", "values", "mean"), "{:.1f}"),
+    ("probe hidden", ("separability", "hidden_states", "mean"), "{:.0%}"),
+    ("probe values", ("separability", "values", "mean"), "{:.0%}"),
+)
+
+
+def screen(report: dict[str, Any]) -> str:
+    """S: matrix-based Renyi entropy in nats; rank: effective rank; probe: accuracy."""
+    rows = layer_rows(report)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join([report["checkpoint"], *report["sentences"], "", *lines, *_edge_lines(report)])
+
+
+def layer_rows(report: dict[str, Any]) -> list[list[str]]:
+    """A head and a row a layer; what the run does not have is a dash, a column of dashes is left out."""
+    columns = [["layer", *map(str, range(report["model"]["num_layers"]))]]
+    for head, place, form in _COLUMNS:
+        figures: Any = report
+        for key in place:
+            figures = figures and figures[key]
+        if figures and any(value is not None for value in figures):
+            columns.append([head, *("-" if value is None else form.format(value) for value in figures)])
+    return [list(row) for row in zip(*columns)]
+
+
+def edge_rows(report: dict[str, Any]) -> list[list[str]]:
+    """A head and a row for each rule of what is kept."""
+    rows = [["kept", "edges", "share of |R|", "largest bundle", "held-out loss"]]
+    for kept in report["edges"] or ():
+        size = kept["largest_bundle_bytes"]
+        rows.append(
+            [
+                kept["rule"],
+                str(kept["edges"]),
+                f"{kept['weight_share']:.0%}",
+                "-" if size is None else format_bytes(size),
+                f"{kept['loss']:.4f}",
+            ]
+        )
+    return rows
+
+
+def _edge_lines(report: dict[str, Any]) -> list[str]:
+    rows = edge_rows(report)
+    if len(rows) == 1:
+        return []
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["", *("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)]

@@ -1,0 +1,225 @@
+"""How many examples of a synthetic task a checkpoint answers right, decoded greedily on one device, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+from lime_dist.checkpoint.edges import evaluated_config, no_checkpoint, resume_folder
+from lime_dist.config import Config, check_config
+from lime_dist.data.indexed import TokenFiles, check_files, open_mask, open_tokens
+from lime_dist.data.meta import require_tokenizer
+from lime_dist.data.tasks.catalog import task_named
+from lime_dist.data.tasks.examples import Task
+from lime_dist.errors import ConfigError, DataError
+from lime_dist.generate import checkpoint_folder, generate_greedily, load_model, load_tokenizer_of, single_device
+from lime_dist.lime.model import LimeChunk
+
+_BATCH_TOKENS = 1 << 15  # of prompts and answers that are decoded together; keeps the cache small
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest:
+    """checkpoint: None for the newest of the run's folder. split: a prefix of token files, None for `data.valid`.
+
+    limit: None for all examples. max_new_tokens: None for twice as many as the longest answer has.
+    """
+
+    checkpoint: Path | None = None
+    split: str | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Token ids of an example: the prompt, and the answer up to its end."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of one example, in text; group: how hard it is."""
+
+    group: int
+    is_right: bool
+    prompt: str
+    answer: str
+    generated: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    num_right: int
+    num_examples: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_right / self.num_examples
+
+    @property
+    def standard_error(self) -> float:
+        """Of a binomial share."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_examples)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "examples": self.num_examples,
+            "right": self.num_right,
+            "accuracy": self.accuracy,
+            "standard_error": self.standard_error,
+        }
+
+
+def share_of(verdicts: Sequence[Verdict]) -> Share:
+    return Share(num_right=sum(verdict.is_right for verdict in verdicts), num_examples=len(verdicts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAccuracy:
+    """The verdicts on a checkpoint; as text, a table by group with a few wrong examples below."""
+
+    task: Task
+    checkpoint: Path
+    prefix: str
+    verdicts: Sequence[Verdict]
+
+    def shares(self) -> dict[str, Share]:
+        """By group, and of all."""
+        groups = defaultdict(list)
+        for verdict in self.verdicts:
+            groups[verdict.group].append(verdict)
+        return {str(group): share_of(groups[group]) for group in sorted(groups)} | {"all": share_of(self.verdicts)}
+
+    def wrong(self) -> list[Verdict]:
+        """The first few."""
+        return [verdict for verdict in self.verdicts if not verdict.is_right][:_SHOWN]
+
+    def report(self) -> dict[str, Any]:
+        shares = {group: share.report() for group, share in self.shares().items()}
+        return {
+            "task": self.task.name,
+            "checkpoint": str(self.checkpoint),
+            "split": self.prefix,
+            "group": self.task.group_name,
+            "all": shares.pop("all"),
+            "groups": shares,
+            "wrong": [{"prompt": one.prompt, "answer": one.answer, "generated": one.generated} for one in self.wrong()],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.task.name}, {self.prefix}, by {self.checkpoint}"]
+        lines += [f"{self.task.group_name:>10}  {'examples':>9}  {'right':>9}  accuracy"]
+        for group, share in self.shares().items():
+            accuracy = f"{share.accuracy:8.1%}  +- {share.standard_error:.1%}"
+            lines += [f"{group:>10}  {share.num_examples:>9,}  {share.num_right:>9,}  {accuracy}"]
+        for one in self.wrong():
+            lines += ["", f"wrong:     {one.prompt}", f"answer:    {one.answer}", f"generated: {one.generated}"]
+        return "\n".join(lines)
+
+
+def judge_checkpoint(config: Config, request: TaskRequest) -> TaskAccuracy:
+    """Raises: ConfigError, DataError, CheckpointError."""
+    config = check_config(config)
+    prefix, key = _examples_of(config, request)
+    files = check_files(prefix, key=key)
+    task = task_named(files.task, key=key, prefix=prefix)
+    processor = _tokenizer_of(config, files, key)
+    folder = _checkpoint_of(config, request)
+    _ = evaluated_config(config, folder)  # raises where the config is of another model
+    model, _ = load_model(folder, single_device(config.run.device, "run.device"))
+    questions = read_questions(files)[: request.limit]
+    max_new_tokens = request.max_new_tokens or 2 * max(len(question.answer) for question in questions)
+    continuations = continue_all(model, questions, eos=processor.eos_id(), max_new_tokens=max_new_tokens)
+    verdicts = [judge(task, processor, *pair) for pair in zip(questions, continuations, strict=True)]
+    return TaskAccuracy(task=task, checkpoint=folder, prefix=prefix, verdicts=verdicts)
+
+
+def _examples_of(config: Config, request: TaskRequest) -> tuple[str, str]:
+    """The prefix of the examples' token files, and what names it."""
+    if request.split is not None:
+        return request.split, "--split"
+    if len(config.data.valid) != 1:
+        raise ConfigError(f"data.valid: names {len(config.data.valid)} token files; name one, or give --split PREFIX")
+    return config.data.valid[0].path, "data.valid"
+
+
+def _tokenizer_of(config: Config, files: TokenFiles, key: str) -> SentencePieceProcessor:
+    if config.data.tokenizer is None:
+        raise ConfigError("data.tokenizer: not set; name the tokenizer.model beside the task's files")
+    path = Path(config.data.tokenizer)
+    require_tokenizer(path, files.tokenizer_sha256, key="data.tokenizer", made=f"{key} {files.prefix}")
+    return load_tokenizer_of(config, path)
+
+
+def _checkpoint_of(config: Config, request: TaskRequest) -> Path:
+    if request.checkpoint is not None:
+        return checkpoint_folder(request.checkpoint)
+    folder = resume_folder(config)
+    if folder is None:
+        raise no_checkpoint(config)
+    return folder
+
+
+def read_questions(files: TokenFiles) -> list[Question]:
+    """All examples of a task's token files: up to the first target is the prompt, from there on the answer.
+
+    Raises: DataError where the files have no loss mask, or an example no prompt or answer.
+    """
+    if not files.has_mask:
+        raise DataError(f"{files.prefix}.mask: does not exist; run lime-dist data build-task again")
+    tokens, mask = (np.asarray(whole) for whole in (open_tokens(files), open_mask(files)))
+    questions: list[Question] = []
+    for start, stop in zip(files.document_bounds.tolist(), files.document_bounds[1:].tolist()):
+        (targets,) = np.nonzero(mask[start:stop])
+        if not len(targets) or not targets[0]:
+            raise DataError(f"{files.prefix}: example {len(questions)} has no prompt or answer; build the task again")
+        middle = start + int(targets[0])
+        questions.append(Question(prompt=tokens[start:middle].tolist(), answer=tokens[middle : stop - 1].tolist()))
+    return questions
+
+
+def continue_all(model: LimeChunk, questions: Sequence[Question], *, eos: int, max_new_tokens: int) -> list[list[int]]:
+    """The greedy continuation of each prompt up to `eos`, in the order of `questions`."""
+    continuations: list[list[int]] = [[] for _ in questions]
+    with tqdm(total=len(questions), unit=" examples", desc="decode", disable=None) as bar:
+        for batch in batches_of_equal_length([len(question.prompt) for question in questions], max_new_tokens):
+            prompts = torch.tensor([questions[index].prompt for index in batch])
+            generated = generate_greedily(model, prompts, eos=eos, max_new_tokens=max_new_tokens)
+            for index, continuation in zip(batch, generated, strict=True):
+                continuations[index] = continuation
+            bar.update(len(batch))
+    return continuations
+
+
+def batches_of_equal_length(lengths: Iterable[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts, those of one length together, so that none needs padding."""
+    by_length = defaultdict(list)
+    for index, length in enumerate(lengths):
+        by_length[length].append(index)
+    for length, indices in sorted(by_length.items()):
+        rows = max(1, _BATCH_TOKENS // (length + max_new_tokens))
+        yield from (indices[start : start + rows] for start in range(0, len(indices), rows))
+
+
+def judge(task: Task, processor: SentencePieceProcessor, question: Question, continuation: list[int]) -> Verdict:
+    prompt, answer, generated = map(processor.decode, (question.prompt, question.answer, continuation))
+    return Verdict(
+        group=task.group(prompt),
+        is_right=task.is_right(answer, generated),
+        prompt=prompt,
+        answer=answer,
+        generated=generated,
+    )
