@@ -108,7 +108,8 @@ def _depth_name(config: Config) -> str:
         *([depth.entry] if depth.entry != "kv" else []),
         *([depth.router] if depth.router != "static" else []),
     ]
-    return f"{' '.join(kind)}, {depth.pattern if isinstance(depth.pattern, str) else depth.pattern_name or 'edges'}"
+    edges = depth.pattern_name or ("edges" if depth.pattern else "no edges")
+    return f"{' '.join(kind)}, {depth.pattern if isinstance(depth.pattern, str) else edges}"
 
 
 def _telling(variant: Variant, alike: Sequence[Variant]) -> list[str]:
