@@ -109,7 +109,8 @@ def _depth_name(config: Config) -> str:
         *([depth.entry] if depth.entry != "kv" else []),
         *([depth.router] if depth.router != "static" else []),
     ]
-    pattern = depth.pattern if isinstance(depth.pattern, str) else depth.pattern_name or "edges"
+    edges = depth.pattern_name or ("edges" if depth.pattern else "no edges")
+    pattern = depth.pattern if isinstance(depth.pattern, str) else edges
     options = {key: getattr(depth, key) for key in options_of(ROUTINGS[depth.entry, depth.router])}
     unusual = [f"{key}={value}" for key, value in options.items() if value != getattr(DepthConfig(), key)]
     return ", ".join([" ".join(kind), pattern, *unusual])

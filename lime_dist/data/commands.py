@@ -31,6 +31,9 @@ def _add_build_corpus(commands: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument(
         "--valid-fraction", type=_fraction, default=0.05, metavar="F", help="documents held out (default: 0.05)"
     )
+    parser.add_argument(
+        "--packages", action="store_true", help="take the documentation of the installed packages too: a larger corpus"
+    )
     _add_overwrite(parser)
     parser.set_defaults(run=_build_corpus)
 
@@ -123,7 +126,9 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _build_corpus(args: argparse.Namespace) -> int:
     from lime_dist.data.corpus import build_corpus
 
-    for written in build_corpus(args.out, valid_fraction=args.valid_fraction, overwrite=args.overwrite):
+    for written in build_corpus(
+        args.out, valid_fraction=args.valid_fraction, packages=args.packages, overwrite=args.overwrite
+    ):
         print(written)
     return 0
 

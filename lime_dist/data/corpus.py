@@ -1,34 +1,25 @@
 """A small English corpus without a network: the documentation that comes with the Python installation.
 
-One document per topic of `help()` and one per module of the standard library (its docstrings, read from
-the source without importing it). For trying things out; not a corpus to publish results on.
+One document per topic of `help()` and one per module of the standard library (its docstrings), and on request the
+documentation of the installed packages. For trying things out; not a corpus to publish results on.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib
 import json
 import sysconfig
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lime_dist.data.docstrings import Document, module_documents
 from lime_dist.data.output_files import prepare_outputs, written_whole
+from lime_dist.data.package_docs import package_documents, without_repeats
 from lime_dist.errors import DataError
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"})
-_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """A named text; the name alone decides whether it is held out."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +34,35 @@ class CorpusFile:
         return f"{self.path}: {self.num_documents:,} documents, {self.num_characters:,} characters"
 
 
-def build_corpus(out_dir: Path, *, valid_fraction: float = 0.05, overwrite: bool = False) -> list[CorpusFile]:
+def build_corpus(
+    out_dir: Path, *, valid_fraction: float = 0.05, packages: bool = False, overwrite: bool = False
+) -> list[CorpusFile]:
     """Write `train.jsonl` and `valid.jsonl`; the latter gets about `valid_fraction` of the documents, always the same.
+
+    packages: take the installed packages' documentation too, each paragraph of the corpus once.
 
     Raises: DataError when a file exists, or when this Python comes without its documentation and sources.
     """
     train_path, valid_path = out_dir / "train.jsonl", out_dir / "valid.jsonl"
     prepare_outputs((train_path, valid_path), overwrite=overwrite)
-    documents = [*topic_documents(), *module_documents(Path(sysconfig.get_path("stdlib")))]
+    documents = list(without_repeats(_all_documents()) if packages else _standard_documents(set()))
     if not documents:
         raise DataError("build-corpus: this Python has neither topics nor library sources; use a full installation")
     valid = [document for document in documents if is_held_out(document.name, valid_fraction)]
     train = [document for document in documents if not is_held_out(document.name, valid_fraction)]
     return [_write_json_lines(train_path, train), _write_json_lines(valid_path, valid)]
+
+
+def _all_documents() -> Iterator[Document]:
+    seen: set[str] = set()
+    yield from _standard_documents(seen)
+    for root in sorted({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}):
+        yield from package_documents(root, seen)
+
+
+def _standard_documents(seen: set[str]) -> Iterator[Document]:
+    yield from topic_documents()
+    yield from library_documents(Path(sysconfig.get_path("stdlib")), seen)
 
 
 def is_held_out(name: str, valid_fraction: float) -> bool:
@@ -73,48 +80,10 @@ def topic_documents() -> Iterator[Document]:
         yield Document(name=f"topic {name}", text=topics[name].strip() + "\n")
 
 
-def module_documents(root: Path) -> Iterator[Document]:
-    """The docstrings of every module under `root`, by path; one that an earlier module had is left out."""
-    seen: set[str] = set()
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            sections = [section for section in _sections(name, path) if section.docstring not in seen]
-            seen.update(section.docstring for section in sections)
-            if sections:
-                yield Document(name=f"module {name}", text="\n\n".join(map(str, sections)) + "\n")
-
-
-@dataclass(frozen=True)
-class _Section:
-    """One docstring under the dotted name of what it documents."""
-
-    name: str
-    docstring: str
-
-    def __str__(self) -> str:
-        return f"{self.name}\n\n{self.docstring}"
-
-
-def _sections(module_name: str, path: Path) -> list[_Section]:
-    """The docstrings of a source file in source order; none when it does not parse."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return []
-    return list(_walk(module_name, tree))
-
-
-def _walk(name: str, node: ast.Module | _Definition) -> Iterator[_Section]:
-    docstring = ast.get_docstring(node)
-    if docstring:
-        yield _Section(name, docstring)
-    for child in node.body:
-        if isinstance(child, _Definition):
-            yield from _walk(f"{name}.{child.name}", child)
+def library_documents(root: Path, seen: set[str]) -> Iterator[Document]:
+    """The docstrings of every module of the standard library under `root`; see `module_documents` for `seen`."""
+    paths = (path for path in sorted(root.rglob("*.py")) if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts))
+    return module_documents(root, paths, seen)
 
 
 def _write_json_lines(path: Path, documents: Iterable[Document]) -> CorpusFile:

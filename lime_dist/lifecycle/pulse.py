@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -65,14 +66,14 @@ class Pulse:
         }
         self.last = self.last._replace(passes={**self.last.passes, **counted})
 
-    def around(self, kind: str, work: Callable[..., Result]) -> Callable[..., Result]:
+    def around(self, kind: str, work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """`work`, which is the next pass of its kind, with a beat before and after."""
 
-        def watched(*args: object) -> Result:
+        def watched(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
             this = self._next(kind)
             self._counts[kind] += 1
             self._move(kind, this, busy=True, done=self.last.done)
-            result = work(*args)
+            result = work(*args, **keywords)
             self._count(kind, this)
             self._move(kind, this, busy=False, done=self.last.done + 1)
             return result

@@ -210,6 +210,7 @@ def test_names_tell_variants_apart(tmp_path: Path) -> None:
         "LIMe, full, optim.lr=0.1": ("optim.lr=0.1",),
         "LIMe, first:2": ("depth.pattern=first:2", "optim.lr=0.1"),
         "LIMe, edges": ("depth.pattern={3: [0]}",),
+        "LIMe, no edges": ("depth.pattern={}",),
         "LIMe hidden dynamic, full": ("depth.entry=hidden", "depth.router=dynamic", "model.num_kv_heads=4"),
         "LIMe, full, heads=same": ("depth.heads=same",),
         "LIMe average, full": ("depth.router=average",),
