@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lime_dist.analysis.activations import KINDS, mean_token_weights
 from lime_dist.analysis.edge_cuts import mean_loss, measure_cuts
+from lime_dist.analysis.loss_curve import loss_curve
 from lime_dist.analysis.occurrences import WORDS, find_occurrences, piece_texts
 from lime_dist.analysis.probe import (
     MAX_OCCURRENCES,
@@ -59,10 +60,12 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
     inputs = [tokens[:, :-1] for tokens in batches]
     left_out: dict[str, str] = {}
     router_map = _router_map(folder, model, config, inputs, left_out)
+    step = CheckpointReader(folder).meta.step
     report = {
         "run": str(path),
         "checkpoint": str(folder),
-        "step": CheckpointReader(folder).meta.step,
+        "step": step,
+        "loss_curve": loss_curve(folder, step),
         "model": _model_facts(config),
         "text": {
             "source": text.source,
