@@ -147,13 +147,26 @@ def checked_config(folder: Path, meta: Meta, places: Places) -> Config:
     names = {key.partition("@")[0] for keys in places.values() for key in keys}
     norms = sum(name.startswith("weight:") and ".input_layernorm." in name for name in names)
     try:
-        config = parse_config(meta.config)
+        config = parse_config(_with_present_names(meta.config))
         if config.model.num_layers > norms:  # before anything is made for each layer
             refuse(folder, f"{norms} layers in its files, model.num_layers={config.model.num_layers} in its config")
         config = check_config(config)
         _ = config.pattern
     except ConfigError as error:
         refuse(folder, f"config in meta.json: {brief(error)}")
+    return config
+
+
+_RENAMED = {("optim", "min_lr_ratio"): "min_lr"}  # keys of earlier versions
+
+
+def _with_present_names(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of an earlier version, of which the weights are as good."""
+    config = {key: dict(keys) if isinstance(keys, dict) else keys for key, keys in config.items()}
+    for (section, old), new in _RENAMED.items():
+        keys = config.get(section)
+        if isinstance(keys, dict) and old in keys:
+            keys[new] = keys.pop(old)
     return config
 
 

@@ -198,6 +198,15 @@ def test_nothing_of_a_crafted_size_is_made(folder: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
+def test_a_key_that_has_another_name_now(folder: Path) -> None:
+    tree = json.loads((folder / "meta.json").read_text())
+    optim = tree["config"].setdefault("optim", {})
+    optim.pop("min_lr", None)
+    optim["min_lr_ratio"] = 0.25
+    (folder / "meta.json").write_text(json.dumps(tree))
+    assert CheckpointReader(folder).config.optim.min_lr == 0.25
+
+
 def test_another_shape(folder: Path) -> None:
     wider = LogicalTensor(NAME, (8, 14), Role.PROJECTION)
     with pytest.raises(CheckpointError, match=re.escape("has shape [8, 12], the model [8, 14]; use the checkpoint's")):
