@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,27 +111,36 @@ def generate_ids(model: LimeChunk, prompt: list[int], sampling: Sampling, max_ne
 
 
 @torch.no_grad()
-def generate_greedily(model: LimeChunk, prompts: Tensor, *, eos: int, max_new_tokens: int) -> list[list[int]]:
-    """For each prompt of token ids [batch, length] the likeliest token, again and again, up to `eos`, which is left out.
+def generate_greedily(
+    model: LimeChunk, prompts: Sequence[Sequence[int]], *, eos: int, max_new_tokens: int
+) -> list[list[int]]:
+    """For each prompt the likeliest token, again and again, up to `eos`, which is left out.
 
-    As `generate_ids` at temperature 0, of all at once; a sequence that has ended is dropped from the batch.
+    As `generate_ids` at temperature 0, of all at once: while some of a longer prompt is left, its own next token goes on in
+    place of the likeliest, so that no padding is needed. A sequence that has ended is dropped from the batch.
     """
-    cache, going, new_ids = KeyValueCache(), list(range(len(prompts))), prompts.to(model.device)
-    continuations: list[list[int]] = [[] for _ in going]
-    for _ in range(max_new_tokens):
+    continuations: list[list[int]] = [[] for _ in prompts]
+    shortest = min(map(len, prompts))
+    cache, going = KeyValueCache(), list(range(len(prompts)))
+    new_ids = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=model.device)
+    while going:
         residual, _ = model(new_ids, *new_ids.shape, model.new_memory(new_ids.numel()), cache=cache)
         last = residual.unflatten(0, tuple(new_ids.shape))[:, -1]
-        tokens = model.whole_logits(last).float().argmax(-1)
-        goes_on = tokens != eos
-        going = [sequence for sequence, on in zip(going, goes_on.tolist()) if on]
-        if not going:
-            break
-        if len(going) < len(tokens):
-            cache.keep(goes_on)
-            tokens = tokens[goes_on]
-        for sequence, token in zip(going, tokens.tolist()):
-            continuations[sequence].append(token)
-        new_ids = tokens[:, None]
+        likeliest = model.whole_logits(last).float().argmax(-1).tolist()
+        following: list[int | None] = []
+        for sequence, token in zip(going, likeliest, strict=True):
+            prompt, continuation = prompts[sequence], continuations[sequence]
+            if cache.length < len(prompt):
+                following.append(prompt[cache.length])
+                continue
+            if token != eos:
+                continuation.append(token)
+            following.append(token if token != eos and len(continuation) < max_new_tokens else None)
+        goes_on = [token is not None for token in following]
+        if not all(goes_on):
+            cache.keep(torch.tensor(goes_on, device=model.device))
+        going = [sequence for sequence, on in zip(going, goes_on) if on]
+        new_ids = torch.tensor([[token] for token in following if token is not None], device=model.device)
     return continuations
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
@@ -126,8 +125,14 @@ class TaskAccuracy:
             accuracy = f"{share.accuracy:8.1%}  +- {share.standard_error:.1%}"
             lines += [f"{group:>10}  {share.num_examples:>9,}  {share.num_right:>9,}  {accuracy}"]
         for one in self.wrong():
-            lines += ["", f"wrong:     {one.prompt}", f"answer:    {one.answer}", f"generated: {one.generated}"]
+            texts = {"wrong": one.prompt, "answer": one.answer, "generated": one.generated}
+            lines += ["", *(f"{name + ':':<10} {_printable(text)}" for name, text in texts.items())]
         return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """On one line and without what a terminal would act on; a model may generate any character."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def judge_checkpoint(config: Config, request: TaskRequest) -> TaskAccuracy:
@@ -195,8 +200,8 @@ def continue_all(model: LimeChunk, questions: Sequence[Question], *, eos: int, m
     """The greedy continuation of each prompt up to `eos`, in the order of `questions`."""
     continuations: list[list[int]] = [[] for _ in questions]
     with tqdm(total=len(questions), unit=" examples", desc="decode", disable=None) as bar:
-        for batch in batches_of_equal_length([len(question.prompt) for question in questions], max_new_tokens):
-            prompts = torch.tensor([questions[index].prompt for index in batch])
+        for batch in batches_of_like_length([len(question.prompt) for question in questions], max_new_tokens):
+            prompts = [questions[index].prompt for index in batch]
             generated = generate_greedily(model, prompts, eos=eos, max_new_tokens=max_new_tokens)
             for index, continuation in zip(batch, generated, strict=True):
                 continuations[index] = continuation
@@ -204,14 +209,17 @@ def continue_all(model: LimeChunk, questions: Sequence[Question], *, eos: int, m
     return continuations
 
 
-def batches_of_equal_length(lengths: Iterable[int], max_new_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts, those of one length together, so that none needs padding."""
-    by_length = defaultdict(list)
-    for index, length in enumerate(lengths):
-        by_length[length].append(index)
-    for length, indices in sorted(by_length.items()):
-        rows = max(1, _BATCH_TOKENS // (length + max_new_tokens))
-        yield from (indices[start : start + rows] for start in range(0, len(indices), rows))
+def batches_of_like_length(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts by length, cut where a batch would take too much memory, or longer than two of its parts."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        num_tokens = (len(batch) + 1) * (lengths[index] + max_new_tokens)
+        if batch and (num_tokens > _BATCH_TOKENS or lengths[index] > lengths[batch[0]] + max_new_tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def judge(task: Task, processor: SentencePieceProcessor, question: Question, continuation: list[int]) -> Verdict:

@@ -23,7 +23,7 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
     parts = []
     for name, report in zip(names, reports):
         parts += [heading(name), *map(paragraph, report["sentences"])]
-    parts += [heading("By layer"), to_svg(_curves(names, reports))]
+    parts += [heading("Curves"), to_svg(_curves(names, reports))]
     for name, report in zip(names, reports):
         if report["routers"]:
             parts += [heading(f"Router maps of {name}"), paragraph(_MAPS), to_svg(_maps(report["routers"]))]
@@ -51,7 +51,8 @@ def _split(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
 
 
 def _curves(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> Figure:
-    plots: list[Any] = [_entropy, _effective_rank]
+    plots: list[Any] = [_loss] if any(report["loss_curve"] for report in reports) else []
+    plots += [_entropy, _effective_rank]
     plots += [_separability] if any(report["separability"] for report in reports) else []
     plots += [_own_share, _expected_source, _loss_by_edges] if any(report["routers"] for report in reports) else []
     figure, axes = panels(len(plots))
@@ -59,8 +60,14 @@ def _curves(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> Figure:
         for index, (name, report) in enumerate(zip(names, reports)):
             plot(place, report, f"{name}: " if len(names) > 1 else "", f"C{index}" if len(names) > 1 else None)
         if place.get_legend_handles_labels()[0]:
-            place.legend()
+            place.legend(fontsize="small")
     return figure
+
+
+def _loss(axes: Axes, report: dict[str, Any], name: str, color: str | None) -> None:
+    axes.set(title="Loss of the run", xlabel="step", ylabel="nats a token")
+    for (kind, points), style in zip((report["loss_curve"] or {}).items(), ("-", "--")):
+        axes.plot(*zip(*points), style, label=f"{name}{kind.replace('_', '-')}", color=color)
 
 
 def _entropy(axes: Axes, report: dict[str, Any], name: str, color: str | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -61,7 +61,7 @@ def find_words(tokens: Sequence[int], texts: Sequence[str]) -> list[tuple[int, i
 
 
 def find_occurrences(
-    sequences: Iterable[Sequence[int]], texts: Sequence[str], *, limit: int, touch: Callable[[], None] = lambda: None
+    sequences: Iterable[Sequence[int]], texts: Sequence[str], *, limit: int
 ) -> tuple[list[Occurrence], dict[str, int]]:
     """The first of each word, equally many, at most `limit`; and how many of each there were until all had as many.
 
@@ -74,7 +74,6 @@ def find_occurrences(
             if position < len(tokens) - 1:
                 found.append(Occurrence(sequence, position, label))
                 counts[label] += 1
-        touch()
         if all(counts[label] >= limit for label in range(len(WORDS))):
             break
     wanted = min(limit, *(counts[label] for label in range(len(WORDS))))

@@ -22,9 +22,8 @@ from lime_dist.analysis.spectra import Spread
 from lime_dist.lime.model import LimeChunk
 
 PROBED = (HIDDEN_STATES, VALUES)
-MIN_OCCURRENCES = (
-    200  # of each word: one epoch is then ten updates of at most 0.01 a weight; fewer learn hardly anything
-)
+# Of each word: one epoch is then five updates of at most 0.01 a weight; fewer learn hardly anything.
+MIN_OCCURRENCES = 100
 MAX_OCCURRENCES = 1000
 FOLDS, BATCH_SIZE, LEARNING_RATE = 5, 64, 1e-2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lime_dist.analysis.activations import KINDS, mean_token_weights
 from lime_dist.analysis.edge_cuts import mean_loss, measure_cuts
+from lime_dist.analysis.loss_curve import loss_curve
 from lime_dist.analysis.occurrences import WORDS, find_occurrences, piece_texts
 from lime_dist.analysis.probe import (
     MAX_OCCURRENCES,
@@ -35,6 +37,7 @@ from lime_dist.lime.model import LimeChunk
 from lime_dist.plan.parameters import logical_tensors
 
 DIGITS = 6  # of every figure
+MAX_SEARCHED_TOKENS = 20 * 10**6  # for words, where the text has few of them: some ten seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +60,12 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
     inputs = [tokens[:, :-1] for tokens in batches]
     left_out: dict[str, str] = {}
     router_map = _router_map(folder, model, config, inputs, left_out)
+    step = CheckpointReader(folder).meta.step
     report = {
         "run": str(path),
         "checkpoint": str(folder),
-        "step": CheckpointReader(folder).meta.step,
+        "step": step,
+        "loss_curve": loss_curve(folder, step),
         "model": _model_facts(config),
         "text": {
             "source": text.source,
@@ -162,7 +167,8 @@ def _separability_report(
     if processor is None:
         left_out["separability"] = "the run's data.tokenizer is not here to find words with; give --tokenizer"
         return None
-    occurrences, counts = find_occurrences(text.sequences(), piece_texts(processor), limit=MAX_OCCURRENCES)
+    searched = islice(text.sequences(), 1 + MAX_SEARCHED_TOKENS // text.seq_length)
+    occurrences, counts = find_occurrences(searched, piece_texts(processor), limit=MAX_OCCURRENCES)
     used = len(occurrences) // len(WORDS)
     if used < MIN_OCCURRENCES:
         found = ", ".join(f"{word} {count}" for word, count in counts.items())

@@ -24,6 +24,7 @@ class Text:
     """sequence(i), for i below num_sequences: int64 [seq + 1], inputs and the targets one token on."""
 
     source: str
+    seq_length: int
     num_sequences: int
     sequence: Callable[[int], numpy.ndarray]
 
@@ -54,7 +55,12 @@ def open_text(config: Config, file: Path | None, processor: SentencePieceProcess
     if samples is None:
         raise ConfigError("data.valid: the run has no held-out text; give --text FILE")
     source = "data.valid" if config.data.valid else f"the last {config.data.valid_fraction:g} of data.train"
-    return Text(source=source, num_sequences=sum(samples.samples_per_epoch), sequence=samples.sample)
+    return Text(
+        source=source,
+        seq_length=config.data.seq_length,
+        num_sequences=sum(samples.samples_per_epoch),
+        sequence=samples.sample,
+    )
 
 
 def _text_of_file(file: Path, processor: SentencePieceProcessor, seq_length: int) -> Text:
@@ -74,6 +80,7 @@ def _text_of_file(file: Path, processor: SentencePieceProcessor, seq_length: int
         )
     return Text(
         source=str(file),
+        seq_length=seq_length,
         num_sequences=count,
         sequence=lambda index: tokens[index * seq_length : (index + 1) * seq_length + 1],
     )

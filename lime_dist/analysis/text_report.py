@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from lime_dist.analysis.loss_curve import curve_lines
 from lime_dist.formats import format_bytes
 
 _COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (  # head, where in the report, form
@@ -19,11 +21,35 @@ _COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (  # head, where in the
 
 
 def screen(report: dict[str, Any]) -> str:
-    """S: matrix-based Renyi entropy in nats; rank: effective rank; probe: accuracy."""
+    """S: matrix-based Renyi entropy in nats; rank: effective rank; probe: accuracy. Below, the loss curve and the router map."""
     rows = layer_rows(report)
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join([report["checkpoint"], *report["sentences"], "", *lines, *_edge_lines(report)])
+    pictures = [*_curve_lines(report), *_map_lines(report)]
+    return "\n".join([report["checkpoint"], *report["sentences"], "", *lines, *_edge_lines(report), *pictures])
+
+
+def _curve_lines(report: dict[str, Any]) -> list[str]:
+    return ["", *curve_lines(report["loss_curve"])] if report["loss_curve"] else []
+
+
+_SHADES = " ░▒▓█"
+_MAX_MAPPED_LAYERS = 48  # more do not fit a terminal
+
+
+def _map_lines(report: dict[str, Any]) -> list[str]:
+    """Mean |R|, a row a reader, two letters a source, as shares of the largest in the row."""
+    if not report["routers"] or report["model"]["num_layers"] > _MAX_MAPPED_LAYERS:
+        return []
+    rows = report["routers"]["mean"]
+    head = "router map: |R| of each reader (down) by source (across), against the largest in its row"
+    return ["", head, *(f"{reader:>5}  {_shaded(row)}" for reader, row in enumerate(rows))]
+
+
+def _shaded(row: Sequence[float | None]) -> str:
+    largest = max((value for value in row if value is not None), default=0.0) or 1.0
+    steps = len(_SHADES) - 1
+    return "".join("  " if value is None else 2 * _SHADES[round(value / largest * steps)] for value in row).rstrip()
 
 
 def layer_rows(report: dict[str, Any]) -> list[list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lime_dist.comparison.variants import Variant, show_setting
 
-_TEXT_KEYS = ("data.train", "data.valid", "data.valid_fraction", "data.seq_length")
+_TEXT_KEYS = ("data.train", "data.valid", "data.valid_fraction", "data.seq_length", "data.samples")
 MIN_EVALUATIONS = 10  # with fewer, straight lines between them lie far above a curve that falls ever more slowly
 _SCHEDULE_KEYS = ("run.steps", "optim.lr_schedule", "optim.warmup_steps", "optim.min_lr")
 

@@ -11,9 +11,10 @@ import yaml
 
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config.reading import apply_override, read_yaml
-from lime_dist.errors import ConfigError
+from lime_dist.depth.kinds import OPTIONS
+from lime_dist.errors import ConfigError, shown
 
-_MEANINGLESS = ("weights_from", "switch_at", "pattern_name")  # under depth, without routers
+_MEANINGLESS = {"weights_from", "switch_at", "pattern_name", *OPTIONS}  # under depth, without routers
 _WORD = re.compile(r"(?<![a-z])lime(?![a-z])", re.IGNORECASE)
 
 
@@ -32,18 +33,21 @@ def llama_twin(path: Path, overrides: Sequence[str] = ()) -> str:
 def _check_has_twin(path: Path, config: Config) -> None:
     if config.depth.router == "none":
         raise ConfigError(f"depth.router: {path} is a LLaMA config already (none); name a LIMe config")
-    if config.checkpoint.resume not in ("auto", "never"):
-        raise ConfigError(
-            f"checkpoint.resume: {config.checkpoint.resume} has routers, so that LLaMA cannot go on from it; compare runs from "
-            "the first step, with checkpoint.resume=auto"
-        )
+    for key in ("resume", "weights_from"):
+        folder = getattr(config.checkpoint, key)
+        if folder not in (None, "auto", "never"):
+            raise ConfigError(
+                f"checkpoint.{key}: {shown(folder)} has routers, which LLaMA cannot begin with; leave it out of the twin with "
+                f"checkpoint.{key}={'auto' if key == 'resume' else 'null'}, or train its own"
+            )
 
 
 def _without_routers(tree: dict[str, Any], config: Config) -> dict[str, Any]:
-    dropped = {*_MEANINGLESS, *(["pattern"] if _is_chosen(config) else [])}
+    dropped = _MEANINGLESS | ({"pattern"} if _is_chosen(config) else set())
     depth = {key: value for key, value in (tree.get("depth") or {}).items() if key not in dropped}
     run = tree.get("run") or {}
-    return tree | {"depth": depth | {"router": "none"}, "run": run | {"dir": twin_folder(config.run.dir)}}
+    kept = {name: section for name, section in tree.items() if name != "analysis"}  # it is of routers
+    return kept | {"depth": depth | {"router": "none"}, "run": run | {"dir": twin_folder(config.run.dir)}}
 
 
 def _is_chosen(config: Config) -> bool:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lime_dist.comparison.run_folders import RecordedRun, RunFolderError
-from lime_dist.config import Config, to_dict
+from lime_dist.config import Config, DepthConfig, to_dict
+from lime_dist.depth.kinds import ROUTINGS, options_of
 from lime_dist.errors import shown
 
 # What changes no number but by the order of its sums.
+_SECTIONS_WITHOUT_EFFECT = ("parallel", "pipeline", "profile", "analysis", "deepspeed")
 _WITHOUT_EFFECT = {
     "run.seed", "run.dir", "run.log_every", "run.timeout_seconds", "run.memory", "run.peak_tflops", "run.device",
-    "depth.policy",
+    "depth.policy", "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
 }  # fmt: skip
-_SECTIONS_WITHOUT_EFFECT = ("parallel", "pipeline", "checkpoint", "profile", "deepspeed")
 # Of a pattern that has been resolved: by what its edges were chosen, and what they are called.
 _SETTLED = {"depth.weights_from", "depth.pattern_name"}
 
@@ -109,7 +110,10 @@ def _depth_name(config: Config) -> str:
         *([depth.router] if depth.router != "static" else []),
     ]
     edges = depth.pattern_name or ("edges" if depth.pattern else "no edges")
-    return f"{' '.join(kind)}, {depth.pattern if isinstance(depth.pattern, str) else edges}"
+    pattern = depth.pattern if isinstance(depth.pattern, str) else edges
+    options = {key: getattr(depth, key) for key in options_of(ROUTINGS[depth.entry, depth.router])}
+    unusual = [f"{key}={value}" for key, value in options.items() if value != getattr(DepthConfig(), key)]
+    return ", ".join([" ".join(kind), pattern, *unusual])
 
 
 def _telling(variant: Variant, alike: Sequence[Variant]) -> list[str]:

@@ -24,6 +24,7 @@ def gather_router_map(rank: Rank) -> RouterMap | None:
     pattern, heads = rank.run_plan.transfer.pattern, rank.config.model.kv_heads
     if not pattern.num_edges or not pattern.routing.ranks_edges:
         return None
+    rank.pulse.beat("routers")
     owned = numpy.zeros((heads, pattern.num_layers, pattern.num_layers))
     for piece, router in _own_routers(rank):
         reader = int(piece.tensor.name.split(".")[1])
@@ -34,6 +35,7 @@ def gather_router_map(rank: Rank) -> RouterMap | None:
             else pattern.sources[reader]
         )
         owned[:, reader, list(sources)] = head_magnitudes(pattern.routing, router.cpu().numpy())
+    rank.pulse.finish()
     total = torch.from_numpy(owned).to(rank.device)
     dist.all_reduce(total)
     by_head = total.cpu().numpy()

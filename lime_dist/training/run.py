@@ -351,7 +351,6 @@ class TrainingRun:
         return result.stop_asked
 
     def _picture_routers(self) -> None:
-        self._pulse.beat("routers")
         router_map = gather_router_map(self.rank)
         if router_map is not None:
             self._record("record", lambda metrics: metrics.router_map(self.step, router_map.mean))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from common import SHORT, make_config, make_plain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +16,7 @@ from lime_dist.data.indexed import IndexedWriter
 from lime_dist.depth.routing import router_name
 from lime_dist.lime.values import gather_logical
 from lime_dist.testing import run_ranks
-from lime_dist.training.rank import Rank
+from lime_dist.training.rank import TORCH_DTYPES, Rank
 from lime_dist.training.router_pictures import gather_router_map
 
 LAYOUTS = [
@@ -45,8 +44,8 @@ def gathered(rank: Rank) -> list | None:
 def test_equals_the_whole_models_routers(layout: str) -> None:
     config = make_config(layout)
     ranks = run_ranks(config, gathered)
-    with torch.no_grad():
-        weights = gather_logical(make_plain(config), lambda parameter: parameter)
+    dtype = TORCH_DTYPES[config.run.dtype]  # whose values the optimiser's fp32 ones begin with
+    weights = gather_logical(make_plain(config), lambda parameter: parameter.detach().to(dtype).float())
     readers = range(1, config.model.num_layers)
     expected = map_of_routers(config.pattern, {layer: weights[router_name(layer)].numpy() for layer in readers})
     assert np.nanmax(expected.by_head) > 0.1

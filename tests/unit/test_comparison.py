@@ -172,7 +172,7 @@ def names(*folders: Path) -> list[str]:
 
 def test_what_changes_no_number_makes_no_variant(tmp_path: Path) -> None:
     changes = (
-        "parallel.pp=2", "pipeline.num_microbatches=3", "checkpoint.every=5", "profile.steps=[2,3]", "run.log_every=5",
+        "parallel.pp=2", "pipeline.num_microbatches=3", "checkpoint.every=5", "analysis.every=5", "profile.steps=[2,3]", "run.log_every=5",
         "run.timeout_seconds=5", "run.memory=1GiB", "run.peak_tflops=3", "run.device=cpu", "depth.policy=relay",
         "deepspeed.zero_optimization.stage=0", "model.num_kv_heads=2",
     )  # fmt: skip
@@ -212,10 +212,20 @@ def test_names_tell_variants_apart(tmp_path: Path) -> None:
         "LIMe, edges": ("depth.pattern={3: [0]}",),
         "LIMe, no edges": ("depth.pattern={}",),
         "LIMe hidden dynamic, full": ("depth.entry=hidden", "depth.router=dynamic", "model.num_kv_heads=4"),
+        "LIMe, full, heads=same": ("depth.heads=same",),
+        "LIMe average, full": ("depth.router=average",),
         "LLaMA": (LLAMA,),
     }
     runs = [write_run(tmp_path / str(index), *overrides) for index, overrides in enumerate(settings.values())]
     assert names(*runs) == list(settings)
+
+
+def test_runs_that_begin_with_other_weights_are_other_variants(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", LLAMA, "run.seed=1"),
+        write_run(tmp_path / "b", LLAMA, "run.seed=2", "checkpoint.weights_from=runs/c"),
+    ]
+    assert names(*runs) == ["LLaMA, checkpoint.weights_from=None", "LLaMA, checkpoint.weights_from=runs/c"]
 
 
 def test_names_that_keys_do_not_tell_apart_have_a_folder(tmp_path: Path) -> None:
@@ -238,6 +248,8 @@ UNFAIR = {
     "data.seq_length=24": "data.seq_length: the variants were not given the same text (LIMe, full: 12; LLaMA: 24)",
     "data.global_batch_size=6": "data.global_batch_size: the variants take different numbers of tokens a step (LIMe, full: 144; LLaMA: 72)",
     "run.steps=44": "run.steps: the learning rates of the variants follow different schedules (LIMe, full: 40; LLaMA: 44)",
+    "data.samples=packed": "data.samples: the variants were not given the same text (LIMe, full: stream; LLaMA: packed)",
+    "optim.min_lr=0.1": "optim.min_lr: the learning rates of the variants follow different schedules (LIMe, full: 1e-06; LLaMA: 0.1)",
     "optim.lr_schedule=constant": "optim.lr_schedule: the learning rates of the variants follow different schedules (LIMe, full: cosine; LLaMA: constant)",
     "eval.batches=3": "eval.batches: the variants were evaluated on different numbers of tokens (LIMe, full: 288; LLaMA: 432)",
 }

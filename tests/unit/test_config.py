@@ -368,6 +368,23 @@ def test_kernels_of_no_steps_are_warned_of() -> None:
     assert find_warnings(make_config("profile.kernels=true", "profile.steps=[10, 19]", "optim.warmup_steps=0")) == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("depth.router=none", "with depth.router=none, as there are no routers"),
+        ("depth.router=average", "with depth.router=average, as only static routers"),
+        ("depth.router=dynamic depth.entry=hidden", "with depth.router=dynamic, as only static routers"),
+        ("run.steps=9", "above run.steps=9"),
+    ],
+)
+def test_router_maps_that_will_not_be_are_warned_of(overrides: str, said: str) -> None:
+    settled = ("optim.warmup_steps=0", *overrides.split())
+    (warning,) = find_warnings(make_config("analysis.every=10", *settled))
+    assert warning.startswith(f"analysis.every: has no effect {said}")
+    assert find_warnings(make_config(*settled)) == []
+    assert find_warnings(make_config("analysis.every=10", "optim.warmup_steps=0")) == []
+
+
 def test_a_file_and_its_line_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("run:\n  steps: 3\n  steps: 4\n")

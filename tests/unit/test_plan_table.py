@@ -54,7 +54,7 @@ def test_keys_and_numbers_of_the_report() -> None:
     assert [(stage["stage_index"], stage["layers"]) for stage in report["stages"]] == [
         (0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])
     ]  # fmt: skip
-    tokens, hidden, kv = 4 * 128, 256, 2 * 128
+    tokens, hidden, kv = 4 * 128, 128, 2 * 64
     for index, boundary in enumerate(report["hops"]):
         assert (boundary["hop"], boundary["boundary"], boundary["stages"]) == (index, index, [index, index + 1])
         tensors = 1 + len(boundary["raw_entries"]) + len(boundary["partial_sums"])
@@ -70,11 +70,11 @@ def test_keys_and_numbers_of_the_report() -> None:
 def test_line_of_the_model() -> None:
     """By hand, without routers: LLaMA's matrices, twice their number a token forward and three times that in all."""
     report = plan_report(plan_run(make_config("parallel.pp=2", "parallel.tp=4", "depth.router=none")))
-    matrices = 8 * (256 * (2 * 256 + 2 * 128) + 3 * 256 * 704) + 2048 * 256
-    assert report["total_parameters"] == matrices + 17 * 256, "17 norms; the embedding is the head too"
-    assert report["model_flops_per_token"] == 3 * (2 * matrices + 8 * 4 * 128 * 256)
+    matrices = 8 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * 352) + 1024 * 128
+    assert report["total_parameters"] == matrices + 17 * 128, "17 norms; the embedding is the head too"
+    assert report["model_flops_per_token"] == 3 * (2 * matrices + 8 * 4 * 128 * 128)
     line = stage_table(plan_run(make_config("parallel.pp=2", "parallel.tp=4", "depth.router=none"))).splitlines()[1]
-    assert line == "6,426,880 parameters; model FLOPs, forward and backward: 41.7M a token, 85.4G a step"
+    assert line == "1,607,808 parameters; model FLOPs, forward and backward: 11.2M a token, 23.0G a step"
 
 
 def make_virtual(pp: int, virtual_stages: int, *overrides: str) -> Config:

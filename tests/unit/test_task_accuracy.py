@@ -25,7 +25,7 @@ from lime_dist.task_accuracy import (
     Share,
     TaskAccuracy,
     Verdict,
-    batches_of_equal_length,
+    batches_of_like_length,
     continue_all,
     read_questions,
 )
@@ -60,10 +60,11 @@ def up_to(eos: int, ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_equals_one_by_one(name: str) -> None:
-    """With sequences that end at different times, at once, and not at all."""
+    """With prompts of several lengths, and sequences that end at different times, at once, and not at all."""
     model = make_model(MODELS[name])
-    prompts = torch.randint(40, (12, 5), generator=torch.Generator().manual_seed(1))
-    whole = [one_by_one(model, prompt, 10) for prompt in prompts.tolist()]
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(40, (4 + index % 5,), generator=generator).tolist() for index in range(12)]
+    whole = [one_by_one(model, prompt, 10) for prompt in prompts]
     expected = {eos: [up_to(eos, ids) for ids in whole] for eos in range(40)}
     num_lengths = {eos: len(set(map(len, found))) for eos, found in expected.items()}
     most_varied = max(num_lengths, key=num_lengths.__getitem__)
@@ -73,15 +74,24 @@ def test_a_batch_equals_one_by_one(name: str) -> None:
     for eos in (most_varied, first, unused):
         assert generate_greedily(model, prompts, eos=eos, max_new_tokens=10) == expected[eos]
     assert generate_greedily(model, prompts[:1], eos=first, max_new_tokens=10) == [[]]
+    assert generate_greedily(model, prompts, eos=unused, max_new_tokens=1) == [ids[:1] for ids in whole]
 
 
-def test_batches_hold_prompts_of_one_length() -> None:
-    lengths = [3, 5, 3, 3, 5, 9] * 3000
-    batches = list(batches_of_equal_length(lengths, max_new_tokens=7))
+def test_batches_hold_prompts_of_like_length() -> None:
+    lengths = [3, 5, 3, 30, 5, 9] * 3000
+    batches = list(batches_of_like_length(lengths, max_new_tokens=7))
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert all(len({lengths[index] for index in batch}) == 1 for batch in batches)
-    assert max(len(batch) * (lengths[batch[0]] + 7) for batch in batches) <= 2**15
-    assert list(batches_of_equal_length([2**20, 2**20], 1)) == [[0], [1]]
+    for batch in batches:
+        found = [lengths[index] for index in batch]
+        assert max(found) - min(found) <= 7 and len(batch) * (max(found) + 7) <= 2**15
+    assert len(batches) < 12
+    assert list(batches_of_like_length([2**20, 2**20], 1)) == [[0], [1]]
+
+
+def test_what_a_model_may_generate_is_printed_on_one_line() -> None:
+    verdict = Verdict(group=3, is_right=False, prompt="p", answer="a", generated="one\ntwo\x1b[2J")
+    accuracy = TaskAccuracy(task=ProsQA(), checkpoint=Path("c"), prefix="p", verdicts=[verdict])
+    assert str(accuracy).splitlines()[-1] == r"generated: one\ntwo\x1b[2J"
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +143,8 @@ def test_a_model_that_knows_the_answers_is_right(folder: Path, monkeypatch: pyte
     questions = read_questions(check_files("task/valid"))
     known = {tuple(question.prompt): question.answer for question in questions}
 
-    def knows(_: object, prompts: torch.Tensor, **more: int) -> list[list[int]]:
-        return [known[tuple(prompt)] for prompt in prompts.tolist()]
+    def knows(_: object, prompts: list[list[int]], **more: int) -> list[list[int]]:
+        return [known[tuple(prompt)] for prompt in prompts]
 
     monkeypatch.setattr("lime_dist.task_accuracy.generate_greedily", knows)
     assert continue_all(make_model([]), questions, eos=2, max_new_tokens=5) == [one.answer for one in questions]

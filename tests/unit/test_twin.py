@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_only_what_the_user_set_is_there(tmp_path: Path, capsys: pytest.CaptureF
         {"pattern": "within_stage"},
         {"pattern": {3: [0]}, "pattern_name": "mine"},
         {"switch_at": {10: "first:2"}},
+        {"heads": "same", "router_init": "uniform"},
     ],
     ids=str,
 )
@@ -108,9 +110,19 @@ def test_a_llama_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert refused(capsys, path) == expected
 
 
-def test_a_run_that_goes_on_from_routers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(capsys, write(tmp_path, checkpoint={"resume": "runs/a/checkpoints/step_000010"}))
-    assert line.startswith("lime-dist: checkpoint.resume: runs/a/checkpoints/step_000010 has routers")
+@pytest.mark.parametrize("key", ["resume", "weights_from"])
+def test_a_run_that_begins_with_routers_is_refused(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, checkpoint={key: "runs/a/checkpoints/step_000010"})
+    line = refused(capsys, path)
+    assert line.startswith(f"lime-dist: checkpoint.{key}: 'runs/a/checkpoints/step_000010' has routers")
+    (mend,) = re.findall(r"checkpoint\.\w+=\w+", line)
+    assert twin(capsys, path, mend)["depth"] == {"router": "none"}
+
+
+def test_router_maps_are_not_asked_of_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "analysis" not in twin(capsys, write(tmp_path, analysis={"every": 10}))
 
 
 def test_a_mistake_in_the_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
