@@ -17,7 +17,7 @@ case "$part" in
   arithmetic) variants=(llama lime lime-v1 llama-lime-init) ;;
   depth-rates) seeds=1 variants=({llama,lime}-lr{2e-3,4e-3,8e-3}) ;;
   arithmetic-rates)
-    seeds=1 variants=({llama,lime}-lr{1e-3,4e-3,8e-3})
+    seeds=1 variants=({llama,lime}-lr{1e-3,4e-3,8e-3,1.6e-2})
     set -- run.steps=800 eval.every=200 optim.warmup_steps=100 "$@"
     ;;
   *)
