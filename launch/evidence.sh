@@ -8,8 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-part="${1:?PART: depth, arithmetic, depth-rates or arithmetic-rates}"
-shift
+part="${1:-}"
+[ $# -eq 0 ] || shift
 seeds="${SEEDS:-1 2 3}"
 most_jobs="${JOBS:-2}"
 case "$part" in
@@ -21,10 +21,16 @@ case "$part" in
     set -- run.steps=800 eval.every=200 optim.warmup_steps=100 "$@"
     ;;
   *)
-    echo "evidence.sh: $part: no such part; use depth, arithmetic, depth-rates or arithmetic-rates" >&2
+    echo "evidence.sh: ${part:-PART}: no such part; use depth, arithmetic, depth-rates or arithmetic-rates" >&2
     exit 2
     ;;
 esac
+for variant in ${VARIANTS:-}; do
+  if [[ " ${variants[*]} " != *" $variant "* ]]; then
+    echo "evidence.sh: VARIANTS: $variant is none of this part; use some of: ${variants[*]}" >&2
+    exit 2
+  fi
+done
 [ -z "${VARIANTS:-}" ] || read -ra variants <<< "$VARIANTS"
 config="configs/evidence/${part%-rates}.yaml"
 source launch/environment.sh

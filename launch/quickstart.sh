@@ -27,8 +27,9 @@ done
 lime-dist train configs/quickstart.yaml --dry-run "$@" | sed -n '/^layout/,$p'
 lime-dist train configs/quickstart.yaml "$@"
 lime-dist eval configs/quickstart.yaml "$@"
+seed=0
 for prompt in "The function returns" "Raises ValueError if" "class "; do
-  lime-dist generate "$run" --prompt "$prompt" --max-new-tokens 40 --temperature 0.6 --top-p 0.9
+  lime-dist generate "$run" --prompt "$prompt" --max-new-tokens 40 --temperature 0.6 --top-p 0.9 --seed $((++seed))
   echo
 done
 lime-dist analyze "$run" --html "$run/analysis.html"

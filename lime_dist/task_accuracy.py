@@ -122,7 +122,7 @@ class TaskAccuracy:
         lines = [f"{self.task.name}, {self.prefix}, by {self.checkpoint}"]
         lines += [f"{self.task.group_name:>10}  {'examples':>9}  {'right':>9}  accuracy"]
         for group, share in self.shares().items():
-            accuracy = f"{share.accuracy:8.1%}  +- {share.standard_error:.1%}"
+            accuracy = f"{share.accuracy:8.1%}  ± {share.standard_error:.1%}"
             lines += [f"{group:>10}  {share.num_examples:>9,}  {share.num_right:>9,}  {accuracy}"]
         for one in self.wrong():
             texts = {"wrong": one.prompt, "answer": one.answer, "generated": one.generated}

@@ -37,4 +37,4 @@ def curve_lines(curve: dict[str, Any]) -> list[str]:
     low, high = min(shown), max(shown)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     bars = "".join(_BARS[round((loss - low) * scale)] for loss in shown)
-    return [f"loss {losses[0]:.2f} {bars} {losses[-1]:.2f} at step {curve['train'][-1][0]:.0f}"]
+    return [f"training loss  {bars}  from {losses[0]:.2f} to {losses[-1]:.2f} at step {curve['train'][-1][0]:.0f}"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 Row = Sequence[float | None]
+STRONG = 1.5  # times what even weights would give
 
 
 def describe(report: dict[str, Any]) -> list[str]:
@@ -29,7 +30,7 @@ def _of_text(report: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Step {report['step']}, {model['num_layers']} layers, {model['edges']} edges ({model['pattern']}); held-out loss "
         f"{report['held_out_loss']:.4f} on {text['sequences']} sequences, {text['tokens']} tokens."
-        if report["routers"]
+        if report["routers"] or model["edges"]
         else f"Step {report['step']}, {model['num_layers']} layers without routers; held-out loss {report['held_out_loss']:.4f} on "
         f"{text['sequences']} sequences, {text['tokens']} tokens."
     )
@@ -45,10 +46,11 @@ def _of_routers(routers: dict[str, Any]) -> Iterator[str]:
     low, high = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     even = sum(1 / _count(mean[layer]) for layer in readers) / len(readers)
     leading = [layer for layer in readers if mean[layer][layer] == max(_known(mean[layer]))]
-    strength = "Strong" if 2 * len(leading) > len(readers) else "No strong"
+    share = sum(shares.values()) / len(shares)
+    strength = "Strong" if 2 * len(leading) > len(readers) and share > STRONG * even else "No strong"
     yield (
         f"{strength} diagonal: the own layer has the largest |R| in {len(leading)} of {len(readers)} readers, on average "
-        f"{sum(shares.values()) / len(shares):.0%} of sum |R| (even weights would give {even:.0%}), from {shares[low]:.0%} in layer {low} "
+        f"{share:.0%} of sum |R| (even weights would give {even:.0%}), from {shares[low]:.0%} in layer {low} "
         f"to {shares[high]:.0%} in layer {high}."
     )
     yield from _of_favourites(mean, [layer for layer in readers if _count(mean[layer]) > 2])
@@ -70,7 +72,7 @@ def _of_favourites(mean: Sequence[Row], readers: list[int]) -> Iterator[str]:
     ]
     if preceding:
         parts.append(f"the preceding layer for readers {_listed(preceding)}")
-    yield f"Of the earlier layers, those read most are {'; '.join(parts)}."
+    yield f"The earlier layer with the largest |R| is {'; '.join(parts)}."
 
 
 def _listed(layers: Iterator[int] | list[int]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lime_dist.config import Config
 from lime_dist.data.documents import DEFAULT_FORMAT, read_documents
+from lime_dist.data.marks import token_ids
 from lime_dist.errors import ConfigError, DataError
 from lime_dist.training.run_data import open_held_out_data
 
@@ -29,7 +30,7 @@ class Text:
     sequence: Callable[[int], numpy.ndarray]
 
     def batches(self, count: int, device: torch.device) -> list[Tensor]:
-        """The first `count` batches [SEQUENCES_AT_ONCE, seq + 1], fewer where there is less text, all of one size."""
+        """The first `count` batches [SEQUENCES_AT_ONCE, seq + 1], with marks where the run's samples have some, fewer where there is less text, all of one size."""
         size = min(SEQUENCES_AT_ONCE, self.num_sequences)
         starts = range(0, min(count * size, self.num_sequences) - size + 1, size)
         return [
@@ -38,8 +39,8 @@ class Text:
         ]
 
     def sequences(self) -> Iterator[list[int]]:
-        """All of them, once."""
-        return (self.sequence(index).tolist() for index in range(self.num_sequences))
+        """The token ids of all of them, once."""
+        return (token_ids(self.sequence(index)).tolist() for index in range(self.num_sequences))
 
 
 def open_text(config: Config, file: Path | None, processor: SentencePieceProcessor | None) -> Text:

@@ -26,7 +26,7 @@ def screen(report: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     pictures = [*_curve_lines(report), *_map_lines(report)]
-    return "\n".join([report["checkpoint"], *report["sentences"], "", *lines, *_edge_lines(report), *pictures])
+    return "\n".join([report["checkpoint"], *report["sentences"], "", *lines, *pictures])
 
 
 def _curve_lines(report: dict[str, Any]) -> list[str]:
@@ -42,8 +42,11 @@ def _map_lines(report: dict[str, Any]) -> list[str]:
     if not report["routers"] or report["model"]["num_layers"] > _MAX_MAPPED_LAYERS:
         return []
     rows = report["routers"]["mean"]
-    head = "router map: |R| of each reader (down) by source (across), against the largest in its row"
-    return ["", head, *(f"{reader:>5}  {_shaded(row)}" for reader, row in enumerate(rows))]
+    shares = ", ".join(f"{shade} {index / (len(_SHADES) - 1):.0%}" for index, shade in enumerate(_SHADES) if index)
+    head = f"router map: |R| of each reader (down) by source (across), of the largest in its row: {shares}"
+    across = "".join(f"{source:<2}" for source in range(len(rows)))
+    readers = [reader for reader, row in enumerate(rows) if any(value is not None for value in row)]
+    return ["", head, f"       {across}".rstrip(), *(f"{reader:>5}  {_shaded(rows[reader])}" for reader in readers)]
 
 
 def _shaded(row: Sequence[float | None]) -> str:
@@ -79,11 +82,3 @@ def edge_rows(report: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def _edge_lines(report: dict[str, Any]) -> list[str]:
-    rows = edge_rows(report)
-    if len(rows) == 1:
-        return []
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["", *("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)]

@@ -125,7 +125,7 @@ def _check_first_weights(config: Config) -> None:
     if folder is None:
         return
     saved = saved_config(CheckpointReader(folder))
-    check_same_model(folder, saved, config)
+    check_same_model(folder, saved, config, "checkpoint.weights_from")
     missing = lost_edges(config.pattern, saved.pattern)
     if missing:
         raise CheckpointError(
@@ -160,8 +160,8 @@ def resumed_config(config: Config, folder: Path) -> Config:
     return due
 
 
-def check_same_model(folder: Path, saved: Config, config: Config) -> None:
-    """Raises: CheckpointError when the run's model is another than the saved one."""
+def check_same_model(folder: Path, saved: Config, config: Config, instead: str = "run.dir") -> None:
+    """instead: of what another one would mend it. Raises: CheckpointError when the run's model is another than the saved one."""
     facts = {
         f"model.{item.name}": (getattr(saved.model, item.name), getattr(config.model, item.name))
         for item in fields(config.model)
@@ -173,7 +173,7 @@ def check_same_model(folder: Path, saved: Config, config: Config) -> None:
     for key, (theirs, ours) in facts.items():
         if theirs != ours:
             raise CheckpointError(
-                f"checkpoint {folder}: saved with {key}={theirs}, the run has {ours}; set {key}={theirs} or another run.dir"
+                f"checkpoint {folder}: saved with {key}={theirs}, the run has {ours}; set {key}={theirs} or another {instead}"
             )
 
 

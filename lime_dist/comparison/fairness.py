@@ -10,6 +10,7 @@ from lime_dist.comparison.variants import Variant, show_setting
 
 _TEXT_KEYS = ("data.train", "data.valid", "data.valid_fraction", "data.seq_length", "data.samples")
 MIN_EVALUATIONS = 10  # with fewer, straight lines between them lie far above a curve that falls ever more slowly
+_START_KEY = "checkpoint.weights_from"
 _SCHEDULE_KEYS = ("run.steps", "optim.lr_schedule", "optim.warmup_steps", "optim.min_lr")
 
 
@@ -25,6 +26,8 @@ def _other_settings(variants: Sequence[Variant], metric: str) -> Iterator[str]:
             yield f"{key}: the variants were not given the same text ({values})"
     if values := _differing(variants, lambda variant: variant.config.tokens_per_step):
         yield f"data.global_batch_size: the variants take different numbers of tokens a step ({values})"
+    if values := _differing(variants, partial(_setting, _START_KEY)):
+        yield f"{_START_KEY}: the variants begin with other weights, whose training is not in these FLOPs ({values})"
     for key in _SCHEDULE_KEYS:
         if values := _differing(variants, partial(_setting, key)):
             yield f"{key}: the learning rates of the variants follow different schedules ({values})"

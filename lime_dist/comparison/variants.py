@@ -84,7 +84,7 @@ def show_setting(key: str, value: Any) -> str:
     """A value on one line, shortened where it is long."""
     if key in ("data.train", "data.valid"):
         value = " ".join(one["path"] if len(value) == 1 else f"{one['weight']:g} {one['path']}" for one in value)
-    return shown(value).strip("'")
+    return "none" if value is None else shown(value).strip("'")
 
 
 def _named(variants: Sequence[Variant]) -> tuple[Variant, ...]:

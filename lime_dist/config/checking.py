@@ -66,6 +66,11 @@ def find_warnings(config: Config) -> list[str]:
         ]
     if (reason := _no_router_maps(config)) is not None:
         warnings += [f"analysis.every: has no effect {reason}; set it to 0"]
+    warnings += [
+        f"depth.{key}: has no effect with depth.router=none; leave it out"
+        for key in OPTIONS
+        if config.depth.router == "none" and getattr(config.depth, key) != getattr(DepthConfig(), key)
+    ]
     return warnings
 
 
@@ -166,10 +171,9 @@ def _check_depth(depth: DepthConfig) -> None:
 
 def _check_options(depth: DepthConfig) -> None:
     for key in OPTIONS:
-        default = next(field.default for field in dataclasses.fields(depth) if field.name == key)
         given, fits = getattr(depth, key), " or ".join(_kinds_with(key))
         _require(
-            given == default or key in options_of(ROUTINGS[depth.entry, depth.router]),
+            given == getattr(DepthConfig(), key) or key in options_of(ROUTINGS[depth.entry, depth.router]),
             f"depth.{key}: {shown(given)} is for {fits}; leave it out, or set those",
         )
 

@@ -33,7 +33,8 @@ def run_local_ranks(
     layout = config.layout
     if fresh:
         launch_kernels_in_order(layout)
-    print(f"starting {layout.world_size} local ranks: {layout}", file=sys.stderr, flush=True)
+    ranks = "1 local rank" if layout.world_size == 1 else f"{layout.world_size} local ranks"
+    print(f"starting {ranks}: {layout}", file=sys.stderr, flush=True)
     if shared_import is not None and not fresh:
         importlib.import_module(shared_import)
     return run_local(

@@ -19,10 +19,12 @@ from test_profile_page import browse, complaints, needs_browser
 from lime_dist.analysis.sentences import describe
 from lime_dist.analysis.text_report import layer_rows
 from lime_dist.cli.command_line import main
+from lime_dist.data.documents import TextFormat
 from lime_dist.data.tokenize import tokenize_files
 from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from lime_dist.generate import load_model
 from lime_dist.lime.model import model_loss
+from lime_dist.training.run_data import open_held_out_data
 
 VOCAB_SIZE = 300
 LAYERS = 3
@@ -48,18 +50,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=VOCAB_SIZE, workers=1)
     tokenize_files([folder / "text.txt"], folder / "tokenizer.model", folder / "valid", workers=1)
     for name, depth in KINDS.items():
-        tree = {
-            "model": {
-                "num_layers": LAYERS, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": VOCAB_SIZE,
-            },
-            "depth": depth,
-            "data": {
-                "train": "valid", "valid": "valid", "tokenizer": "tokenizer.model", "seq_length": 16, "global_batch_size": 2,
-            },
-            "parallel": {"pp": 1 if name == "block" else 3},
-        }  # fmt: skip
-        write_checkpoint(folder / name / "checkpoints" / "step_000007", tree=tree)
+        write_checkpoint(folder / name / "checkpoints" / "step_000007", tree=tree_of(name, depth))
     return folder
+
+
+def tree_of(name: str, depth: dict) -> dict:
+    return {
+        "model": {
+            "num_layers": LAYERS, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": VOCAB_SIZE,
+        },
+        "depth": depth,
+        "data": {
+            "train": "valid", "valid": "valid", "tokenizer": "tokenizer.model", "seq_length": 16, "global_batch_size": 2,
+        },
+        "parallel": {"pp": 1 if name == "block" else 3},
+    }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +107,25 @@ def test_the_loss_and_the_map_are_the_checkpoints(folder: Path, capsys: pytest.C
     router = dict(model.named_parameters())["layers.2.self_attn.lime_router.weight"].detach().abs()
     assert found["routers"]["mean"][2] == pytest.approx(router.mean((0, 2)).tolist(), rel=1e-4)
     assert found["routers"]["mean"][0] == [None] * 3
+
+
+@pytest.mark.parametrize("samples", ["padded", "packed"])
+def test_samples_of_whole_documents(samples: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Padding counts in no loss, and a mark is no token."""
+    (folder / "lines.txt").write_text("".join(f"It is {number}.\n" for number in range(40)))
+    line = TextFormat(document_per_line=True)
+    tokenize_files(
+        [folder / "lines.txt"], folder / "tokenizer.model", folder / "lines", text_format=line, overwrite=True
+    )
+    tree = tree_of("kv", {})
+    tree["data"] |= {"valid": "lines", "samples": samples}
+    write_checkpoint(folder / samples / "checkpoints" / "step_000007", tree=tree)
+    found = analyzed(capsys, samples, "--batches", "1")
+    model, config = load_model(folder / samples / "checkpoints" / "step_000007", torch.device("cpu"))
+    held_out = open_held_out_data(config)
+    with torch.no_grad():
+        assert found["held_out_loss"] == pytest.approx(float(model_loss(model, held_out.batch(0, 8))), rel=1e-5)
+    assert held_out.is_marked
 
 
 def test_a_step_folder_and_one_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +220,7 @@ def test_sentences_say_what_the_figures_are() -> None:
     said = " ".join(describe(made_up()))
     assert "Strong diagonal: the own layer has the largest |R| in 3 of 3 readers, on average 62% of sum |R|" in said
     assert "even weights would give 36%" in said and "from 40% in layer 3 to 75% in layer 1" in said
-    assert "those read most are layer 0 for readers 2, 3." in said
+    assert "The earlier layer with the largest |R| is layer 0 for readers 2, 3." in said
     assert "Renyi entropy of values: lowest 1.00 in layer 0, highest 3.00 in layer 2, 2.50 in the last." in said
     assert "in 2 of 3 layers, on average by +0.17" in said
     assert "heaviest 0% (0 edges, 0% of |R|) +1.0000; heaviest 50% (3 edges, 70% of |R|) +0.2500" in said

@@ -225,7 +225,7 @@ def test_runs_that_begin_with_other_weights_are_other_variants(tmp_path: Path) -
         write_run(tmp_path / "a", LLAMA, "run.seed=1"),
         write_run(tmp_path / "b", LLAMA, "run.seed=2", "checkpoint.weights_from=runs/c"),
     ]
-    assert names(*runs) == ["LLaMA, checkpoint.weights_from=None", "LLaMA, checkpoint.weights_from=runs/c"]
+    assert names(*runs) == ["LLaMA, checkpoint.weights_from=none", "LLaMA, checkpoint.weights_from=runs/c"]
 
 
 def test_names_that_keys_do_not_tell_apart_have_a_folder(tmp_path: Path) -> None:

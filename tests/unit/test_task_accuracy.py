@@ -154,8 +154,8 @@ def test_limit_split_and_table(folder: Path, capsys: pytest.CaptureFixture[str])
     assert main(["eval", "run.yaml", "--task", "--limit", "3", "--split", "task/train", "--checkpoint", "run"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "arithmetic, task/train, by run/checkpoints/step_000007"
-    assert re.split(r"\s{2,}", table[2].strip()) == ["2", "2", "0", "0.0%", "+- 0.0%"]
-    assert re.split(r"\s{2,}", table[4].strip()) == ["all", "3", "0", "0.0%", "+- 0.0%"]
+    assert re.split(r"\s{2,}", table[2].strip()) == ["2", "2", "0", "0.0%", "± 0.0%"]
+    assert re.split(r"\s{2,}", table[4].strip()) == ["all", "3", "0", "0.0%", "± 0.0%"]
     assert table[6].startswith("wrong:     ") and table[8].startswith("generated: ")
 
 
