@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,11 +151,11 @@ class Rank:
 
     def _mean_targets(self, batch: Batch) -> float:
         """Of a microbatch; an example that has more targets than others then counts no more in one layout than in another."""
-        config = self.config
+        return self._num_targets(batch) / (self.config.pipeline.num_microbatches * self.config.layout.dp)
+
+    def _num_targets(self, batch: Batch) -> int:
         num_targets = count_targets(batch) if isinstance(batch, Tensor) else batch.num_targets
-        if num_targets is None:
-            num_targets = config.data.global_batch_size * config.data.seq_length
-        return num_targets / (config.pipeline.num_microbatches * config.layout.dp)
+        return self.config.tokens_per_step if num_targets is None else num_targets
 
     def accumulate(self, batch: Batch) -> Tensor:
         """Add the gradients of a global batch's mean loss; returns this rank's share of the facts, for `update`."""
@@ -202,7 +203,7 @@ class Rank:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Mean loss over global batches; None when `stop`, asked on all ranks before each batch, says so."""
+        """Mean loss of the targets of global batches; None when `stop`, asked on all ranks before each batch, says so."""
         losses: list[float] = []
         self.stage.eval()
         for batch in batches:
@@ -210,7 +211,10 @@ class Rank:
                 break
             losses.append(self._evaluate_batch(batch))
         self.stage.train()
-        return sum(losses) / len(batches) if len(losses) == len(batches) else None
+        if len(losses) < len(batches):
+            return None
+        counts = [self._num_targets(batch) for batch in batches]
+        return sum(map(operator.mul, losses, counts)) / max(1, sum(counts))
 
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
