@@ -31,6 +31,7 @@ from lime_dist.analysis.spectra import ALPHA, Spectrum, Spread, measure_spectra
 from lime_dist.analysis.text import SEQUENCES_AT_ONCE, Text, open_text
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import Config
+from lime_dist.data.marks import token_ids
 from lime_dist.depth.routing import router_name
 from lime_dist.generate import checkpoint_folder, load_model, load_tokenizer_of, single_device
 from lime_dist.lime.model import LimeChunk
@@ -57,7 +58,7 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
     processor = _find_tokenizer(config, options.tokenizer)
     text = open_text(config, options.text, processor)
     batches = text.batches(options.batches, model.device)
-    inputs = [tokens[:, :-1] for tokens in batches]
+    inputs = [token_ids(values[:, :-1]) for values in batches]
     left_out: dict[str, str] = {}
     router_map = _router_map(folder, model, config, inputs, left_out)
     step = CheckpointReader(folder).meta.step
@@ -177,7 +178,7 @@ def _separability_report(
         )
         return None
     examples = collect_examples(
-        model, occurrences, lambda index: text.sequence(index)[:-1], sequences_at_once=SEQUENCES_AT_ONCE
+        model, occurrences, lambda index: token_ids(text.sequence(index)[:-1]), sequences_at_once=SEQUENCES_AT_ONCE
     )
     return {
         "occurrences": counts,

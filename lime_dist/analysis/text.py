@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lime_dist.config import Config
 from lime_dist.data.documents import DEFAULT_FORMAT, read_documents
+from lime_dist.data.marks import token_ids
 from lime_dist.errors import ConfigError, DataError
 from lime_dist.training.run_data import open_held_out_data
 
@@ -21,7 +22,9 @@ SEQUENCES_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """sequence(i), for i below num_sequences: int64 [seq + 1], inputs and the targets one token on."""
+    """sequence(i), for i below num_sequences: int64 [seq + 1], inputs and the targets one token on, with marks (`data/marks.py`)
+    where the run's own samples have them.
+    """
 
     source: str
     seq_length: int
@@ -38,8 +41,8 @@ class Text:
         ]
 
     def sequences(self) -> Iterator[list[int]]:
-        """All of them, once."""
-        return (self.sequence(index).tolist() for index in range(self.num_sequences))
+        """The token ids of all of them, once."""
+        return (token_ids(self.sequence(index)).tolist() for index in range(self.num_sequences))
 
 
 def open_text(config: Config, file: Path | None, processor: SentencePieceProcessor | None) -> Text:
