@@ -27,6 +27,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of runs and files may have dollar signs
 }
 matplotlib.rcParams.update(_STYLE)
 

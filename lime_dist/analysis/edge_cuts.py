@@ -18,6 +18,7 @@ from lime_dist.analysis.activations import attentions
 from lime_dist.config import Config
 from lime_dist.depth.pattern import Pattern
 from lime_dist.errors import PlanError
+from lime_dist.lime.microbatch import count_targets
 from lime_dist.lime.model import LimeChunk, model_loss
 from lime_dist.lime.summed import Router
 from lime_dist.plan.selection import EdgeWeights, select_budget, select_top_p
@@ -124,8 +125,10 @@ def largest_bundle(config: Config, pattern: Pattern) -> int | None:
 
 @torch.no_grad()
 def mean_loss(model: LimeChunk, batches: Sequence[Tensor]) -> float:
-    """Mean next-token cross entropy in nats over batches of equal size, token ids [batch, seq + 1]."""
-    return sum(float(model_loss(model, tokens)) for tokens in batches) / len(batches)
+    """Mean next-token cross entropy in nats of the targets of batches [batch, seq + 1], token ids or ids with marks."""
+    counts = [count_targets(values) for values in batches]
+    total = sum(float(model_loss(model, values)) * count for values, count in zip(batches, counts))
+    return total / max(1, sum(counts))
 
 
 @contextmanager

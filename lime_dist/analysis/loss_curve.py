@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ MAX_POINTS = 200
 
 def loss_curve(checkpoint: Path, step: int) -> dict[str, list[list[float]]] | None:
     """[step, loss] up to `step`: `train`, means over equally many steps each, and `held_out`; None where there are no records."""
-    records = [record for record in read_records(checkpoint.parents[1] / "metrics.jsonl") if record["step"] <= step]
+    run = checkpoint.absolute().parent.parent
+    records = [record for record in read_records(run / "metrics.jsonl") if record.get("step", math.inf) <= step]
     train = [[record["step"], record["loss"]] for record in records if record.get("loss") is not None]
     held_out = [[record["step"], record["eval_loss"]] for record in records if record.get("eval_loss") is not None]
     return {"train": _thinned(train), "held_out": _thinned(held_out)} if train else None

@@ -22,7 +22,9 @@ SEQUENCES_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """sequence(i), for i below num_sequences: int64 [seq + 1], inputs and the targets one token on."""
+    """sequence(i), for i below num_sequences: int64 [seq + 1], inputs and the targets one token on, with marks (`data/marks.py`)
+    where the run's own samples have them.
+    """
 
     source: str
     seq_length: int

@@ -97,7 +97,8 @@ def read_run(folder: Path) -> RecordedRun:
     found = [record for record in records if _is_evaluation(record) and record["step"] <= len(steps)]
     evaluations = {record["step"]: record["eval_loss"] for record in sorted(found, key=lambda record: record["step"])}
     losses = [step["loss"] for step in steps]
-    _check_finite(folder, dict(enumerate(losses, 1)) | evaluations)
+    _check_finite(folder, dict(enumerate(losses, 1)))
+    _check_finite(folder, evaluations)
     return RecordedRun(
         folder=folder,
         config=config,

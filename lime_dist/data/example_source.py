@@ -49,8 +49,7 @@ class ExampleSource(SampleSource[np.ndarray]):
         values = np.empty(self.seq_length + 1, dtype=np.int64)
         values[: ends[-1]] = self._read(list(zip(starts.tolist(), stops.tolist())))
         values[[0, *ends[:-1]]] |= BEGINS | NOT_TARGET
-        values[ends[-1] :] = int(self._tokens[stops[-1] - 1]) | NOT_TARGET
-        values[ends[-1] : ends[-1] + 1] |= BEGINS
+        values[ends[-1] :] = int(self._tokens[stops[-1] - 1]) | NOT_TARGET  # behind all that counts, so it may see all
         return values
 
 

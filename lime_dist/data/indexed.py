@@ -276,8 +276,13 @@ def _check_mask(path: Path, meta: TokenMeta | None, num_tokens: int, key: str) -
     if found != num_tokens:
         raise DataError(f"{key}: {path} has {found} bytes, the .idx {num_tokens} tokens; {_TASK_AGAIN}")
     mask = np.memmap(path, dtype=np.uint8, mode="r")
-    if any(mask[start : start + _MASK_BLOCK].max() > 1 for start in range(0, num_tokens, _MASK_BLOCK)):
+    largest = max(int(mask[start : start + _MASK_BLOCK].max()) for start in range(0, num_tokens, _MASK_BLOCK))
+    if largest > 1:
         raise DataError(f"{key}: {path} has bytes other than 0 and 1; {_TASK_AGAIN}")
+    if largest == 0:  # a loss of 0 at every step
+        raise DataError(
+            f"{key}: {path} has no target, as all its bytes are 0; {_TASK_AGAIN}, or remove it to train on all tokens"
+        )
     return True
 
 

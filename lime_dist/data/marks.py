@@ -11,7 +11,7 @@ from typing import Any
 ID_BITS = 32
 ID_MASK = (1 << ID_BITS) - 1
 NOT_TARGET = 1 << ID_BITS  # no part of the loss: masked out, padding, or without a token before it in its document
-BEGINS = 1 << (ID_BITS + 1)  # first token of a document, or of the padding behind the last one
+BEGINS = 1 << (ID_BITS + 1)  # first token of a document
 
 
 def token_ids(values: Any) -> Any:

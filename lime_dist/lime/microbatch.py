@@ -65,7 +65,8 @@ def read_microbatch(values: Tensor, mean_targets: float | None = None) -> Microb
     if torch.equal(tokens, values) and mean_targets in (None, values[:, 1:].numel()):
         return Microbatch(tokens=values)
     counts = is_target(values[:, 1:])
-    weights = counts / max(1.0, float(counts.sum()) if mean_targets is None else mean_targets)
+    # A mean may be less than one; a batch without targets has no weight either way.
+    weights = counts / ((float(counts.sum()) if mean_targets is None else mean_targets) or 1.0)
     beginnings = begins(values[:, :-1])
     documents = beginnings.cumsum(1) if bool(beginnings[:, 1:].any()) else None
     return Microbatch(tokens=tokens, examples=Examples(weights=weights, documents=documents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,13 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RowsOfBatch(Protocol):
-    """A global batch of values [global_batch_size, seq + 1], ids with marks, which reads rows when asked for them."""
+    """A global batch of values [global_batch_size, seq + 1], which reads rows when asked for them."""
 
     def __getitem__(self, rows: slice) -> Tensor: ...
 
     @property
     def num_targets(self) -> int | None:
-        """Those that count in the loss; None: all."""
+        """Those that count in the loss; None where the values are ids without marks."""
 
 
 Batch = Tensor | RowsOfBatch
@@ -141,20 +142,22 @@ class Rank:
         """This replica's microbatches of a global batch. Stages between the first and the last chunk need of the tokens their
         shape only, and have them on the CPU.
         """
-        mean_targets = self._mean_targets(batch)
-        found = [read_microbatch(batch[rows], mean_targets) for rows in self.rows()]
+        num_targets = _known_targets(batch)
+        found = [self._microbatch(batch[rows], num_targets) for rows in self.rows()]
         reads_tokens = any(chunk.is_first or chunk.is_last for chunk in self.plan.chunks)
         found = [microbatch.to(self.device, tokens=reads_tokens) for microbatch in found]
         self.pulse.finish()
         return found
 
-    def _mean_targets(self, batch: Batch) -> float:
-        """Of a microbatch; an example that has more targets than others then counts no more in one layout than in another."""
-        config = self.config
-        num_targets = count_targets(batch) if isinstance(batch, Tensor) else batch.num_targets
+    def _microbatch(self, values: Tensor, num_targets: int | None) -> Microbatch:
+        """num_targets: of the global batch, so that an example with more of them counts no more in one layout than in another."""
         if num_targets is None:
-            num_targets = config.data.global_batch_size * config.data.seq_length
-        return num_targets / (config.pipeline.num_microbatches * config.layout.dp)
+            return Microbatch(tokens=values)
+        return read_microbatch(values, num_targets / (self.config.pipeline.num_microbatches * self.config.layout.dp))
+
+    def _num_targets(self, batch: Batch) -> int:
+        num_targets = _known_targets(batch)
+        return self.config.tokens_per_step if num_targets is None else num_targets
 
     def accumulate(self, batch: Batch) -> Tensor:
         """Add the gradients of a global batch's mean loss; returns this rank's share of the facts, for `update`."""
@@ -202,7 +205,7 @@ class Rank:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Mean loss over global batches; None when `stop`, asked on all ranks before each batch, says so."""
+        """Mean loss of the targets of global batches; None when `stop`, asked on all ranks before each batch, says so."""
         losses: list[float] = []
         self.stage.eval()
         for batch in batches:
@@ -210,7 +213,10 @@ class Rank:
                 break
             losses.append(self._evaluate_batch(batch))
         self.stage.train()
-        return sum(losses) / len(batches) if len(losses) == len(batches) else None
+        if len(losses) < len(batches):
+            return None
+        counts = [self._num_targets(batch) for batch in batches]
+        return sum(map(operator.mul, losses, counts)) / max(1, sum(counts))
 
     def _evaluate_batch(self, batch: Batch) -> float:
         self.pulse.beat("evaluate")
@@ -255,6 +261,10 @@ class Rank:
         loss, grad_norm, stops, *boundary_bytes = share.tolist()
         counts = [round(count) for count in boundary_bytes[: len(self.run_plan.boundary_bytes)]]
         return StepResult(loss, grad_norm, counts, stop_asked=stops > 0)
+
+
+def _known_targets(batch: Batch) -> int | None:
+    return count_targets(batch) if isinstance(batch, Tensor) else batch.num_targets
 
 
 def _pass(action: Action) -> Pass:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import common
 import pytest
 import torch
-from common import assert_equals_the_single_process, make_config
+from common import assert_equals_the_single_process, make_config, make_plain
 from torch import Tensor
 
 from lime_dist.config import Config
 from lime_dist.data.marks import BEGINS, NOT_TARGET
+from lime_dist.lime.model import model_loss
+from lime_dist.testing import run_ranks
+from lime_dist.training.rank import Rank
 
 
 def marked_batches(config: Config, count: int = len(common.LR_FACTORS)) -> list[Tensor]:
@@ -46,3 +49,31 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_layout_equals_the_single_process(text: str) -> None:
     assert_equals_the_single_process(make_config(text))
+
+
+def one_target(config: Config, count: int = len(common.LR_FACTORS)) -> list[Tensor]:
+    """A batch of one target is less than one for each microbatch of each replica."""
+    batches = [batch | NOT_TARGET for batch in make_batches(config, count)]
+    for batch in batches:
+        batch[3, 2] &= ~NOT_TARGET
+    return batches
+
+
+def test_fewer_targets_than_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "make_batches", one_target)
+    assert_equals_the_single_process(make_config("pp=2 dp=2 micro=3"))
+
+
+def evaluate(rank: Rank, batches: list[Tensor]) -> float | None:
+    return rank.evaluate(batches)
+
+
+def test_every_target_of_an_evaluation_counts_the_same() -> None:
+    config = make_config("pp=2 micro=2")
+    batches = [
+        *marked_batches(config, 2),
+        *one_target(config, 1),
+        *(batch | NOT_TARGET for batch in make_batches(config, 1)),
+    ]
+    expected = float(model_loss(make_plain(config), torch.cat(batches)))
+    assert run_ranks(config, evaluate, batches) == [pytest.approx(expected, rel=1e-5)] * 2

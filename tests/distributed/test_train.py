@@ -252,7 +252,7 @@ def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
         assert line["boundary_bytes"] == planned
         assert line["tokens_per_second"] == pytest.approx(12 * 12 / line["step_seconds"])
         assert (line["tokens_seen"], line["model_flops"]) == (12 * 12 * line["step"], report["model_flops_per_step"])
-    assert [line["lr"] for line in steps(run_dir)] == pytest.approx([0.025, 0.05, 0.05, 0.0375, 0.0125])
+    assert [line["lr"] for line in steps(run_dir)] == pytest.approx([0.0, 0.025, 0.05, 0.0375, 0.0125])
     assert list(evaluations(run_dir)) == [0, 3, 5]
     others = [line for line in lines(run_dir) if "loss" not in line]
     assert [line["step"] for line in others] == [0, 3, 3, 5, 5]

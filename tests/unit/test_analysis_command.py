@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoint_stand_ins import write_checkpoint
 from test_profile_page import browse, complaints, needs_browser
 
@@ -20,10 +21,11 @@ from lime_dist.analysis.sentences import describe
 from lime_dist.analysis.text_report import layer_rows
 from lime_dist.cli.command_line import main
 from lime_dist.data.documents import TextFormat
+from lime_dist.data.indexed import IndexedWriter
 from lime_dist.data.tokenize import tokenize_files
 from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from lime_dist.generate import load_model
-from lime_dist.lime.model import model_loss
+from lime_dist.lime.model import model_logits, model_loss
 from lime_dist.training.run_data import open_held_out_data
 
 VOCAB_SIZE = 300
@@ -96,6 +98,36 @@ def test_every_kind_of_routing(kind: str, capsys: pytest.CaptureFixture[str]) ->
         assert losses["heaviest 100%"] == found["held_out_loss"] != losses["heaviest 0%"]
 
 
+def test_a_run_on_whole_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its samples have marks above the ids, and examples of unlike lengths."""
+    prefix = tmp_path / "task"
+    documents = [np.arange(40, 40 + length) for length in (4, 9, 15, 6) * 6]
+    with IndexedWriter(prefix, vocab_size=VOCAB_SIZE, masked=True) as writer:
+        for document in documents:
+            writer.add_document(document, np.arange(len(document)) > 1)
+        writer.commit({"vocab_size": VOCAB_SIZE, "tokens": sum(map(len, documents))})
+    tree = {
+        "model": {
+            "num_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": VOCAB_SIZE,
+        },
+        "data": {
+            "train": str(prefix), "valid": str(prefix), "tokenizer": "tokenizer.model", "seq_length": 16, "global_batch_size": 2,
+            "samples": "padded",
+        },
+    }  # fmt: skip
+    write_checkpoint(tmp_path / "run" / "checkpoints" / "step_000007", tree=tree)
+    found = analyzed(capsys, str(tmp_path / "run"), "--batches", "3")
+    model, _ = load_model(tmp_path / "run" / "checkpoints" / "step_000007", torch.device("cpu"))
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(
+                model_logits(model, torch.tensor(ids[None, :-1]))[0, 1:], torch.tensor(ids[2:]), reduction="none"
+            )
+            for ids in documents
+        ]
+    assert found["held_out_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+
+
 def test_the_loss_and_the_map_are_the_checkpoints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = analyzed(capsys, "kv", "--batches", "1", "--text", "text.txt")
     model, _ = load_model(folder / "kv" / "checkpoints" / "step_000007", torch.device("cpu"))
@@ -133,6 +165,26 @@ def test_a_step_folder_and_one_of_a_run(capsys: pytest.CaptureFixture[str]) -> N
     step = analyzed(capsys, "kv/checkpoints/step_000007", "--batches", "1")
     other = analyzed(capsys, "llama", "--checkpoint", "kv/checkpoints/step_000007", "--batches", "1")
     assert run["held_out_loss"] == step["held_out_loss"] == other["held_out_loss"]
+
+
+def test_a_step_folder_from_within_its_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("kv/checkpoints")
+    assert analyzed(
+        capsys, "step_000007", "--batches", "1", "--text", "../../text.txt", "--tokenizer", "../../tokenizer.model"
+    )
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs, as one alone has no name in the plots."""
+    name = r"a$\run$"
+    Path(name).symlink_to("kv")
+    assert (
+        main(["analyze", name, "llama", "--batches", "1", "--device", "cpu", "--html", str(tmp_path / "page.html")])
+        == 0
+    )
+    assert f"{name}: hidden states" in (tmp_path / "page.html").read_text()
 
 
 def test_every_key_is_documented(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -337,6 +338,13 @@ def test_losses_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.C
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text + '{"step": 40, "eval_loss": null}\n')
     assert refused(capsys, run) == f"lime-dist: {run}: the loss at step 40 is not finite; leave this run out"
+
+
+def test_an_evaluation_does_not_hide_the_loss_of_its_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "a", loss=lambda step: math.nan if step == 20 else 4.0, evaluations={20: 3.0, 40: 2.0})
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace("NaN", "null"))
+    assert refused(capsys, run) == f"lime-dist: {run}: the loss at step 20 is not finite; leave this run out"
 
 
 def test_the_picture_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,8 +192,9 @@ def test_a_mask_comes_back(masked: str, prefix: str) -> None:
     [
         (None, r"m\.mask does not exist, and the meta file has its checksum; copy it or run lime-dist data build-task"),
         (bytes(8), r"m\.mask has 8 bytes, the \.idx 9 tokens; run"),
+        (bytes(9), r"m\.mask has no target, as all its bytes are 0; run"),
         (bytes([*MASK[:-1], 2]), r"m\.mask has bytes other than 0 and 1; run"),
-        (bytes(9), r"m\.mask is not as it was written .*m\.meta\.json differs"),
+        (bytes([1] * 9), r"m\.mask is not as it was written .*m\.meta\.json differs"),
     ],
 )
 def test_a_damaged_mask_is_refused(masked: str, content: bytes | None, said: str) -> None:

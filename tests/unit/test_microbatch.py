@@ -75,6 +75,13 @@ def test_targets_that_count() -> None:
     assert float(read_microbatch(values, 4.0).examples.weights.sum()) == 6 / 4
 
 
+def test_a_target_weighs_the_same_where_microbatches_have_less_than_one_each() -> None:
+    values = torch.full((2, 5), 3 | NOT_TARGET)
+    values[0, 2] = 3
+    assert float(read_microbatch(values, 0.25).examples.weights.sum()) == 4.0
+    assert float(read_microbatch(values | NOT_TARGET, 0.0).examples.weights.sum()) == 0.0
+
+
 def test_values_without_marks_are_token_ids() -> None:
     values = torch.arange(14).view(2, 7)
     microbatch = read_microbatch(values)

@@ -142,3 +142,23 @@ def test_examples_are_pinned() -> None:
     """A change here changes what a seed gives."""
     draw = Random("pinned")
     assert [TASK.generate(draw, index) for index in range(2)] == PINNED
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("1+2*3", "3*2+1", True),
+        ("9-4+2", "2+9-4", True),
+        ("9-(4-2)", "9-4+2", True),
+        ("8/2*3", "3*8/2", True),
+        ("8/(2*2)", "8/2/2", True),
+        ("(1+2)*3", "3*(2+1)", True),
+        ("9-4", "4-9", False),
+        ("8/2", "2/8", False),
+        ("1+2*3", "(1+2)*3", False),
+        ("1+2+3", "1+2+4", False),
+        ("2*3", "2+3", False),
+    ],
+)
+def test_what_asks_the_same_in_another_order(one: str, other: str, alike: bool) -> None:
+    assert (TASK.canonical(one) == TASK.canonical(other)) is alike

@@ -11,6 +11,8 @@ import pytest
 
 from lime_dist.cli.command_line import build_parser
 from lime_dist.data.indexed import check_files, open_mask, open_tokens
+from lime_dist.data.tasks.arithmetic import Arithmetic
+from lime_dist.data.tasks.build import build_task
 from lime_dist.data.tokenizer import list_tokenizer, load_tokenizer
 from lime_dist.errors import DataError
 
@@ -75,6 +77,16 @@ def test_tokens_are_characters_or_whole_words(built: Path) -> None:
 def test_no_prompt_comes_twice(built: Path) -> None:
     prompts = [record["prompt"] for split in SIZES[built.name] for record in records(built, split)]
     assert len(set(prompts)) == len(prompts)
+
+
+def test_no_split_asks_what_another_asks_in_another_order(tmp_path: Path) -> None:
+    """Of so few operands most expressions have one."""
+    task = Arithmetic((2,))
+    build_task(task, tmp_path / "few", {"train": 90, "valid": 40})
+    train, valid = (
+        {task.canonical(one["prompt"]) for one in records(tmp_path / "few", split)} for split in ("train", "valid")
+    )
+    assert not train & valid and len(train) < 90
 
 
 def test_a_seed_says_it_all(built: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ and so on; the expressions in reverse are the evaluation. Operands are single di
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -53,12 +54,38 @@ class Arithmetic(Task):
     def group(self, prompt: str) -> int:
         return len(_NUMBER.findall(prompt))
 
+    def canonical(self, prompt: str) -> str:
+        """Of all orders and brackets of a sum's terms, and of a product's factors."""
+        return _canonical(ast.parse(prompt, mode="eval").body)
+
     def is_right(self, answer: str, generated: str) -> bool:
         return "=" in generated and _last_value(generated) == _last_value(answer)
 
 
 def _last_value(text: str) -> str:
     return text[text.rindex("=") + 1 :]
+
+
+_KINDS: dict[type[ast.operator], tuple[str, int]] = {  # sum or product, and whether the right side is turned
+    ast.Add: ("+", 1), ast.Sub: ("+", -1), ast.Mult: ("*", 1), ast.Div: ("*", -1),
+}  # fmt: skip
+
+
+def _canonical(node: ast.expr) -> str:
+    if not isinstance(node, ast.BinOp):
+        return ast.unparse(node)
+    kind, _ = _KINDS[type(node.op)]
+    parts = sorted(f"{sign:+d}{_canonical(part)}" for sign, part in _parts(node, kind, 1))
+    return f"{kind}({' '.join(parts)})"
+
+
+def _parts(node: ast.expr, kind: str, sign: int) -> Iterator[tuple[int, ast.expr]]:
+    """Terms of a sum, factors of a product; sign: -1 of those that are taken away, or divided by."""
+    if not isinstance(node, ast.BinOp) or _KINDS[type(node.op)][0] != kind:
+        yield sign, node
+        return
+    yield from _parts(node.left, kind, sign)
+    yield from _parts(node.right, kind, sign * _KINDS[type(node.op)][1])
 
 
 @dataclass(frozen=True)

@@ -49,27 +49,28 @@ def build_task(
     model_path = out_dir / "tokenizer.model"
     prepare_outputs([model_path, *(out_dir / f"{split}.jsonl" for split in sizes)], overwrite=overwrite)
     list_tokenizer(model_path, words=task.words, characters=task.characters)
-    written, seen = {}, set[str]()
+    written, held_out = {}, set[str]()
     for split in sorted(sizes, key=lambda split: split == "train"):
-        examples = _draw_examples(
-            task, Random(f"{task.name} {split} {seed}"), split, sizes[split] * task.num_kinds, seen
-        )
+        draw, count = Random(f"{task.name} {split} {seed}"), sizes[split] * task.num_kinds
+        examples = _draw_examples(task, draw, split, count, held_out)
         written[split] = _write_split(task, out_dir / split, model_path, examples, overwrite=overwrite)
     return [written[split] for split in sizes]
 
 
-def _draw_examples(task: Task, draw: Random, split: str, count: int, seen: set[str]) -> Iterator[Example]:
+def _draw_examples(task: Task, draw: Random, split: str, count: int, held_out: set[str]) -> Iterator[Example]:
+    """No prompt twice, and none that asks the same as one of `held_out`, in canonical form, to which a held-out split's are added."""
+    seen: set[str] = set()
+    asked_before = frozenset(held_out)
     for index in tqdm(range(count), unit=" examples", desc=split, disable=None):
-        example = _draw_new(task, draw, index, seen)
+        drawn = (task.generate(draw, index) for _ in range(_TRIES))
+        fresh = (one for one in drawn if one.prompt not in seen and task.canonical(one.prompt) not in asked_before)
+        example = next(fresh, None)
         if example is None:
             raise DataError(f"--{split}: the task has hardly more than these {index} examples for it; ask for fewer")
         seen.add(example.prompt)
+        if split != "train":
+            held_out.add(task.canonical(example.prompt))
         yield example
-
-
-def _draw_new(task: Task, draw: Random, index: int, seen: set[str]) -> Example | None:
-    drawn = (task.generate(draw, index) for _ in range(_TRIES))
-    return next((example for example in drawn if example.prompt not in seen), None)
 
 
 def _write_split(

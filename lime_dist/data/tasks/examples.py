@@ -39,6 +39,10 @@ class Task(ABC):
     def group(self, prompt: str) -> int:
         """How hard the example is."""
 
+    def canonical(self, prompt: str) -> str:
+        """The same for prompts that ask the same in another order: no split has one of another split's."""
+        return prompt
+
     @abstractmethod
     def is_right(self, answer: str, generated: str) -> bool:
         """Whether what a model generated ends as the answer does."""
