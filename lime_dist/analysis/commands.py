@@ -70,7 +70,7 @@ def _analyze(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Before minutes of work. Raises: ConfigError."""
     if args.checkpoint is not None and len(args.runs) > 1:
-        raise ConfigError("--checkpoint: is of one run; name the step_N folders themselves in place of the runs")
+        raise ConfigError("--checkpoint: works with one RUN; for several give step_N folders as RUN")
     if args.html is not None and args.html.suffix not in (".html", ".htm"):
         raise ConfigError(f"--html: {args.html} must end in .html")
     for option, path in (("--html", args.html), ("--json", args.json)):

@@ -302,7 +302,7 @@ def _eval(args: argparse.Namespace) -> int:
         return _eval_task(args)
     for option in ("split", "limit", "max_new_tokens", "json"):
         if getattr(args, option):
-            raise ConfigError(f"--{option.replace('_', '-')}: is of a task's accuracy; add --task or leave it out")
+            raise ConfigError(f"--{option.replace('_', '-')}: needs --task; add it, or leave this out")
     ready = partial(ready_to_evaluate, checkpoint=args.checkpoint)
     code, report = ready_on_ranks(args, ready, "evaluate", args.checkpoint)
     if report is not None:

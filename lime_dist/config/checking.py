@@ -174,7 +174,7 @@ def _check_options(depth: DepthConfig) -> None:
         given, fits = getattr(depth, key), " or ".join(_kinds_with(key))
         _require(
             given == getattr(DepthConfig(), key) or key in options_of(ROUTINGS[depth.entry, depth.router]),
-            f"depth.{key}: {shown(given)} is for {fits}; leave it out, or set those",
+            f"depth.{key}: {shown(given)} needs {fits}; set those, or leave it out",
         )
 
 

@@ -306,7 +306,7 @@ def test_columns_that_a_run_lacks_are_left_out() -> None:
         (["kv", "--html", "page.png"], "--html: page.png must end in .html"),
         (["kv", "--json", "nowhere/a.json"], "--json: nowhere is no folder"),
         (["kv", "--tokenizer", "nowhere.model"], "tokenizer: nowhere.model does not exist"),
-        (["kv", "llama", "--checkpoint", "kv"], "--checkpoint: is of one run"),
+        (["kv", "llama", "--checkpoint", "kv"], "--checkpoint: works with one RUN"),
     ],
     ids=str,
 )
