@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from lime_dist.checkpoint.edges import saved_config
-from lime_dist.checkpoint.reader import CheckpointReader, find_latest
+from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import Config
 from lime_dist.data.tokenizer import load_tokenizer
@@ -167,12 +167,10 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 def checkpoint_folder(path: Path) -> Path:
     """A step_N folder itself, or the newest one of a run's folder. Raises: CheckpointError."""
-    if (path / "meta.json").is_file():
-        return path
-    latest = find_latest(path / "checkpoints") or find_latest(path)
-    if latest is None:
+    found = find_checkpoint(path)
+    if found is None:
         raise CheckpointError(f"checkpoint {path}: neither a step_N folder nor a run's folder with one; train first")
-    return latest
+    return found
 
 
 def single_device(name: str, key: str = "--device") -> torch.device:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lime_dist.checkpoint.reader import CheckpointReader, find_latest
+from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_latest
 from lime_dist.config import Config, check_config
 from lime_dist.config.reading import read_yaml, shown_key
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
@@ -110,8 +110,7 @@ def first_weights(config: Config) -> Path | None:
     given = config.checkpoint.weights_from
     if given is None:
         return None
-    path = Path(given)
-    found = path if (path / "meta.json").is_file() else find_latest(path / "checkpoints")
+    found = find_checkpoint(Path(given))
     if found is None:
         raise CheckpointError(
             f"checkpoint.weights_from: {shown(given)} is neither a step_N folder nor a run's folder with one; correct the path"

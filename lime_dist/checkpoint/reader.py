@@ -57,6 +57,13 @@ def find_latest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """A step_N folder itself, or the newest one of a run's folder."""
+    if (path / "meta.json").is_file():
+        return path
+    return find_latest(path / "checkpoints") or find_latest(path)
+
+
 def set_aside_after(checkpoints: Path, step: int) -> None:
     """Rename checkpoints of later steps: a run that goes on from `step` has left their branch, and must not return to it."""
     for folder in find_checkpoints(checkpoints):

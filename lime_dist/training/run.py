@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ class SampleBatch:
         """int64 [rows, seq + 1]."""
         return self._samples.batch(self._start + rows.start, rows.stop - rows.start)
 
-    @property
+    @cached_property
     def num_targets(self) -> int | None:
         """Those that count in the loss; None: all."""
         return _target_counter(self._samples)(self._start, self._size)
