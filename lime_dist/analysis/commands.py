@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lime_dist.cli.given_paths import writing
 from lime_dist.errors import ConfigError
 
 _STDOUT = "-"
@@ -79,8 +80,6 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _write(option: str, path: Path, text: str) -> None:
-    try:
+    with writing(option, path):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option}: {path}: {error.strerror or error}; give a file that can be written") from None
     print(f"wrote {path}", file=sys.stderr)

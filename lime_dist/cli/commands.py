@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate
+from lime_dist.cli.given_paths import writing
 from lime_dist.config import Config, check_config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LimeDistError, one_line
@@ -237,10 +238,8 @@ def _plot(plan: RunPlan, path: Path) -> None:
 
     if path.suffix != ".svg":
         raise ConfigError(f"--plot: {path} must end in .svg")
-    try:
+    with writing("--plot", path):
         path.write_text(draw_plan(plan), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--plot: {path}: {error.strerror or error}; give a file that can be written") from None
 
 
 def _train(args: argparse.Namespace) -> int:

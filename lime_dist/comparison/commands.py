@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lime_dist.cli.given_paths import writing
 from lime_dist.errors import ConfigError
 from lime_dist.lifecycle.launcher import warn
 
@@ -84,8 +85,6 @@ def _write(option: str, path: Path, suffix: str, content: Callable[[], str]) -> 
     """Raises: ConfigError."""
     if path.suffix != suffix:
         raise ConfigError(f"{option}: {path} must end in {suffix}")
-    try:
+    with writing(option, path):
         path.write_text(content(), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option}: {path}: {error.strerror or error}; give a file that can be written") from None
     print(f"wrote {path}", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.cli.commands import add_config, add_nproc, ended, ready_on_ranks
+from lime_dist.cli.given_paths import writing
 from lime_dist.config.checking import MAX_PROFILED_STEPS
 from lime_dist.errors import ConfigError
 
@@ -97,11 +98,9 @@ def _write_page(analysis: Analysis, path: Path) -> None:
 
     if path.suffix not in (".html", ".htm"):
         raise ConfigError(f"--html: {path} must end in .html")
-    try:
+    with writing("--html", path):
         write_page(analysis.profile, analysis.timelines, analysis.account, path, analysis.sentences)
-        print(f"wrote {path}", file=sys.stderr)
-    except OSError as error:
-        raise ConfigError(f"--html: {path}: {error.strerror or error}; give a file that can be written") from None
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _print(analysis: Analysis, *, as_json: bool = False) -> None:
