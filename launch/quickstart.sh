@@ -12,7 +12,7 @@ mkdir -p "$data"
 [ -f "$data/corpus/train.jsonl" ] && [ -f "$data/corpus/valid.jsonl" ] ||
   lime-dist data build-corpus --out "$data/corpus" --overwrite
 [ -f "$data/tokenizer.model" ] ||
-  lime-dist data train-tokenizer --input "$data/corpus/train.jsonl" --vocab-size 1024 --out "$data/tokenizer"
+  lime-dist data train-tokenizer --input "$data/corpus/train.jsonl" --vocab-size 2048 --out "$data/tokenizer"
 for split in train valid; do
   [ -f "$data/$split.meta.json" ] ||
     lime-dist data tokenize --input "$data/corpus/$split.jsonl" --tokenizer "$data/tokenizer.model" \
@@ -29,7 +29,7 @@ lime-dist train configs/quickstart.yaml "$@"
 lime-dist eval configs/quickstart.yaml "$@"
 seed=0
 for prompt in "The function returns" "Raises ValueError if" "class "; do
-  lime-dist generate "$run" --prompt "$prompt" --max-new-tokens 40 --temperature 0.6 --top-p 0.9 --seed $((++seed))
+  lime-dist generate "$run" --prompt "$prompt" --max-new-tokens 50 --temperature 0.6 --top-p 0.9 --seed $((++seed))
   echo
 done
 lime-dist analyze "$run" --html "$run/analysis.html"

@@ -21,7 +21,7 @@ lime-dist data build-corpus --out corpus
 head -n 60 corpus/train.jsonl > small.jsonl
 lime-dist data train-tokenizer --input small.jsonl --vocab-size 512 --out tokenizer
 lime-dist data tokenize --input small.jsonl --tokenizer tokenizer.model --out tokens
-lime-dist train samples/quickstart.yaml model.vocab_size=512 model.hidden_size=64 model.intermediate_size=96 \
+lime-dist train samples/quickstart.yaml model.vocab_size=512 model.hidden_size=48 model.intermediate_size=96 \
   data.train=tokens data.valid=tokens data.tokenizer=tokenizer.model eval.batches=1 run.dir=run run.steps=2
 lime-dist generate run --prompt "The function" --max-new-tokens 4
 """

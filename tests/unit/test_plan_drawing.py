@@ -30,7 +30,7 @@ PATTERNS = ("full", "first:2", "last:3", "stride:2", "within_stage")
 
 
 def make_config(*overrides: str) -> Config:
-    return check_config(load_config(ROOT / "configs" / "quickstart.yaml", ["parallel.tp=1", *overrides]))
+    return check_config(load_config(ROOT / "configs" / "quickstart.yaml", list(overrides)))
 
 
 def texts(svg: str) -> Counter[str]:
