@@ -79,10 +79,13 @@ class TokenSamples:
         """Whether values may carry marks (`marks.py`), so that they are not the ids alone."""
         return any(source.is_marked for source in self._sources)
 
-    def num_targets(self, start: int, count: int) -> int:
-        """Of samples `start` to `start + count`, the targets that count. Reads no sample of a source without marks."""
+    def num_targets(self, start: int, count: int) -> int | None:
+        """Of samples `start` to `start + count`, the targets that count in the loss; None: all, as nothing is marked.
+
+        Reads no sample of a source without marks.
+        """
         if not self.is_marked:
-            return count * self._seq_length
+            return None
         return sum(self._num_targets_of(index) for index in range(start, start + count))
 
     def _num_targets_of(self, index: int) -> int:

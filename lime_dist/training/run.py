@@ -41,7 +41,7 @@ from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.profiling.links import measure_links
 from lime_dist.profiling.profiler import Profiler
 from lime_dist.training.agreement import tell_all
-from lime_dist.training.batches import BatchReader, CountTargets
+from lime_dist.training.batches import BatchReader
 from lime_dist.training.joint_stop import JointStop, Stopped
 from lime_dist.training.metrics import Metrics, Stopwatch
 from lime_dist.training.optim import lr_factor
@@ -66,11 +66,7 @@ class SampleBatch:
     @cached_property
     def num_targets(self) -> int | None:
         """Those that count in the loss; None: all."""
-        return _target_counter(self._samples)(self._start, self._size)
-
-
-def _target_counter(samples: TokenSamples) -> CountTargets:
-    return samples.num_targets if samples.is_marked else lambda start, count: None
+        return self._samples.num_targets(self._start, self._size)
 
 
 def train(plan: RunPlan, place: Place) -> int:
@@ -150,7 +146,7 @@ def _record_steps(
     first, last = _UNRECORDED_STEPS + 1, _UNRECORDED_STEPS + num_steps
     profiler = Profiler(rank, first=first, last=last, links=measure_links(groups, plan, device))
     size, watch, folder = plan.config.data.global_batch_size, Stopwatch(), None
-    with BatchReader(samples.batch, rank.rows(), size, last * size, _target_counter(samples)) as batches:
+    with BatchReader(samples.batch, rank.rows(), size, last * size, samples.num_targets) as batches:
         for step in range(1, last + 1):
             between()
             pulse.begin_step(step)
@@ -318,7 +314,7 @@ class TrainingRun:
     def _batch_reader(self) -> BatchReader:
         size = self.config.data.global_batch_size
         last = self.samples_seen + (self.config.run.steps - self.step) * size
-        return BatchReader(self._samples.batch, self.rank.rows(), size, last, _target_counter(self._samples))
+        return BatchReader(self._samples.batch, self.rank.rows(), size, last, self._samples.num_targets)
 
     def _train_step(self, batches: BatchReader, watch: Stopwatch) -> bool:
         """Whether any rank was asked to stop."""
