@@ -100,7 +100,8 @@ class ZeroOptimizer:
 
     def __init__(self, stage: LimeStage, config: Config, groups: Groups, device: torch.device):
         self._stage, self._config, self._groups = stage, config, groups
-        self.zero_stage, self.dp_rank, self.device = config.zero_stage, groups.coordinate.dp_rank, device
+        self.zero_stage, self.device = config.zero_stage, device
+        self.dp_rank, self.dp_size, self.dp_group = groups.coordinate.dp_rank, groups.layout.dp, groups.dp
         self._through_engine = config.zero_stage >= 2
         self._placeholder = _router_placeholder(stage, config)
         _mark_for_norm(stage, groups.coordinate.tp_rank)

@@ -1,33 +1,39 @@
 """What a checkpoint's files may say. They may come from anybody, so nothing is taken on trust: names stay within the
 folder, only regular files of bounded size are opened, and every number is held against the saved config before
-anything of its size is made. What the values of the tensors are is not known here. Needs no ranks and no torch.
+anything of its size is made. The tensors themselves are verified as they are read. Needs no ranks and no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, TypeGuard
 
+import numpy
+
+from lime_dist.checkpoint.boxes import Box
+from lime_dist.checkpoint.chunk_files import Chunk, index_path, tensor_path
+from lime_dist.checkpoint.safe_files import brief, file_size, parse_json, read_bytes, refuse
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.errors import CheckpointError, ConfigError, one_line
+from lime_dist.errors import CheckpointError, ConfigError
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.tensors import LogicalTensor
 
-FORMAT = 1
+FORMAT = 2
+FIRST_FORMAT = 1  # slices along one dimension, without checksums
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 STEP_NAME = re.compile(r"step_([0-9]+)")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_KEY = re.compile(r"([a-z_]+:(\S+))@([0-9]{1,18})")
-_MAX_JSON_BYTES = 64 * 2**20
+_KEY = re.compile(r"(([a-z_]+):(\S+))@([0-9]{1,18}(?:,[0-9]{1,18}){0,7})")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_COUNT = 2**53  # of updates and samples
-_MAX_MESSAGE = 300  # characters of what others say is wrong
 _ELEMENT_BYTES = 4  # fp32
 
 
@@ -35,61 +41,26 @@ _ELEMENT_BYTES = 4  # fp32
 class Meta:
     """What the checkpoint says of itself."""
 
+    format: int
     step: int  # updates done
     samples_seen: int  # the next sample to read
     config: dict[str, Any]
-    files: list[str]  # stems
+    files: dict[str, str | None]  # stem -> checksum of its index
 
 
-@dataclass(frozen=True)
-class Slice:
-    """The tensor `key` of the file `stem`: `shape`, at `start` along `dim` of a logical tensor."""
-
-    stem: str
-    key: str
-    dim: int
-    start: int
-    shape: tuple[int, ...]
-
-
-Places = Mapping[str, Mapping[str, Any]]  # stem -> key -> what the file says of it
-
-
-def refuse(path: Path, problem: str) -> NoReturn:
-    raise CheckpointError(f"checkpoint {path}: {problem}; name another checkpoint")
-
-
-def brief(error: BaseException) -> str:
-    """The error's text on one line, cut where a value in it is long."""
-    return one_line(error)[:_MAX_MESSAGE]
-
-
-# ---- files
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a regular file. Raises: CheckpointError for anything else, which might block, or lead out of the folder."""
-    try:
-        status = path.lstat()
-    except OSError as error:
-        refuse(path, error.strerror or "cannot be read")
-    if not stat.S_ISREG(status.st_mode):
-        refuse(path, "no regular file")
-    return status.st_size
-
-
-def read_json(path: Path) -> Any:
-    """Raises: CheckpointError."""
-    if file_size(path) > _MAX_JSON_BYTES:
-        refuse(path, f"larger than {_MAX_JSON_BYTES >> 20} MiB")
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            return json.loads(file.read(_MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        refuse(path, getattr(error, "strerror", None) or "cut short or not JSON")
+Indexes = Mapping[str, Mapping[str, Any]]  # stem -> key -> what the index says of it
 
 
 # ---- meta.json
+
+
+def meta_text(values: Mapping[str, Any]) -> bytes:
+    """meta.json of these values, with the checksum of all of them."""
+    return json.dumps({**values, "sha256": _meta_digest(values)}).encode()
+
+
+def _meta_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_meta(folder: Path) -> Meta:
@@ -99,12 +70,14 @@ def read_meta(folder: Path) -> Meta:
         raise CheckpointError(
             f"checkpoint {folder}: no meta.json in it; name a folder such as RUN/checkpoints/step_000100"
         )
-    values = read_json(path)
+    values = parse_json(path, read_bytes(path))
     found = values.get("format") if isinstance(values, dict) else None
-    if not is_count(found) or found != FORMAT:
+    if not is_count(found) or found not in (FIRST_FORMAT, FORMAT):
         raise CheckpointError(
-            f"checkpoint {folder}: format {_short(found)}, this version reads {FORMAT}; use that version"
+            f"checkpoint {folder}: format {_short(found)}, this version reads {FIRST_FORMAT} and {FORMAT}; use that version"
         )
+    if found == FORMAT and values.pop("sha256", None) != _meta_digest(values):
+        refuse(path, "is damaged: its checksum is another")
     for name, holds in _META_VALUES.items():
         if name not in values:
             refuse(folder, f"no {name} in meta.json")
@@ -112,16 +85,27 @@ def read_meta(folder: Path) -> Meta:
             refuse(folder, f"{name} in meta.json cannot be {_short(values[name])}")
     if (named := STEP_NAME.fullmatch(folder.name)) and int(named[1]) != values["step"]:
         refuse(folder, f"step {values['step']} in meta.json")
-    return Meta(**{name: values[name] for name in _META_VALUES})
+    if found == FIRST_FORMAT:
+        values["files"] = dict.fromkeys(values["files"])
+    return Meta(format=found, **{name: values[name] for name in _META_VALUES})
 
 
 def is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _MAX_COUNT
 
 
-def _are_stems(value: Any) -> bool:
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(map(is_count, value))
+
+
+def _are_files(value: Any) -> bool:
+    """Stems with the checksums of their indexes; in the first format stems alone."""
+    if isinstance(value, dict) and not all(
+        isinstance(found, str) and _SHA256.fullmatch(found) for found in value.values()
+    ):
+        return False
     return (
-        isinstance(value, list)
+        isinstance(value, (dict, list))
         and all(isinstance(stem, str) and _STEM.fullmatch(stem) for stem in value)
         and len(set(value)) == len(value)
     )
@@ -131,7 +115,7 @@ _META_VALUES = {
     "step": is_count,
     "samples_seen": is_count,
     "config": lambda value: isinstance(value, dict),
-    "files": _are_stems,
+    "files": _are_files,
 }
 
 
@@ -139,12 +123,27 @@ def _short(value: Any) -> str:
     return reprlib.repr(value)
 
 
-# ---- slices against the config
+# ---- indexes against the config
 
 
-def checked_config(folder: Path, meta: Meta, places: Places) -> Config:
+def read_indexes(folder: Path, meta: Meta) -> Indexes:
+    """Raises: CheckpointError."""
+    return {stem: _read_index(index_path(folder, stem), sha256) for stem, sha256 in meta.files.items()}
+
+
+def _read_index(path: Path, sha256: str | None) -> Mapping[str, Any]:
+    content = read_bytes(path)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        refuse(path, "is damaged: its checksum is another")
+    index = parse_json(path, content)
+    if not isinstance(index, dict):
+        refuse(path, "no mapping of tensors")
+    return index
+
+
+def checked_config(folder: Path, meta: Meta, indexes: Indexes) -> Config:
     """The saved config. Raises: CheckpointError when it cannot be, or has more layers than the files have norms."""
-    names = {key.partition("@")[0] for keys in places.values() for key in keys}
+    names = {key.partition("@")[0] for keys in indexes.values() for key in keys}
     norms = sum(name.startswith("weight:") and ".input_layernorm." in name for name in names)
     try:
         config = parse_config(_with_present_names(meta.config))
@@ -170,57 +169,97 @@ def _with_present_names(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def checked_slices(folder: Path, config: Config, places: Places) -> dict[str, list[Slice]]:
-    """For each KIND:NAME the slices that make it, in order, without gap or overlap.
+def checked_chunks(folder: Path, meta: Meta, config: Config, indexes: Indexes) -> dict[str, list[Chunk]]:
+    """For each KIND:NAME the chunks that make it, without gap or overlap.
 
     Raises: CheckpointError, also when a tensor of the model has no weight, or files are smaller than their tensors.
     """
     tensors = logical_tensors(config.model, config.pattern)
-    starts: dict[str, list[Slice]] = {}
-    for stem, keys in places.items():
-        for key, place in keys.items():
+    chunks: dict[str, list[Chunk]] = {}
+    for stem, index in indexes.items():
+        for key, entry in index.items():
             found = _KEY.fullmatch(key)
-            if found is None or found[2] not in tensors:
-                refuse(folder / f"{stem}.json", f"{_short(key)} is no tensor of the model in its config")
-            part = _placed(folder, stem, key, place, tensors[found[2]], int(found[3]))
-            starts.setdefault(found[1], []).append(part)
-    slices = {key: _cut(folder, key, parts) for key, parts in starts.items()}
+            if found is None or found[2] not in KINDS or found[3] not in tensors:
+                refuse(index_path(folder, stem), f"{_short(key)} is no tensor of the model in its config")
+            corner = tuple(map(int, found[4].split(",")))
+            place = _first_format_place if meta.format == FIRST_FORMAT else _place
+            chunk = place(folder, Chunk(stem, key, Box(corner, ()), None), entry, tensors[found[3]])
+            chunks.setdefault(found[1], []).append(chunk)
+    if meta.format == FIRST_FORMAT:
+        chunks = {key: _cut_apart(folder, key, parts) for key, parts in chunks.items()}
+    for key, parts in chunks.items():
+        _check_cover(folder, key, parts, tensors[key.partition(":")[2]])
     for name in tensors:
-        if f"weight:{name}" not in slices:
+        if f"weight:{name}" not in chunks:
             refuse(folder, f"no weight:{name}")
-    _check_sizes(folder, places, (part for parts in slices.values() for part in parts))
-    return slices
+    _check_sizes(folder, indexes, (chunk for parts in chunks.values() for chunk in parts))
+    return chunks
 
 
-def _placed(folder: Path, stem: str, key: str, place: Any, tensor: LogicalTensor, start: int) -> Slice:
-    """The slice with the whole tensor's shape: where it ends shows from the one behind it."""
-    values = place if isinstance(place, dict) else {}
-    shape, dim, said = values.get("shape"), values.get("dim"), values.get("start")
-    if not isinstance(shape, list) or not all(map(is_count, shape)) or tuple(shape) != tensor.shape:
-        refuse(folder / f"{stem}.json", f"{key} has shape {_short(shape)}, its config says {list(tensor.shape)}")
-    if not is_count(dim) or dim >= len(shape) or not is_count(said) or said != start or start >= shape[dim]:
-        refuse(folder / f"{stem}.json", f"{key} cannot be at {_short(place)}")
-    return Slice(stem, key, dim, start, tensor.shape)
+def _place(folder: Path, chunk: Chunk, entry: Any, tensor: LogicalTensor) -> Chunk:
+    """The chunk with what its entry says."""
+    values = entry if isinstance(entry, dict) else {}
+    sizes, sha256, corner = values.get("sizes"), values.get("sha256"), chunk.box.offsets
+    fits = (
+        _are_counts(sizes)
+        and len(sizes) == len(corner) == len(tensor.shape)
+        and all(size and start + size <= whole for start, size, whole in zip(corner, sizes, tensor.shape, strict=True))
+    )
+    if not fits or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        refuse(index_path(folder, chunk.stem), f"{chunk.key} cannot be {_short(entry)}")
+    return Chunk(chunk.stem, chunk.key, Box(corner, tuple(values["sizes"])), sha256)
 
 
-def _cut(folder: Path, key: str, parts: Sequence[Slice]) -> list[Slice]:
-    parts = sorted(parts, key=lambda part: part.start)
-    dim, whole = parts[0].dim, parts[0].shape
-    starts = [part.start for part in parts]
-    if starts[0] != 0 or len(set(starts)) < len(starts) or any(part.dim != dim for part in parts):
-        refuse(folder, f"{key} is incomplete, or its slices overlap")
-    ends = [*starts[1:], whole[dim]]
-    return [
-        Slice(part.stem, part.key, dim, part.start, (*whole[:dim], end - part.start, *whole[dim + 1 :]))
-        for part, end in zip(parts, ends, strict=True)
-    ]
+def _check_cover(folder: Path, key: str, chunks: Sequence[Chunk], tensor: LogicalTensor) -> None:
+    """As many elements as the tensor has, and none twice, are all of them."""
+    starts = numpy.array([chunk.box.offsets for chunk in chunks])
+    ends = starts + numpy.array([chunk.box.sizes for chunk in chunks])
+    overlap = any(
+        ((starts[index] < ends[index + 1 :]) & (starts[index + 1 :] < ends[index])).all(axis=1).any()
+        for index in range(len(chunks) - 1)
+    )
+    if overlap or sum(chunk.box.num_elements for chunk in chunks) != prod(tensor.shape):
+        refuse(folder, f"{key} is incomplete, or its chunks overlap")
 
 
-def _check_sizes(folder: Path, places: Places, parts: Iterable[Slice]) -> None:
-    needed = dict.fromkeys(places, 0)
-    for part in parts:
-        needed[part.stem] += _ELEMENT_BYTES * prod(part.shape)
+def _check_sizes(folder: Path, indexes: Indexes, chunks: Iterable[Chunk]) -> None:
+    needed = dict.fromkeys(indexes, 0)
+    for chunk in chunks:
+        needed[chunk.stem] += _ELEMENT_BYTES * chunk.box.num_elements
     for stem, size in needed.items():
-        path = folder / f"{stem}.safetensors"
+        path = tensor_path(folder, stem)
         if file_size(path) < size:
-            refuse(path, f"cut short, or a slice is missing: its tensors have {size} bytes")
+            refuse(path, f"cut short, or a chunk is missing: its tensors have {size} bytes")
+
+
+# ---- the first format: KIND:NAME@START with the dimension, its start and the whole shape; a slice ends where the next begins
+
+
+def _first_format_place(folder: Path, chunk: Chunk, entry: Any, tensor: LogicalTensor) -> Chunk:
+    """The slice up to the tensor's end."""
+    values = entry if isinstance(entry, dict) else {}
+    shape, dim, said, (start, *more) = values.get("shape"), values.get("dim"), values.get("start"), chunk.box.offsets
+    path = index_path(folder, chunk.stem)
+    if not _are_counts(shape) or tuple(shape) != tensor.shape:
+        refuse(path, f"{chunk.key} has shape {_short(shape)}, its config says {list(tensor.shape)}")
+    if more or not is_count(dim) or dim >= len(shape) or not is_count(said) or said != start or start >= shape[dim]:
+        refuse(path, f"{chunk.key} cannot be at {_short(entry)}")
+    before, behind = (0,) * dim, (0,) * (len(shape) - dim - 1)
+    sizes = (*shape[:dim], shape[dim] - start, *shape[dim + 1 :])
+    return Chunk(chunk.stem, chunk.key, Box((*before, start, *behind), sizes), None)
+
+
+def _cut_apart(folder: Path, key: str, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Slices that end where the next one begins."""
+    chunks = sorted(chunks, key=lambda chunk: chunk.box.offsets)
+    moved = {dim for chunk in chunks for dim, start in enumerate(chunk.box.offsets) if start}
+    if len(moved) > 1 or len({chunk.box.offsets for chunk in chunks}) < len(chunks):
+        refuse(folder, f"{key} is incomplete, or its chunks overlap")
+    dim = next(iter(moved), 0)
+    cut = []
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        sizes = list(chunk.box.sizes)
+        if following is not None:
+            sizes[dim] = following.box.offsets[dim] - chunk.box.offsets[dim]
+        cut.append(Chunk(chunk.stem, chunk.key, Box(chunk.box.offsets, tuple(sizes)), None))
+    return cut

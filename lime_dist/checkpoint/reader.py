@@ -1,35 +1,25 @@
-"""The files of a checkpoint, and reading logical tensors out of them. Needs no ranks and no torch.
+"""The folders of checkpoints, and reading logical tensors out of one. Needs no ranks and no torch.
 
     step_000100/
-      meta.json             step, samples read, the resolved config, the files; written last
-      pp00-tp00.safetensors fp32 slices that this rank owns, keyed KIND:NAME@START
-      pp00-tp00.json        for each key: dim, start and the whole shape
+      meta.json                     step, samples read, the resolved config, the files and their checksums; written last
+      pp00-tp00-dp00.safetensors    fp32 chunks of what this rank owns (`chunk_files.py`)
+      pp00-tp00-dp00.json           where they belong, and their checksums
 
-KIND is weight, exp_avg or exp_avg_sq; NAME a logical tensor's. A slice lies in one file only.
+KIND is weight, exp_avg or exp_avg_sq; NAME a logical tensor's. A chunk lies in one file only.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy
-from safetensors import SafetensorError, safe_open
 
-from lime_dist.checkpoint.checking import (
-    STEP_NAME,
-    Slice,
-    brief,
-    checked_config,
-    checked_slices,
-    read_json,
-    read_meta,
-    refuse,
-)
+from lime_dist.checkpoint.checking import STEP_NAME, checked_chunks, checked_config, read_indexes, read_meta
+from lime_dist.checkpoint.chunk_files import Chunk, read_chunk
 from lime_dist.errors import CheckpointError
+from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.tensors import LogicalTensor
 
 
@@ -71,62 +61,35 @@ def set_aside_after(checkpoints: Path, step: int) -> None:
             os.replace(folder, folder.with_name(f"abandoned-{time.time_ns()}-{folder.name}"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Written through to the disk, so that a rename after it never uncovers an empty file."""
-    with path.open("w") as file:
-        json.dump(value, file)
-    flush_to_disk(path)
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class CheckpointReader:
-    """Logical tensors from a checkpoint's slices, whatever layout wrote them."""
+    """Logical tensors from a checkpoint's chunks, whatever layout wrote them."""
 
     def __init__(self, folder: Path):
         """Checks all that the files say, and that they are as large as that. Raises: CheckpointError."""
         self.folder, self.meta = folder, read_meta(folder)
-        places = {stem: read_json(folder / f"{stem}.json") for stem in self.meta.files}
-        for stem, keys in places.items():
-            if not isinstance(keys, dict):
-                refuse(folder / f"{stem}.json", "no mapping of tensors")
-        self.config = checked_config(folder, self.meta, places)  # of the run that wrote it
-        self._slices = checked_slices(folder, self.config, places)
+        indexes = read_indexes(folder, self.meta)
+        self.config = checked_config(folder, self.meta, indexes)  # of the run that wrote it
+        self._chunks = checked_chunks(folder, self.meta, self.config, indexes)
+        self._tensors = logical_tensors(self.config.model, self.config.pattern)
 
-    def array(self, kind: str, logical: LogicalTensor) -> numpy.ndarray:
-        """fp32, whole. Raises: CheckpointError when it is missing, damaged or of another shape."""
+    def chunks(self, kind: str, logical: LogicalTensor) -> list[Chunk]:
+        """Those that make the tensor. Raises: CheckpointError when it is missing or of another shape."""
         key = f"{kind}:{logical.name}"
-        if key not in self._slices:
+        if key not in self._chunks:
             raise CheckpointError(
                 f"checkpoint {self.folder}: no {key}; it is of another model or without optimiser state"
             )
-        parts = self._slices[key]
-        dim = parts[0].dim
-        shape = (*parts[0].shape[:dim], sum(part.shape[dim] for part in parts), *parts[0].shape[dim + 1 :])
+        shape = self._tensors[logical.name].shape
         if shape != logical.shape:
             raise CheckpointError(
                 f"checkpoint {self.folder}: {logical.name} has shape {list(shape)}, the model {list(logical.shape)}; "
                 "use the checkpoint's model and depth keys"
             )
-        whole = numpy.empty(shape, dtype=numpy.float32)
-        for part in parts:
-            whole[(slice(None),) * dim + (slice(part.start, part.start + part.shape[dim]),)] = self._read(part)
-        return whole
+        return self._chunks[key]
 
-    def _read(self, part: Slice) -> numpy.ndarray:
-        path = self.folder / f"{part.stem}.safetensors"
-        try:
-            with safe_open(path, framework="np") as file:
-                view = file.get_slice(part.key)
-                found = view.get_dtype(), tuple(view.get_shape())
-                if found != ("F32", part.shape):
-                    refuse(path, f"{part.key} is {found[0]} {list(found[1])}, not F32 {list(part.shape)}")
-                return file.get_tensor(part.key)
-        except (OSError, SafetensorError) as error:
-            refuse(path, brief(error))
+    def array(self, kind: str, logical: LogicalTensor) -> numpy.ndarray:
+        """fp32, whole. Raises: CheckpointError when it is missing, damaged or of another shape."""
+        whole = numpy.empty(logical.shape, dtype=numpy.float32)
+        for chunk in self.chunks(kind, logical):
+            whole[chunk.box.slices()] = read_chunk(self.folder, chunk)
+        return whole

@@ -1,30 +1,41 @@
-"""Saving and resuming a run. Collective: both functions, over all ranks."""
+"""Saving and resuming a run. Collective: the functions that take a rank, over all ranks."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state, set_weights
-from lime_dist.checkpoint.checking import FORMAT, Meta
-from lime_dist.checkpoint.reader import find_checkpoints, find_latest, flush_to_disk, step_folder, write_json
+from lime_dist.backends.zero_state import (
+    KINDS,
+    Share,
+    own_shares,
+    read_share,
+    set_num_updates,
+    share_weights,
+    write_share,
+)
+from lime_dist.checkpoint.boxes import Box, cut_into_chunks, parts_of
+from lime_dist.checkpoint.checking import FORMAT, Meta, meta_text
+from lime_dist.checkpoint.chunk_files import chunk_key, write_chunks
+from lime_dist.checkpoint.reader import find_checkpoints, find_latest, step_folder
+from lime_dist.checkpoint.safe_files import flush_to_disk, write_bytes
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
-from lime_dist.lime.values import assemble_local, slices, specified_parameters
 from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.training.agreement import gather
@@ -40,14 +51,16 @@ def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: i
     """
     final = step_folder(checkpoints, step)
     folder = final.with_name(f"{_UNFINISHED}{final.name}")
-    with _Agreed(rank, folder) as agreed:
+    agreed = _Agreed(rank, folder)
+    with agreed:
         if rank.is_logger:
             _make_room(folder)
     with agreed:
-        _write_slices(rank, folder)
+        agreed.found = _write(rank, folder)
+    files = dict(filter(None, agreed.told))
     with agreed:
         if rank.is_logger:
-            _finish(rank, folder, final, step, samples_seen)
+            _finish(rank, folder, final, {"step": step, "samples_seen": samples_seen, "files": files})
     return final
 
 
@@ -56,8 +69,11 @@ class _Agreed:
 
     def __init__(self, rank: Rank, folder: Path):
         self._rank, self._folder = rank, folder
+        self.found: Any = None  # to tell the others
+        self.told: list[Any] = []  # what each rank found
 
     def __enter__(self) -> _Agreed:
+        self.found = None
         self._rank.pulse.beat("save")
         return self
 
@@ -70,9 +86,11 @@ class _Agreed:
             problem = {"disk": reason}
         elif error is not None:
             return
-        problems = list(filter(None, gather(problem, self._rank.device)))
+        told = gather([problem, self.found], self._rank.device)
+        problems = [problem for problem, _ in told if problem is not None]
         if problems:
             self._give_up(problems[0])
+        self.told = [found for _, found in told]
 
     def _give_up(self, problem: dict[str, str]) -> NoReturn:
         if self._rank.is_logger:
@@ -125,59 +143,52 @@ def _make_room(folder: Path) -> None:
     folder.mkdir()
 
 
-def _write_slices(rank: Rank, folder: Path) -> None:
-    """Raises: TrainingDiverged for a tensor that is not finite."""
-    tensors, places = {}, {}
-    for spec, parameter in specified_parameters(rank.stage):
-        rank.pulse.touch()
-        for kind in KINDS:
-            state = get_state(rank.optimizer, parameter, kind)  # all replicas take part
-            for key, place, part in _owned_slices(rank, spec, kind, state):
-                tensors[key], places[key] = part, place
-    for key, part in tensors.items():
-        if not bool(torch.isfinite(part).all()):
-            raise TrainingDiverged(f"{key.partition('@')[0]} is not finite")
-    if rank.groups.coordinate.dp_rank == 0:
-        stem = _stem(rank)
-        save_file(tensors, folder / f"{stem}.safetensors")
-        flush_to_disk(folder / f"{stem}.safetensors")
-        write_json(folder / f"{stem}.json", places)
+def _write(rank: Rank, folder: Path) -> tuple[str, str] | None:
+    """What this rank has: the file's stem and its index's checksum; None where it has nothing.
+
+    Raises: TrainingDiverged for a tensor that is not finite.
+    """
+    chunks: dict[str, numpy.ndarray] = {}
+    for share in own_shares(rank.optimizer, rank.stage):
+        if share.start < share.stop and _is_ours(rank, share.spec):
+            for kind in KINDS:
+                rank.pulse.touch()
+                values = read_share(rank.optimizer, share, kind).to("cpu", torch.float32)
+                chunks |= _chunks(kind, share, values)
+    stem = _stem(rank)
+    return (stem, write_chunks(folder, stem, chunks)) if chunks else None
 
 
-def _owned_slices(rank: Rank, spec: ParameterSpec, kind: str, state: Tensor) -> Iterator[tuple[str, dict, Tensor]]:
-    """What this rank writes: of what several ranks hold alike, the first writes it."""
+def _is_ours(rank: Rank, spec: ParameterSpec) -> bool:
+    """Of what several ranks hold alike, the first writes it."""
+    return not spec.tied_copy and (spec.sharded or rank.groups.coordinate.tp_rank == 0)
+
+
+def _chunks(kind: str, share: Share, values: Tensor) -> Iterator[tuple[str, numpy.ndarray]]:
+    for part in parts_of(share.spec, share.start, share.stop):
+        if not bool(torch.isfinite(_box(values, share, part.local)).all()):
+            raise TrainingDiverged(f"{kind}:{part.tensor.name} is not finite")
+        for chunk in cut_into_chunks(part):
+            found = _box(values, share, chunk.local).contiguous()
+            yield chunk_key(kind, part.tensor.name, chunk.logical), found.numpy()
+
+
+def _box(values: Tensor, share: Share, box: Box) -> Tensor:
+    """The elements of `box` of the parameter, where they lie in `values`, its elements from `share.start` on."""
+    strides = [prod(share.spec.shape[dim + 1 :]) for dim in range(len(box.sizes))]
+    start = sum(offset * stride for offset, stride in zip(box.offsets, strides, strict=True)) - share.start
+    return values.as_strided(box.sizes, strides, values.storage_offset() + start)
+
+
+def _stem(rank: Rank) -> str:
     place = rank.groups.coordinate
-    if place.dp_rank > 0 or spec.tied_copy or (place.tp_rank > 0 and not spec.sharded):
-        return
-    for piece, part in slices(spec, state):
-        if piece.length:
-            where = {"dim": piece.dim, "start": piece.start, "shape": list(piece.tensor.shape)}
-            yield (
-                f"{kind}:{piece.tensor.name}@{piece.start}",
-                where,
-                part.detach().to("cpu", torch.float32, copy=True).contiguous(),
-            )
+    return f"pp{place.pp_rank:02d}-tp{place.tp_rank:02d}-dp{place.dp_rank:03d}"
 
 
-def _stem(rank: Rank, pp_rank: int | None = None, tp_rank: int | None = None) -> str:
-    place = rank.groups.coordinate
-    pp_rank = place.pp_rank if pp_rank is None else pp_rank
-    tp_rank = place.tp_rank if tp_rank is None else tp_rank
-    return f"pp{pp_rank:02d}-tp{tp_rank:02d}"
-
-
-def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int) -> None:
-    layout = rank.groups.layout
-    files = [_stem(rank, pp_rank, tp_rank) for pp_rank in range(layout.pp) for tp_rank in range(layout.tp)]
-    meta = {
-        "format": FORMAT,
-        "step": step,
-        "samples_seen": samples_seen,
-        "config": to_dict(rank.config),
-        "files": files,
-    }
-    write_json(folder / FILE_NAME, plan_record(rank.run_plan))
-    write_json(folder / "meta.json", meta)
+def _finish(rank: Rank, folder: Path, final: Path, values: dict[str, Any]) -> None:
+    """values: of meta.json."""
+    write_bytes(folder / FILE_NAME, json.dumps(plan_record(rank.run_plan)).encode())
+    write_bytes(folder / "meta.json", meta_text({"format": FORMAT, **values, "config": to_dict(rank.config)}))
     flush_to_disk(folder)
     if os.path.lexists(final):
         _remove(final)
@@ -202,19 +213,29 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
+# ---- loading
+
+
 def load_weights(rank: Rank, folder: Path) -> None:
     """Put the checkpoint's weights alone into the rank. Raises: CheckpointError."""
-    saved = SavedWeights(folder, rank.config)
-    set_weights(rank.optimizer, rank.stage, partial(saved.tensor, "weight"))
+    _load(rank, SavedWeights(folder, rank.config), ("weight",))
 
 
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     """Put the checkpoint's weights and moments into the rank. Raises: CheckpointError."""
     saved = SavedWeights(folder, rank.config)
     set_num_updates(rank.optimizer, saved.meta.step)
-    for spec, parameter in specified_parameters(rank.stage):
-        rank.pulse.touch()
-        for kind in KINDS:
-            local = assemble_local(spec, partial(saved.tensor, kind))
-            set_state(rank.optimizer, parameter, kind, local)
+    _load(rank, saved, KINDS)
     return saved.meta
+
+
+def _load(rank: Rank, saved: SavedWeights, kinds: Sequence[str]) -> None:
+    """Each replica reads its own share, and gets from the others what it has of theirs."""
+    for share in own_shares(rank.optimizer, rank.stage):
+        for kind in kinds if share.start < share.stop else ():
+            rank.pulse.touch()
+            values = torch.zeros(share.stop - share.start)  # padding stays so
+            parts = list(parts_of(share.spec, share.start, share.stop))
+            saved.read(kind, [(part, _box(values, share, part.local)) for part in parts])
+            write_share(rank.optimizer, share, kind, values)
+    share_weights(rank.optimizer, rank.stage)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lime_dist.checkpoint.boxes import Part, common
+from lime_dist.checkpoint.chunk_files import read_chunk
 from lime_dist.checkpoint.edges import check_same_model, saved_config
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import Config
@@ -25,6 +28,29 @@ class SavedWeights:
         check_same_model(folder, saved, config)
         self.meta, self._pattern, self._saved_pattern = self._reader.meta, config.pattern, saved.pattern
         self._saved = logical_tensors(saved.model, saved.pattern)
+
+    def read(self, kind: str, wanted: Sequence[tuple[Part, Tensor]]) -> None:
+        """Put the values of each part into the tensor beside it, on the CPU; each chunk is read once. Raises: CheckpointError."""
+        by_name: dict[str, list[tuple[Part, Tensor]]] = {}
+        for part, values in wanted:
+            by_name.setdefault(part.tensor.name, []).append((part, values))
+        for parts in by_name.values():
+            self._read_tensor(kind, parts)
+
+    def _read_tensor(self, kind: str, wanted: Sequence[tuple[Part, Tensor]]) -> None:
+        tensor = wanted[0][0].tensor
+        if tensor.role is Role.ROUTER:  # small, and the saved one may have more edges
+            whole = self.tensor(kind, tensor)
+            for part, values in wanted:
+                values.copy_(whole[part.logical.slices()])
+            return
+        for chunk in self._reader.chunks(kind, tensor):
+            meeting = [(part, values, common(part.logical, chunk.box)) for part, values in wanted]
+            if any(both is not None for _, _, both in meeting):
+                found = torch.from_numpy(read_chunk(self._reader.folder, chunk))
+                for part, values, both in meeting:
+                    if both is not None:
+                        values[both.within(part.logical)] = found[both.within(chunk.box)]
 
     def tensor(self, kind: str, logical: LogicalTensor) -> Tensor:
         """fp32 on the CPU, whole. Raises: CheckpointError when missing, or when the model reads an edge that was not saved."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from torch.utils.tensorboard import SummaryWriter
 
-from lime_dist.checkpoint.reader import flush_to_disk
+from lime_dist.checkpoint.safe_files import flush_to_disk
 from lime_dist.errors import one_line
 from lime_dist.formats import RECENT_STEPS, format_clock, format_si
 from lime_dist.profiling.accounting import Account, account

@@ -24,7 +24,8 @@ from lime_dist.checkpoint.edges import (
     resume_folder,
     resumed_config,
 )
-from lime_dist.checkpoint.reader import flush_to_disk, set_aside_after
+from lime_dist.checkpoint.reader import set_aside_after
+from lime_dist.checkpoint.safe_files import flush_to_disk
 from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples

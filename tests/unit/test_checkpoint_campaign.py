@@ -1,7 +1,7 @@
 """Random damage and craft: a checkpoint either gives exactly what was saved, or ends in one line, soon.
 
-What changes the values of tensors (their bytes, or which of two equal shapes is whose) does not show without checksums,
-and is left out.
+In checkpoints of the first format, which have no checksums, what changes the values of tensors (their bytes, or which of
+two equal shapes is whose) does not show, and is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_stand_ins import all_tensors, write_checkpoint
+from checkpoint_stand_ins import all_tensors, sign, write_checkpoint, write_first_format
 
 from lime_dist.errors import CheckpointError
 from lime_dist.generate import load_model
@@ -94,13 +94,62 @@ def mutate_header(folder: Path, draw: random.Random) -> str:
 
 
 def flip_bit(folder: Path, draw: random.Random) -> str:
+    """Not in a tensor."""
     path = folder / draw.choice(FILES)
-    content = bytearray(path.read_bytes())
+    content = path.read_bytes()
     is_json = path.suffix == ".json"
-    end = len(content) if is_json else HEADER_LENGTH_BYTES + int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
+    return flip(
+        path,
+        draw,
+        len(content) if is_json else HEADER_LENGTH_BYTES + int.from_bytes(content[:HEADER_LENGTH_BYTES], "little"),
+    )
+
+
+def flip_any_bit(folder: Path, draw: random.Random) -> str:
+    path = folder / draw.choice(FILES)
+    return flip(path, draw, path.stat().st_size)
+
+
+def flip(path: Path, draw: random.Random, end: int) -> str:
+    content = bytearray(path.read_bytes())
     content[draw.randrange(end)] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
     return "a bit"
+
+
+def zero_bytes(folder: Path, draw: random.Random) -> str:
+    """As a page that was never written."""
+    path = folder / draw.choice(FILES)
+    content = bytearray(path.read_bytes())
+    start = draw.randrange(len(content))
+    length = min(draw.choice((8, 64, 512, 4096)), len(content) - start)
+    content[start : start + length] = bytes(length)
+    path.write_bytes(content)
+    return "zeroes"
+
+
+def swap_tensors(folder: Path, draw: random.Random) -> str:
+    """The bytes of two tensors of one shape change places, by their names in the header."""
+    path = folder / draw.choice(FILES[3:])
+    content = path.read_bytes()
+    end = HEADER_LENGTH_BYTES + int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
+    header = json.loads(content[HEADER_LENGTH_BYTES:end])
+    first = draw.choice(list(header))
+    second = draw.choice([key for key in header if header[key]["shape"] == header[first]["shape"]])
+    header[first], header[second] = header[second], header[first]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text + content[end:])
+    return "tensors that change places"
+
+
+def craft(folder: Path, draw: random.Random) -> str:
+    """A value in JSON, with all checksums but the tensors' made anew."""
+    what = draw.choice((mutate_json, mutate_config))(folder, draw)
+    try:
+        sign(folder)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
+        pass  # what cannot be signed stays as it is
+    return f"{what}, signed"
 
 
 def cut_or_lengthen(folder: Path, draw: random.Random) -> str:
@@ -142,6 +191,20 @@ MUTATIONS = (
     cut_or_lengthen,
     put_in_place,
 )
+WRITERS = {
+    write_first_format: MUTATIONS,
+    write_checkpoint: (
+        craft,
+        craft,
+        craft,
+        mutate_header,
+        flip_any_bit,
+        flip_any_bit,
+        zero_bytes,
+        swap_tensors,
+        *MUTATIONS[-2:],
+    ),
+}
 
 
 def outcome(folder: Path, expected: dict[str, np.ndarray]) -> str:
@@ -190,16 +253,19 @@ def run_case(folder: Path, expected: dict[str, np.ndarray]) -> str:
 
 
 @pytest.mark.campaign
-def test_damaged_and_crafted_checkpoints(tmp_path: Path, num_cases: int, case_seed: int) -> None:
+@pytest.mark.parametrize("write", WRITERS)
+def test_damaged_and_crafted_checkpoints(
+    write: Callable[[Path], dict[str, np.ndarray]], tmp_path: Path, num_cases: int, case_seed: int
+) -> None:
     whole = tmp_path / "whole" / "step_000007"
-    expected = write_checkpoint(whole)
+    expected = write(whole)
     assert run_case(whole, expected) == "loaded"
     counts, wrong = Counter(), {}
     for case in range(num_cases):
         draw = random.Random(f"{case_seed}/{case}")
         folder = tmp_path / str(case) / whole.name
         shutil.copytree(whole, folder)
-        what = draw.choice(MUTATIONS)(folder, draw)
+        what = draw.choice(WRITERS[write])(folder, draw)
         ending = run_case(folder, expected)
         counts[ending.split()[0]] += 1
         if ending not in ("loaded", "refused"):

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_stand_ins import all_tensors, write_checkpoint
+from checkpoint_stand_ins import all_tensors, sign, write_checkpoint, write_first_format
 from safetensors.numpy import load_file, save_file
 
 from lime_dist.checkpoint.checking import read_meta
@@ -27,6 +28,14 @@ HALVES = f"{KEY}@0", f"{KEY}@6"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Of the first format, in which whoever changes a file need not change a checksum."""
+    write_first_format(step_folder(tmp_path, 7))
+    return step_folder(tmp_path, 7)
+
+
+@pytest.fixture
+def signed(tmp_path: Path) -> Path:
+    """Of the present format."""
     write_checkpoint(step_folder(tmp_path, 7))
     return step_folder(tmp_path, 7)
 
@@ -100,8 +109,9 @@ def make_folder(path: Path) -> None:
     move_away(path, lambda _, path: path.mkdir())
 
 
-def test_slices_make_the_tensors(tmp_path: Path) -> None:
-    written = write_checkpoint(tmp_path / "step_000007")
+@pytest.mark.parametrize("write", [write_checkpoint, write_first_format])
+def test_chunks_make_the_tensors(write: Callable[[Path], dict[str, np.ndarray]], tmp_path: Path) -> None:
+    written = write(tmp_path / "step_000007")
     found = all_tensors(tmp_path / "step_000007")
     assert found.keys() == written.keys()
     assert all(found[key].dtype == np.float32 and np.array_equal(found[key], written[key]) for key in written)
@@ -114,7 +124,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty meta": (lambda f: cut(f / "meta.json", 0), r"meta\.json: cut short or not JSON"),
     "cut meta": (lambda f: cut(f / "meta.json", 40), r"meta\.json: cut short or not JSON"),
     "brackets": (lambda f: (f / "meta.json").write_text("[" * 200_000), r"meta\.json: cut short or not JSON"),
-    "format": (meta("format", value=99), "format 99, this version reads 1"),
+    "format": (meta("format", value=99), "format 99, this version reads 1 and 2"),
     "format true": (meta("format", value=True), "format True, this version reads 1"),
     "no format": (lambda f: (f / "meta.json").write_text("{}"), "format None"),
     "meta without a step": (lambda f: (f / "meta.json").write_text('{"format": 1}'), r"no step in meta\.json"),
@@ -149,15 +159,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors but a text": (lambda f: (f / "b.safetensors").write_text("version https://"), r"b\.safetensors: "),
     "other tensors": (lambda f: save_file({"x": np.zeros(9999)}, f / "b.safetensors"), r"b\.safetensors: .*weight:"),
     "tensors of doubles": (retype, r"a\.safetensors: .* is F64 \[.*, not F32"),
-    "a part is left out": (meta("files", value=["a"]), "is incomplete, or its slices overlap|cut short"),
+    "a part is left out": (meta("files", value=["a"]), "is incomplete, or its chunks overlap|cut short"),
     "no part at all": (meta("files", value=[]), "0 layers in its files"),
     "a slice overlaps": (rename_slice(HALVES[1], f"{KEY}@5"), rf"{KEY}@. is F32 \[8, 6\], not F32 \[8, [57]\]"),
-    "a slice twice": (rename_slice(HALVES[1], f"{KEY}@00"), f"{KEY} is incomplete, or its slices overlap"),
+    "a slice twice": (rename_slice(HALVES[1], f"{KEY}@00"), f"{KEY} is incomplete, or its chunks overlap"),
     "a slice behind the end": (rename_slice(HALVES[1], f"{KEY}@12"), f"{KEY}@12 cannot be at"),
     "a tensor of another model": (rename_slice(HALVES[1], "weight:x@0"), "'weight:x@0' is no tensor of the model"),
     "another start": (place(HALVES[1], start=5), f"{KEY}@6 cannot be at"),
     "a start that is text": (place(HALVES[1], start="6"), f"{KEY}@6 cannot be at"),
-    "another dim": (place(HALVES[1], dim=0), f"{KEY} is incomplete, or its slices overlap"),
+    "another dim": (place(HALVES[1], dim=0), rf"{KEY}@0 is F32 \[8, 6\], not F32 \[6, 12\]"),
     "dim too large": (place(HALVES[1], dim=2), f"{KEY}@6 cannot be at"),
     "dim below 0": (place(HALVES[1], dim=-1), f"{KEY}@6 cannot be at"),
     "another shape": (place(HALVES[1], shape=[8, 10**12]), f"{KEY}@6 has shape"),
@@ -192,7 +202,7 @@ def test_nothing_of_a_crafted_size_is_made(folder: Path) -> None:
         (folder / f"{stem}.json").write_text(json.dumps(places))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(
-        CheckpointError, match=r"safetensors: cut short, or a slice is missing: its tensors have \d{9,}"
+        CheckpointError, match=r"safetensors: cut short, or a chunk is missing: its tensors have \d{9,}"
     ):
         CheckpointReader(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
@@ -248,3 +258,51 @@ def test_the_newest_whole_one(tmp_path: Path) -> None:
     found = [path.name for path in find_checkpoints(tmp_path)]
     assert found == ["step_000002", "step_999999", "step_1000000"]
     assert find_latest(tmp_path) == tmp_path / "step_1000000"
+
+
+# ---- checksums
+
+
+def test_any_other_byte_is_found(signed: Path) -> None:
+    """In each file: bytes everywhere, those of a header's padding aside, which mean nothing."""
+    for name in ("meta.json", "a.json", "b.json", "a.safetensors", "b.safetensors"):
+        path = signed / name
+        content = path.read_bytes()
+        for at in range(0, len(content), max(1, len(content) // 150)):
+            changed = bytearray(content)
+            changed[at] ^= 1 << at % 7
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError) as caught:
+                all_tensors(signed)
+            assert str(signed) in str(caught.value) and "\n" not in str(caught.value)
+        path.write_bytes(content)
+    all_tensors(signed)
+
+
+def test_a_tensor_of_another_checkpoint_is_found(signed: Path, tmp_path: Path) -> None:
+    write_checkpoint(step_folder(tmp_path / "other", 8), step=8)
+    shutil.copy(step_folder(tmp_path / "other", 8) / "a.safetensors", signed)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: .* is damaged: its checksum is another; name another"):
+        all_tensors(signed)
+
+
+CRAFTED = {
+    "overlap": ({"sizes": [8, 7]}, f"{KEY} is incomplete, or its chunks overlap|cannot be"),
+    "gap": ({"sizes": [8, 5]}, f"{KEY} is incomplete, or its chunks overlap"),
+    "outside": ({"sizes": [9, 6]}, f"{KEY}@0,6 cannot be at|{KEY}@0,6 cannot be"),
+    "empty": ({"sizes": [8, 0]}, f"{KEY}@0,6 cannot be"),
+    "another rank": ({"sizes": [8, 6, 1]}, f"{KEY}@0,6 cannot be"),
+    "a text": ({"sizes": "86"}, f"{KEY}@0,6 cannot be"),
+    "no checksum": ({"sha256": None}, f"{KEY}@0,6 cannot be"),
+    "a short checksum": ({"sha256": "00"}, f"{KEY}@0,6 cannot be"),
+    "another checksum": ({"sha256": "0" * 64}, f"{KEY}@0,6 is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_indexes(signed: Path, name: str) -> None:
+    values, message = CRAFTED[name]
+    place(f"{KEY}@0,6", **values)(signed)
+    sign(signed)
+    with pytest.raises(CheckpointError, match=message):
+        all_tensors(signed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -15,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 import lime_dist.training.run  # noqa: F401  (at its first import DeepSpeed runs a compiler, which must not be taken for our output)
-from lime_dist.checkpoint.checking import FORMAT
+from lime_dist.checkpoint.boxes import Box
+from lime_dist.checkpoint.checking import FORMAT, KINDS, meta_text
+from lime_dist.checkpoint.chunk_files import chunk_key, write_chunks
 from lime_dist.cli.command_line import main
 from lime_dist.config import parse_config, to_dict
 from lime_dist.data.indexed import IndexedWriter
@@ -83,15 +83,14 @@ def write_checkpoint(folder: Path, *overrides: str) -> None:
     """A checkpoint of BASE's model after one step, in one file."""
     folder.mkdir()
     config = parse_config(BASE, overrides)
-    tensors, places = {}, {}
-    for tensor in logical_tensors(config.model, config.pattern).values():
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            key = f"{kind}:{tensor.name}@0"
-            tensors[key], places[key] = torch.zeros(tensor.shape), {"dim": 0, "start": 0, "shape": tensor.shape}
-    save_file(tensors, folder / "all.safetensors")
-    (folder / "all.json").write_text(json.dumps(places))
-    meta = {"format": FORMAT, "step": 1, "samples_seen": 12, "config": to_dict(config), "files": ["all"]}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    chunks = {
+        chunk_key(kind, tensor.name, Box((0,) * len(tensor.shape), tensor.shape)): np.zeros(tensor.shape, np.float32)
+        for tensor in logical_tensors(config.model, config.pattern).values()
+        for kind in KINDS
+    }
+    files = {"all": write_chunks(folder, "all", chunks)}
+    meta = {"format": FORMAT, "step": 1, "samples_seen": 12, "config": to_dict(config), "files": files}
+    (folder / "meta.json").write_bytes(meta_text(meta))
 
 
 @pytest.fixture(autouse=True)
