@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_latest
+from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_latest, find_sound
 from lime_dist.config import Config, check_config
 from lime_dist.config.reading import read_yaml, shown_key
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
@@ -94,12 +94,22 @@ def _naming_path(key: str, path: str) -> Iterator[None]:
 
 
 def resume_folder(config: Config) -> Path | None:
-    """The checkpoint to continue from, as this host sees it, or None for a fresh start."""
+    """The checkpoint to continue from, as this host sees it, or None for a fresh start; a damaged one is passed over.
+
+    Raises: CheckpointError where all are damaged.
+    """
     if config.checkpoint.resume == "never":
         return None
     if config.checkpoint.resume == "auto":
-        return find_latest(checkpoints_of(config))
+        return find_sound(checkpoints_of(config))
     return Path(config.checkpoint.resume)
+
+
+def resumes(config: Config) -> bool:
+    """Whether there is a checkpoint to continue from, as this host sees it, be it damaged or not."""
+    if config.checkpoint.resume == "auto":
+        return find_latest(checkpoints_of(config)) is not None
+    return config.checkpoint.resume != "never"
 
 
 def first_weights(config: Config) -> Path | None:

@@ -54,11 +54,56 @@ def find_checkpoint(path: Path) -> Path | None:
     return find_latest(path / "checkpoints") or find_latest(path)
 
 
-def set_aside_after(checkpoints: Path, step: int) -> None:
-    """Rename checkpoints of later steps: a run that goes on from `step` has left their branch, and must not return to it."""
-    for folder in find_checkpoints(checkpoints):
-        if step_of(folder) > step:
-            os.replace(folder, folder.with_name(f"abandoned-{time.time_ns()}-{folder.name}"))
+def find_sound(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose files agree with one another, as far as shows without reading its tensors.
+
+    Raises: CheckpointError, the newest one's, where there are some and none is: a run must not begin anew beside them.
+    """
+    newest_problem = None
+    for folder in reversed(find_checkpoints(checkpoints)):
+        if (problem := problem_of(folder)) is None:
+            return folder
+        newest_problem = newest_problem or problem
+    if newest_problem is not None:
+        raise newest_problem
+    return None
+
+
+def problem_of(folder: Path) -> CheckpointError | None:
+    """What shows without reading its tensors."""
+    try:
+        CheckpointReader(folder)
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def set_aside_after(checkpoints: Path, step: int) -> list[str]:
+    """Rename checkpoints of later steps: a run that goes on from `step` has left their branch, and must not return to it.
+
+    Returns what is to be told of damaged ones, a line each.
+    """
+    later = [folder for folder in find_checkpoints(checkpoints) if step_of(folder) > step]
+    lines = []
+    for folder in later:
+        problem = problem_of(folder)
+        if problem is not None:
+            lines.append(set_damaged_aside(folder, problem))
+        else:
+            _set_aside(folder, "abandoned")
+    return lines
+
+
+def set_damaged_aside(folder: Path, problem: CheckpointError) -> str:
+    """Returns the line to tell."""
+    return f"{problem}; it is {_set_aside(folder, 'damaged')} now"
+
+
+def _set_aside(folder: Path, why: str) -> str:
+    """Under a name that is no checkpoint's, which it returns."""
+    aside = folder.with_name(f"{why}-{time.time_ns()}-{folder.name}")
+    os.replace(folder, aside)
+    return aside.name
 
 
 class CheckpointReader:

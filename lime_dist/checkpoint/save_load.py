@@ -217,20 +217,32 @@ def _delete(path: Path) -> None:
 
 
 def load_weights(rank: Rank, folder: Path) -> None:
-    """Put the checkpoint's weights alone into the rank. Raises: CheckpointError."""
-    _load(rank, SavedWeights(folder, rank.config), ("weight",))
+    """Put the checkpoint's weights alone into the rank. Raises: CheckpointError, on all ranks."""
+    _load(rank, folder, ("weight",))
 
 
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:
-    """Put the checkpoint's weights and moments into the rank. Raises: CheckpointError."""
-    saved = SavedWeights(folder, rank.config)
-    set_num_updates(rank.optimizer, saved.meta.step)
-    _load(rank, saved, KINDS)
+    """Put the checkpoint's weights and moments into the rank. Raises: CheckpointError, on all ranks."""
+    meta = _load(rank, folder, KINDS)
+    set_num_updates(rank.optimizer, meta.step)
+    return meta
+
+
+def _load(rank: Rank, folder: Path, kinds: Sequence[str]) -> Meta:
+    """Each replica reads its own share, and gets from the others what it has of theirs."""
+    problem = None
+    try:
+        saved = SavedWeights(folder, rank.config)
+        _read(rank, saved, kinds)
+    except CheckpointError as error:
+        problem = str(error)
+    if problems := list(filter(None, gather(problem, rank.device))):
+        raise CheckpointError(problems[0])
+    share_weights(rank.optimizer, rank.stage)
     return saved.meta
 
 
-def _load(rank: Rank, saved: SavedWeights, kinds: Sequence[str]) -> None:
-    """Each replica reads its own share, and gets from the others what it has of theirs."""
+def _read(rank: Rank, saved: SavedWeights, kinds: Sequence[str]) -> None:
     for share in own_shares(rank.optimizer, rank.stage):
         for kind in kinds if share.start < share.stop else ():
             rank.pulse.touch()
@@ -238,4 +250,3 @@ def _load(rank: Rank, saved: SavedWeights, kinds: Sequence[str]) -> None:
             parts = list(parts_of(share.spec, share.start, share.stop))
             saved.read(kind, [(part, _box(values, share, part.local)) for part in parts])
             write_share(rank.optimizer, share, kind, values)
-    share_weights(rank.optimizer, rank.stage)

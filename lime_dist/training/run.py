@@ -24,12 +24,12 @@ from lime_dist.checkpoint.edges import (
     resume_folder,
     resumed_config,
 )
-from lime_dist.checkpoint.reader import set_aside_after
+from lime_dist.checkpoint.reader import find_checkpoints, set_aside_after, set_damaged_aside
 from lime_dist.checkpoint.safe_files import flush_to_disk
 from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
-from lime_dist.errors import ConfigError, TrainingDiverged
+from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
 from lime_dist.lifecycle.heartbeat import side_heartbeat_folder
 from lime_dist.lifecycle.launcher import Place
@@ -208,12 +208,7 @@ class TrainingRun:
         self.step = self.samples_seen = self._saved_step = 0
         self._saved: Path | None = None  # where `_saved_step` is
         self._switched_step: int | None = None
-        start = agree_on_start(config, device)
-        if start.folder is None:
-            self.rank = Rank(plan, groups, device, pulse)
-            self._load_first_weights()
-        else:
-            self._load(start, plan)
+        start = self._begin(plan)
         between()
         self._samples.prepare(self.samples_seen, between)
         self._profiler = self._new_profiler()
@@ -222,6 +217,32 @@ class TrainingRun:
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
+
+    def _begin(self, plan: RunPlan) -> Start:
+        """With the newest whole checkpoint, or from the first weights."""
+        start = agree_on_start(self.config, self._device)
+        if start.folder is None:
+            self.rank = Rank(plan, self._groups, self._device, self._pulse)
+            self._load_first_weights()
+            return start
+        try:
+            self._load(start, plan)
+        except CheckpointError as error:
+            if self.config.checkpoint.resume != "auto":
+                raise
+            self._set_aside(start.folder, error)
+            del self.rank
+            gc.collect()
+            return self._begin(plan)
+        return start
+
+    def _set_aside(self, folder: Path, problem: CheckpointError) -> None:
+        """A checkpoint that is damaged, where there is an older one to go on from. Raises: `problem`, where there is none."""
+        if not tell_all(len(find_checkpoints(folder.parent)) > 1, self._device):
+            raise problem
+        if dist.get_rank() == 0:
+            _warn(set_damaged_aside(folder, problem))
+        dist.barrier()
 
     def _load_first_weights(self) -> None:
         """Those of another run, where the config names one."""
@@ -402,7 +423,8 @@ class TrainingRun:
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
         self._owner = _take_run(run_dir, checkpoints_of(self.config))
-        set_aside_after(checkpoints_of(self.config), self.step)
+        for line in set_aside_after(checkpoints_of(self.config), self.step):
+            _warn(line)
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         self._write_plan()
         if resumed_from is not None:
@@ -414,6 +436,10 @@ class TrainingRun:
             log_every=self.config.run.log_every,
             peak_flops=_peak_flops(self.config, self._device),
         )
+
+
+def _warn(line: str) -> None:
+    print(f"lime-dist: warning: {line}", file=sys.stderr, flush=True)
 
 
 def _peak_flops(config: Config, device: torch.device) -> float | None:

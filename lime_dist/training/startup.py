@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import lime_dist
 from lime_dist.checkpoint.checking import read_meta
-from lime_dist.checkpoint.edges import evaluated_config, resume_folder, resumed_config
+from lime_dist.checkpoint.edges import evaluated_config, resume_folder, resumed_config, resumes
 from lime_dist.config import Config, DepthConfig, to_dict
 from lime_dist.data.checksums import block_digest
 from lime_dist.errors import CheckpointError, ConfigError, LimeDistError, one_line
@@ -42,7 +42,7 @@ class Start:
 def check_alike(config: Config, device: torch.device) -> None:
     """Compare code, config and token files over the ranks. Collective: world. Raises: ConfigError on all of them."""
     facts = _facts(config)
-    if any(gather(resume_folder(config) is not None, device)):
+    if any(gather(resumes(config), device)):
         # Then the edges are the checkpoint's, which rank 0 names: not every rank may see it yet.
         del facts["depth.pattern"], facts["depth.pattern_name"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

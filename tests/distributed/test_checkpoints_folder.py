@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 import lime_dist.training.run  # noqa: F401  (what DeepSpeed prints at its first import must not be taken for our output)
+from lime_dist.checkpoint.checking import meta_text
 from lime_dist.checkpoint.reader import find_checkpoints
 from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
@@ -156,30 +158,100 @@ def test_a_full_disk(leave_bytes: int, what: str, small_disk: Path, capfd: pytes
     assert names(f"{small_disk}/run/checkpoints") == {"step_000001", "step_000002"}
 
 
+# ---- damaged checkpoints, where the run goes on by itself
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+STEM = "pp01-tp00-dp000"
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit of a tensor": lambda folder: flip(folder / f"{STEM}.safetensors", -3),
+    "a bit of an index": lambda folder: flip(folder / f"{STEM}.json", 100),
+    "a bit of meta.json": lambda folder: flip(folder / "meta.json", 100),
+    "a file that is missing": lambda folder: (folder / f"{STEM}.safetensors").unlink(),
+    "a file that is cut short": lambda folder: os.truncate(folder / f"{STEM}.safetensors", 1000),
+    "a file of the step before": lambda folder: shutil.copy(
+        folder.with_name("step_000001") / f"{STEM}.safetensors", folder
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_set_aside_and_the_run_goes_on_from_the_one_before(
+    damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run.steps=3", "checkpoint.keep=9", "run.dir=whole") == 0
+    assert train("run.steps=2", "checkpoint.keep=9") == 0
+    DAMAGES[damage](Path("run/checkpoints/step_000002"))
+    capfd.readouterr()
+    assert train("run.steps=3", "checkpoint.keep=9") == 0
+    told = capfd.readouterr()
+    assert "resumed from run/checkpoints/step_000001, step 1 of 3" in told.out
+    (line,) = [line for line in told.err.splitlines() if "warning" in line]
+    assert line.startswith("lime-dist: warning: checkpoint run/checkpoints/step_000002"), line
+    assert re.search(r"; it is damaged-\d+-step_000002 now$", line), line
+    assert {name.split("-")[0] for name in names()} == {"step_000001", "step_000002", "step_000003", "damaged"}
+    losses = [
+        {record["step"]: record["loss"] for record in map(json.loads, open(f"{run}/metrics.jsonl")) if "loss" in record}
+        for run in ("run", "whole")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_with_no_whole_checkpoint_left_does_not_begin_anew(
+    damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run.steps=2", "checkpoint.keep=1") == 0
+    folder = Path("run/checkpoints/step_000002")
+    if damage == "a file of the step before":
+        assert train("run.steps=1", "run.dir=other") == 0
+        shutil.copy(f"other/checkpoints/step_000001/{STEM}.safetensors", folder)
+    else:
+        DAMAGES[damage](folder)
+    capfd.readouterr()
+    assert train("run.steps=3") == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"lime-dist: checkpoint {folder}"), line
+    assert names() == {"step_000002"}
+
+
 # ---- crafted checkpoints, by each command that reads one
+
+
+def sign(folder: Path, meta: dict) -> None:
+    """With a true checksum, as whoever crafts one can make it."""
+    del meta["sha256"]
+    (folder / "meta.json").write_bytes(meta_text(meta))
 
 
 def many_layers(folder: Path) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     meta["config"]["model"]["num_layers"] = 10**9
-    (folder / "meta.json").write_text(json.dumps(meta))
+    sign(folder, meta)
 
 
 def outside(folder: Path) -> None:
     for end in ("json", "safetensors"):
-        shutil.move(folder / f"pp00-tp00.{end}", folder.parent / f"pp00-tp00.{end}")
-    (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("pp00-tp00", "../pp00-tp00"))
+        shutil.move(folder / f"{STEM}.{end}", folder.parent / f"{STEM}.{end}")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"] = {stem.replace(STEM, f"../{STEM}"): sha256 for stem, sha256 in meta["files"].items()}
+    sign(folder, meta)
 
 
 def a_pipe(folder: Path) -> None:
-    (folder / "pp01-tp00.safetensors").unlink()
-    os.mkfifo(folder / "pp01-tp00.safetensors")
+    (folder / f"{STEM}.safetensors").unlink()
+    os.mkfifo(folder / f"{STEM}.safetensors")
 
 
 CRAFTED = {
     many_layers: "4 layers in its files, model.num_layers=1000000000 in its config; name another checkpoint",
-    outside: "files in meta.json cannot be ['../pp00-tp00', 'pp01-tp00']; name another checkpoint",
-    a_pipe: "pp01-tp00.safetensors: no regular file; name another checkpoint",
+    outside: "; name another checkpoint",
+    a_pipe: f"{STEM}.safetensors: no regular file; name another checkpoint",
 }
 
 
