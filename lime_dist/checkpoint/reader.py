@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy
 
-from lime_dist.checkpoint.checking import STEP_NAME, checked_chunks, checked_config, read_indexes, read_meta
+from lime_dist.checkpoint.checking import KINDS, STEP_NAME, checked_chunks, checked_config, read_indexes, read_meta
 from lime_dist.checkpoint.chunk_files import Chunk, read_chunk
 from lime_dist.errors import CheckpointError
 from lime_dist.plan.parameters import logical_tensors
@@ -115,7 +115,12 @@ class CheckpointReader:
         indexes = read_indexes(folder, self.meta)
         self.config = checked_config(folder, self.meta, indexes)  # of the run that wrote it
         self._chunks = checked_chunks(folder, self.meta, self.config, indexes)
-        self._tensors = logical_tensors(self.config.model, self.config.pattern)
+        self.tensors = logical_tensors(self.config.model, self.config.pattern)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Those of which every tensor is there."""
+        return tuple(kind for kind in KINDS if all(f"{kind}:{name}" in self._chunks for name in self.tensors))
 
     def chunks(self, kind: str, logical: LogicalTensor) -> list[Chunk]:
         """Those that make the tensor. Raises: CheckpointError when it is missing or of another shape."""
@@ -124,13 +129,17 @@ class CheckpointReader:
             raise CheckpointError(
                 f"checkpoint {self.folder}: no {key}; it is of another model or without optimiser state"
             )
-        shape = self._tensors[logical.name].shape
+        shape = self.tensors[logical.name].shape
         if shape != logical.shape:
             raise CheckpointError(
                 f"checkpoint {self.folder}: {logical.name} has shape {list(shape)}, the model {list(logical.shape)}; "
                 "use the checkpoint's model and depth keys"
             )
         return self._chunks[key]
+
+    def all_chunks(self) -> list[Chunk]:
+        """Of every tensor of every kind."""
+        return [chunk for chunks in self._chunks.values() for chunk in chunks]
 
     def array(self, kind: str, logical: LogicalTensor) -> numpy.ndarray:
         """fp32, whole. Raises: CheckpointError when it is missing, damaged or of another shape."""

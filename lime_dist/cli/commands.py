@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lime_dist.checkpoint import commands as checkpoint_commands
 from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate
 from lime_dist.cli.given_paths import writing
 from lime_dist.config import Config, check_config, dump_yaml, find_warnings, load_config
@@ -42,6 +43,7 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_eval(subparsers)
     _add_generate(subparsers)
     _add_parity(subparsers)
+    _add_checkpoint(subparsers)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +138,11 @@ def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--timeout", type=_seconds, default=600, metavar="SECONDS", help="give up after (default: 600)")
     parser.set_defaults(run=_parity)
+
+
+def _add_checkpoint(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("checkpoint", help="look into checkpoints, verify, compare and convert them")
+    checkpoint_commands.add_parsers(parser.add_subparsers(metavar="COMMAND", required=True))
 
 
 def _seconds(text: str) -> float:

@@ -12,7 +12,7 @@ from math import prod
 from lime_dist.config import ModelConfig
 from lime_dist.depth.pattern import Pattern
 from lime_dist.depth.routing import Read, router_name
-from lime_dist.plan.tensors import Cutter, LogicalTensor, ParameterSpec, Role
+from lime_dist.plan.tensors import Cutter, LogicalTensor, ParameterSpec, Piece, Role
 from lime_dist.plan.transfer import ChunkTransfer, plan_transfer
 
 VOCABULARY_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by, per tensor rank
@@ -26,10 +26,15 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 def logical_tensors(model: ModelConfig, pattern: Pattern) -> dict[str, LogicalTensor]:
     """Every tensor of the unsharded model, by name."""
+    return {name: piece.tensor for name, piece in whole_pieces(model, pattern).items()}
+
+
+def whole_pieces(model: ModelConfig, pattern: Pattern) -> dict[str, Piece]:
+    """The same with the dimension along which tensor ranks would cut each."""
     layers = range(model.num_layers)
     transfer = plan_transfer(pattern, (layers,), policy="relay").chunk(0)
     specs = plan_parameters(model, transfer, layers, tp=1, tp_rank=0, vocab_rows=model.vocab_size)
-    return {piece.tensor.name: piece.tensor for spec in specs for piece in spec.pieces}
+    return {piece.tensor.name: piece for spec in specs for piece in spec.pieces}
 
 
 def total_parameters(model: ModelConfig, pattern: Pattern) -> int:
