@@ -84,7 +84,7 @@ def read_share(optimizer: ZeroOptimizer, share: Share, kind: str) -> Tensor:
             if is_weight
             else safe_get_local_optimizer_state(share.parameter, kind)
         )
-        return found[:length]
+        return found.detach()[:length]
     return _fragment(share.parameter, kind)
 
 

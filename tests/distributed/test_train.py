@@ -326,18 +326,19 @@ def kill_self(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_while_writing(rank: object, folder: Path) -> None:
-    """The last stage's rank has written one of its files."""
-    write_slices(rank, folder)
+def kill_while_writing(rank: object, folder: Path) -> object:
+    """The last stage's rank has written its files."""
+    written = write(rank, folder)
     if folder.name.endswith("step_000004") and rank.plan.is_last_stage:
         kill_self()
+    return written
 
 
 def kill_before_renaming(source: Path, target: Path) -> None:
     kill_self() if target.name == "step_000004" else rename(source, target)
 
 
-write_slices, rename = save_load._write_slices, os.rename
+write, rename = save_load._write, os.rename
 
 
 @pytest.mark.parametrize("moment", ["writing", "renaming"])
@@ -345,7 +346,7 @@ def test_interrupted_save(moment: str, tmp_path: Path, capfd: pytest.CaptureFixt
     """Also: `keep` checkpoints are left, and what the interrupted save wrote goes with the next one."""
     with pytest.MonkeyPatch.context() as patch:  # ranks are forked, so they have it
         if moment == "writing":
-            patch.setattr(save_load, "_write_slices", kill_while_writing)
+            patch.setattr(save_load, "_write", kill_while_writing)
         else:
             patch.setattr(os, "rename", kill_before_renaming)
         assert train(tmp_path, "pp=2", "run.steps=6", "checkpoint.every=1", "checkpoint.keep=2") == 1

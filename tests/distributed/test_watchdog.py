@@ -145,13 +145,13 @@ def stop_self() -> None:
 
 
 def stop_in_the_last_save(patch: pytest.MonkeyPatch) -> None:
-    write = save_load._write_slices
+    write = save_load._write
 
-    def stop(rank: Rank, folder: Path) -> None:
+    def stop(rank: Rank, folder: Path) -> object:
         stop_self() if os.environ["RANK"] == "1" else None
-        write(rank, folder)
+        return write(rank, folder)
 
-    patch.setattr(save_load, "_write_slices", stop)
+    patch.setattr(save_load, "_write", stop)
 
 
 def stop_behind_the_last_save(patch: pytest.MonkeyPatch) -> None:
