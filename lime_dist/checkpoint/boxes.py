@@ -102,27 +102,26 @@ def _place(spec: ParameterSpec, piece: Piece) -> Box:
 
 # ---- what a file holds: chunks, the unit of reading and of checksums
 
-_CHUNK_BYTES = 2**20
-_MOST_CHUNKS = 64  # about as many a tensor, whatever its size
+_CHUNK_BYTES = 2**19
+_MOST_ROWS = 256  # of chunks, about as many a tensor, whatever its size
 _COLUMN_BLOCKS = 16  # so that up to as many tensor ranks read no one else's columns
 _ELEMENT_BYTES = 4
 
 
 def cut_into_chunks(part: Part) -> Iterator[Part]:
-    """The same in chunks of about a megabyte, at the same places whatever the layout, so that other ranks read little more
-    than they need."""
+    """The same in chunks of at most about half a megabyte, at the same places whatever the layout: others read little more than
+    they need."""
     rows, columns = _grid(part.tensor.shape, part.dim)
     for columns_of_part in _cut(part, 1, columns) if len(part.tensor.shape) > 1 else (part,):
         yield from _cut(columns_of_part, 0, rows)
 
 
 def _grid(shape: tuple[int, ...], dim: int) -> tuple[int, int]:
-    """Rows and columns of a chunk, at most."""
+    """Rows and columns of a chunk, at most. Whole rows of about half a megabyte: a replica's share ends somewhere among them."""
+    most = max(_CHUNK_BYTES, _ELEMENT_BYTES * prod(shape) // _MOST_ROWS)
+    rows = max(1, most // (_ELEMENT_BYTES * prod(shape[1:])))
     columns = shape[1] if len(shape) > 1 else 1
-    if dim == 1 and columns % _COLUMN_BLOCKS == 0:
-        columns //= _COLUMN_BLOCKS
-    most = max(_CHUNK_BYTES, _ELEMENT_BYTES * prod(shape) // _MOST_CHUNKS)
-    return max(1, most // (_ELEMENT_BYTES * columns * prod(shape[2:]))), columns
+    return rows, columns // _COLUMN_BLOCKS if dim == 1 and columns % _COLUMN_BLOCKS == 0 else columns
 
 
 def _cut(part: Part, dim: int, size: int) -> Iterator[Part]:

@@ -54,22 +54,35 @@ def write_chunks(folder: Path, stem: str, chunks: Mapping[str, numpy.ndarray]) -
     return hashlib.sha256(content).hexdigest()
 
 
-def read_chunk(folder: Path, chunk: Chunk) -> numpy.ndarray:
-    """fp32, verified. Raises: CheckpointError when it is missing or damaged."""
-    path = tensor_path(folder, chunk.stem)
-    file_size(path)
-    try:
-        with safe_open(path, framework="np") as file:
+class ChunkFiles:
+    """The tensor files of a checkpoint, each opened once: a header names thousands of chunks."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, Any] = {}
+
+    def read(self, chunk: Chunk) -> numpy.ndarray:
+        """fp32, verified. Raises: CheckpointError when it is missing or damaged."""
+        path = tensor_path(self._folder, chunk.stem)
+        try:
+            file = self._file(chunk.stem)
             view = file.get_slice(chunk.key)
             found = view.get_dtype(), tuple(view.get_shape())
             if found != ("F32", chunk.box.sizes):
                 refuse(path, f"{chunk.key} is {found[0]} {list(found[1])}, not F32 {list(chunk.box.sizes)}")
             values: numpy.ndarray[Any, Any] = file.get_tensor(chunk.key)
-    except (OSError, SafetensorError) as error:
-        refuse(path, brief(error))
-    if chunk.sha256 is not None and _digest(values) != chunk.sha256:
-        refuse(path, f"{chunk.key} is damaged: its checksum is another")
-    return values
+        except (OSError, SafetensorError) as error:
+            refuse(path, brief(error))
+        if chunk.sha256 is not None and _digest(values) != chunk.sha256:
+            refuse(path, f"{chunk.key} is damaged: its checksum is another")
+        return values
+
+    def _file(self, stem: str) -> Any:
+        if stem not in self._open:
+            path = tensor_path(self._folder, stem)
+            file_size(path)
+            self._open[stem] = safe_open(path, framework="np")
+        return self._open[stem]
 
 
 def _digest(values: numpy.ndarray) -> str:

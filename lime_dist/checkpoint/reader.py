@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy
 
 from lime_dist.checkpoint.checking import KINDS, STEP_NAME, checked_chunks, checked_config, read_indexes, read_meta
-from lime_dist.checkpoint.chunk_files import Chunk, read_chunk
+from lime_dist.checkpoint.chunk_files import Chunk, ChunkFiles
 from lime_dist.errors import CheckpointError
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.tensors import LogicalTensor
@@ -114,6 +114,7 @@ class CheckpointReader:
         self.folder, self.meta = folder, read_meta(folder)
         indexes = read_indexes(folder, self.meta)
         self.config = checked_config(folder, self.meta, indexes)  # of the run that wrote it
+        self.read = ChunkFiles(folder).read
         self._chunks = checked_chunks(folder, self.meta, self.config, indexes)
         self.tensors = logical_tensors(self.config.model, self.config.pattern)
 
@@ -145,5 +146,5 @@ class CheckpointReader:
         """fp32, whole. Raises: CheckpointError when it is missing, damaged or of another shape."""
         whole = numpy.empty(logical.shape, dtype=numpy.float32)
         for chunk in self.chunks(kind, logical):
-            whole[chunk.box.slices()] = read_chunk(self.folder, chunk)
+            whole[chunk.box.slices()] = self.read(chunk)
         return whole

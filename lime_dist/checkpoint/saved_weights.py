@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lime_dist.checkpoint.boxes import Part, common
-from lime_dist.checkpoint.chunk_files import read_chunk
 from lime_dist.checkpoint.edges import check_same_model, saved_config
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import Config
@@ -47,7 +46,7 @@ class SavedWeights:
         for chunk in self._reader.chunks(kind, tensor):
             meeting = [(part, values, common(part.logical, chunk.box)) for part, values in wanted]
             if any(both is not None for _, _, both in meeting):
-                found = torch.from_numpy(read_chunk(self._reader.folder, chunk))
+                found = torch.from_numpy(self._reader.read(chunk))
                 for part, values, both in meeting:
                     if both is not None:
                         values[both.within(part.logical)] = found[both.within(chunk.box)]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 from lime_dist.checkpoint.checking import FIRST_FORMAT
-from lime_dist.checkpoint.chunk_files import read_chunk, tensor_path
+from lime_dist.checkpoint.chunk_files import tensor_path
 from lime_dist.checkpoint.edges import check_same_model
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from lime_dist.checkpoint.whole_writer import write_whole
@@ -92,7 +92,7 @@ def verify(reader: CheckpointReader, done: Done) -> Iterator[str]:
     """Reads all of it; what is wrong with each damaged chunk."""
     for chunk in reader.all_chunks():
         try:
-            read_chunk(reader.folder, chunk)
+            reader.read(chunk)
         except CheckpointError as error:
             yield str(error)
         done(chunk.box.num_elements * 4)

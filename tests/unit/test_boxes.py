@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from itertools import product
 from math import prod
 
@@ -110,3 +111,50 @@ def test_chunks_are_small_and_at_the_same_places_from_any_part() -> None:
             corners |= {(tp, chunk.logical) for chunk in chunks}
     by_layout = [{box for found, box in corners if found == tp} for tp in (1, 4, 16)]
     assert by_layout[0] == by_layout[1] == by_layout[2]
+
+
+# ---- what ranks of one layout read of what ranks of another wrote
+
+LARGE = {
+    "model": {
+        "num_layers": 4, "hidden_size": 2048, "intermediate_size": 5632, "num_heads": 16, "num_kv_heads": 8, "vocab_size": 50000,
+    },
+    "run": {"steps": 1},
+}  # fmt: skip
+LAYOUTS = [(1, 1, 1), (4, 1, 1), (1, 4, 2), (2, 2, 3), (8, 1, 5), (2, 4, 8)]  # tp, pp, dp under ZeRO
+
+
+def shares(tp: int, pp: int, dp: int, writes: bool) -> Iterator[list[Part]]:
+    """What each rank has, or writes: its replica's part of all its stage's parameters, one behind the other."""
+    config = check_config(parse_config(LARGE))
+    layers = tuple(range(stage * 4 // pp, (stage + 1) * 4 // pp) for stage in range(pp))
+    transfer = plan_transfer(config.pattern, layers, policy="least")
+    rows = padded_vocab_size(config.model.vocab_size, tp)
+    for stage, tp_rank, replica in product(range(pp), range(tp), range(dp)):
+        specs = plan_parameters(
+            config.model, transfer.chunk(stage), layers[stage], tp=tp, tp_rank=tp_rank, vocab_rows=rows
+        )
+        total = sum(prod(spec.shape) for spec in specs)
+        first, last, begin = total * replica // dp, total * (replica + 1) // dp, 0
+        share: list[Part] = []
+        for spec in specs:
+            size = prod(spec.shape)
+            if not writes or (not spec.tied_copy and (spec.sharded or tp_rank == 0)):
+                share += parts_of(spec, min(max(first - begin, 0), size), min(max(last - begin, 0), size))
+            begin += size
+        yield share
+
+
+@pytest.mark.parametrize("writer", LAYOUTS)
+@pytest.mark.parametrize("reader", LAYOUTS)
+def test_a_rank_reads_little_more_than_its_share(writer: tuple[int, int, int], reader: tuple[int, int, int]) -> None:
+    written: dict[str, set[Box]] = {}
+    for share in shares(*writer, writes=True):
+        for part in share:
+            written.setdefault(part.tensor.name, set()).update(chunk.logical for chunk in cut_into_chunks(part))
+    for share in shares(*reader, writes=False):
+        wanted = sum(part.logical.num_elements for part in share)
+        met = {
+            (part.tensor.name, box) for part in share for box in written[part.tensor.name] if common(box, part.logical)
+        }
+        assert sum(box.num_elements for _, box in met) <= 1.1 * wanted
