@@ -28,13 +28,15 @@ from lime_dist.plan.tensors import Role
 from lime_dist.plan.transfer import plan_transfer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-# Counted by hand below.
-SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 1024}
+SIZES = {  # counted by hand below
+    "model": {"hidden_size": 128, "intermediate_size": 352, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 1024},
+    "data": {"global_batch_size": 16, "seq_length": 128},
+}
 FULL_TOTALS = {4: (4, 6), 8: (16, 28), 16: (64, 120)}  # stages: (least, relay) in units of the layers of a stage
 
 
 def make_config(*overrides: str) -> Config:
-    sizes = [f"model.{key}={size}" for key, size in SIZES.items()]
+    sizes = [f"{section}.{key}={size}" for section, keys in SIZES.items() for key, size in keys.items()]
     return check_config(load_config(QUICKSTART, [*sizes, *overrides]))
 
 
