@@ -9,7 +9,6 @@ Files made by Megatron's own tools work too; they lack the meta file.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import warnings
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lime_dist.data.checksums import RULE, block_digest
-from lime_dist.data.meta import TokenMeta, find_meta
+from lime_dist.data.checksums import block_digest
+from lime_dist.data.meta import TokenMeta, find_meta, meta_text
 from lime_dist.data.output_files import partial_path, prepare_outputs
 from lime_dist.errors import DataError
 
@@ -164,7 +163,7 @@ class IndexedWriter:
         if self._mask is not None:
             self._mask.close()
             checksums["mask"] = block_digest(mask_partial)
-        meta_partial.write_text(json.dumps({**meta, RULE: checksums}, indent=2) + "\n")
+        meta_partial.write_text(meta_text(meta, checksums))
         idx_path.unlink(missing_ok=True)
         mask_path.unlink(missing_ok=True)  # of files that had one before
         bin_partial.replace(bin_path)
