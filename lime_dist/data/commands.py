@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register `data` and its commands; each sets `run`, a handler from the parsed arguments to the exit code."""
-    parser = subparsers.add_parser("data", help="build a corpus or a task, train a tokenizer, tokenize text")
+    parser = subparsers.add_parser(
+        "data", help="build a corpus or a task, train a tokenizer, tokenize text, adopt token files"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_build_corpus(commands)
     _add_train_tokenizer(commands)
     _add_tokenize(commands)
+    _add_adopt(commands)
     _add_build_task(commands)
 
 
@@ -85,6 +88,20 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     _add_overwrite(parser)
     parser.set_defaults(run=_tokenize)
+
+
+def _add_adopt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "adopt", help="check token files of Megatron's own tools and write their PREFIX.meta.json"
+    )
+    parser.add_argument(
+        "prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx, as preprocess_data.py writes them"
+    )
+    _add_tokenizer(parser)
+    add_special_tokens(parser)
+    parser.add_argument("--out", metavar="PREFIX", help="a prefix elsewhere, which gets links and the meta file")
+    _add_overwrite(parser)
+    parser.set_defaults(run=_adopt)
 
 
 def _add_build_task(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -198,6 +215,15 @@ def _tokenize(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     print(report)
+    return 0
+
+
+def _adopt(args: argparse.Namespace) -> int:
+    from lime_dist.data.adopt import adopt_files
+    from lime_dist.data.special_tokens import SpecialTokens
+
+    named = SpecialTokens(bos=args.bos, eos=args.eos)
+    print(adopt_files(args.prefix, args.tokenizer, out=args.out, named=named, overwrite=args.overwrite))
     return 0
 
 
