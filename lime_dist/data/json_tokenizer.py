@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lime_dist.data.special_tokens import CONTROL_TEXT, SpecialTokens, find_named
+from lime_dist.data.special_tokens import CONTROL_TEXT, UNKNOWN_TEXT, SpecialTokens, find_named
 from lime_dist.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
+
+_NO_CHARACTER = "\U0010ffff"  # is in no text, so in no vocabulary
 
 
 class JsonTokenizer:
@@ -54,8 +56,12 @@ class JsonTokenizer:
         before = self.encode("a")
         skipped = len(self.decode(before))
         rows = [[*before, token] for token in range(self.vocab_size)]
-        texts = self._library.decode_batch(rows, skip_special_tokens=True)
-        return [CONTROL_TEXT if token in self._special else text[skipped:] for token, text in enumerate(texts)]
+        texts = [text[skipped:] for text in self._library.decode_batch(rows, skip_special_tokens=True)]
+        for token in self._special:
+            texts[token] = CONTROL_TEXT
+        for token in self._special.keys() & set(self.encode(_NO_CHARACTER)):  # the one for what is unknown
+            texts[token] = UNKNOWN_TEXT
+        return texts
 
     def _special_id(self, name: str, given: str | None) -> int | None:
         found = find_named(self.path, name, given, self._special.values())
