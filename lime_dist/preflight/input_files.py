@@ -101,7 +101,7 @@ def _count_samples(config: Config, sources: Sequence[_Source], split: Split) -> 
 def _no_checksums(source: _Source) -> str:
     return (
         f"{source.key}: {source.files.prefix} has no checksums in a .meta.json, damage is found only where the index "
-        "contradicts itself; lime-dist data tokenize writes them"
+        "contradicts itself; lime-dist data adopt writes them"
     )
 
 
