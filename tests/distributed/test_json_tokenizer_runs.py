@@ -13,6 +13,7 @@ import lime_dist
 from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import check_files
 from lime_dist.data.tokenizer import load_tokenizer
+from lime_dist.generate import encode_prompt
 
 VOCAB_SIZE = 300
 CONFIG = {
@@ -62,7 +63,7 @@ def test_from_text_to_answers(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert printed == model.generate("layers read", max_new_tokens=5, temperature=0) + "\n"
     lime("generate", "run", "--prompt", "layers read", "--max-new-tokens", "5", "--temperature", "0", "--add-bos")
     assert capfd.readouterr().out == model.generate("layers read", max_new_tokens=5, temperature=0, add_bos=True) + "\n"
-    assert model.generate("", max_new_tokens=5, temperature=0)
+    assert encode_prompt(model.tokenizer, "", add_bos=False) == [model.tokenizer.bos_id]
 
     lime(
         "data", "build-task", "arithmetic", "--operands", "2", "--train", "20", "--valid", "6", "--out", "task", *given
