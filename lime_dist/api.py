@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from lime_dist.checkpoint.edges import ready_plan, resolve_pattern
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config import load_config as read_config
+from lime_dist.data.tokenizer import Tokenizer
 from lime_dist.errors import ConfigError
-from lime_dist.generate import Sampling, checkpoint_folder, continue_text, load_tokenizer_of, single_device, whole_model
+from lime_dist.generate import (
+    Sampling,
+    checkpoint_folder,
+    continue_ids,
+    encode_prompt,
+    load_tokenizer_of,
+    single_device,
+    whole_model,
+)
 from lime_dist.generate import load_model as load_checkpoint
 from lime_dist.lime.model import LimeChunk, model_logits, model_loss
 from lime_dist.lime.values import initialize
@@ -70,7 +78,7 @@ class Model:
 
     network: LimeChunk
     config: Config
-    tokenizer: SentencePieceProcessor | None
+    tokenizer: Tokenizer | None
 
     def logits(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """[batch, seq, vocab_size] of token ids [batch, seq]."""
@@ -89,15 +97,18 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        add_bos: bool = False,
     ) -> str:
         """The prompt with its continuation, as `lime-dist generate` prints it.
 
-        temperature 0: the likeliest token; top_k 0 and top_p 1: no limit. Raises: ConfigError.
+        temperature 0: the likeliest token; top_k 0 and top_p 1: no limit. add_bos: for a model of documents that begin
+        with BOS. Raises: ConfigError, DataError.
         """
         if self.tokenizer is None:
             raise ConfigError("data.tokenizer: the model has none; give load_model(..., tokenizer=FILE)")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return "".join(continue_text(self.network, self.tokenizer, prompt, sampling, max_new_tokens))
+        ids = encode_prompt(self.tokenizer, prompt, add_bos=add_bos)
+        return "".join(continue_ids(self.network, self.tokenizer, ids, sampling, max_new_tokens))
 
     def _on_device(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
         return torch.as_tensor(tokens, dtype=torch.long, device=self.network.device)
@@ -123,7 +134,7 @@ def load_model(path: str | Path, *, device: str = "auto", tokenizer: str | Path 
     return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer))
 
 
-def _find_tokenizer(config: Config, given: str | Path | None) -> SentencePieceProcessor | None:
+def _find_tokenizer(config: Config, given: str | Path | None) -> Tokenizer | None:
     """A run's tokenizer may lie elsewhere by now, and logits need none; one that was given must be there."""
     if given is not None:
         return load_tokenizer_of(config, Path(given))

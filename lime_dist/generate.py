@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from lime_dist.checkpoint.edges import saved_config
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import Config
-from lime_dist.data.tokenizer import load_tokenizer
+from lime_dist.data.special_tokens import AS_THE_FILE_SAYS, SpecialTokens
+from lime_dist.data.tokenizer import Tokenizer, load_tokenizer, require_bos
 from lime_dist.errors import CheckpointError, ConfigError, DataError
 from lime_dist.lime.layers import KeyValueCache
 from lime_dist.lime.model import LimeChunk, plain_model
@@ -41,42 +41,60 @@ class Sampling:
                 raise ConfigError(f"--{name}: must be {fix}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """tokenizer: instead of the run's own. named: its BOS and EOS. add_bos: as documents with BOS begin."""
+
+    text: str
+    tokenizer: Path | None = None
+    named: SpecialTokens = AS_THE_FILE_SAYS
+    add_bos: bool = False
+
+
 def generate_text(
-    checkpoint: Path, prompt: str, sampling: Sampling, *, max_new_tokens: int, tokenizer: Path | None, device: str
+    checkpoint: Path, prompt: Prompt, sampling: Sampling, *, max_new_tokens: int, device: str
 ) -> Iterator[str]:
     """The prompt, then its continuation piece by piece, up to the end-of-sequence token.
 
     checkpoint: a step_N folder, or a run's folder for its newest. Raises: CheckpointError, DataError, ConfigError.
     """
     model, config = load_model(checkpoint_folder(checkpoint), single_device(device))
-    path = tokenizer or config.data.tokenizer
+    path = prompt.tokenizer or config.data.tokenizer
     if path is None:
         raise ConfigError("data.tokenizer: the run names none; give --tokenizer")
-    yield from continue_text(model, load_tokenizer_of(config, Path(path)), prompt, sampling, max_new_tokens)
+    tokenizer = load_tokenizer_of(config, Path(path), prompt.named)
+    ids = encode_prompt(tokenizer, prompt.text, add_bos=prompt.add_bos)
+    yield from continue_ids(model, tokenizer, ids, sampling, max_new_tokens)
 
 
-def load_tokenizer_of(config: Config, path: Path) -> SentencePieceProcessor:
+def load_tokenizer_of(config: Config, path: Path, named: SpecialTokens = AS_THE_FILE_SAYS) -> Tokenizer:
     """Raises: DataError when it is no tokenizer, or has another number of ids than the model."""
-    processor = load_tokenizer(path)
-    if processor.vocab_size() != config.model.vocab_size:
+    tokenizer = load_tokenizer(path, named)
+    if tokenizer.vocab_size != config.model.vocab_size:
         raise DataError(
-            f"--tokenizer: {path} has {processor.vocab_size()} ids, the model {config.model.vocab_size}; give the run's own"
+            f"--tokenizer: {path} has {tokenizer.vocab_size} ids, the model {config.model.vocab_size}; give the run's own"
         )
-    return processor
+    return tokenizer
 
 
-def continue_text(
-    model: LimeChunk, processor: SentencePieceProcessor, prompt: str, sampling: Sampling, max_new_tokens: int
+def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool) -> list[int]:
+    """At least one id: BOS for an empty text. Raises: DataError where that is needed and the tokenizer has none."""
+    ids = tokenizer.encode(text)
+    return [require_bos(tokenizer), *ids] if add_bos or not ids else ids
+
+
+def continue_ids(
+    model: LimeChunk, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, max_new_tokens: int
 ) -> Iterator[str]:
-    """The prompt, then its continuation piece by piece, up to the end-of-sequence token."""
-    ids = processor.encode(prompt) or [processor.bos_id()]
-    shown = processor.decode(ids)
+    """The text of `ids`, then its continuation piece by piece, up to the end-of-sequence token."""
+    ids = list(ids)
+    shown = tokenizer.decode(ids)
     yield shown
     for token in generate_ids(model, ids, sampling, max_new_tokens):
-        if token == processor.eos_id():
+        if token == tokenizer.eos_id:
             return
         ids.append(token)
-        text = processor.decode(ids)
+        text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # an unfinished UTF-8 character
             yield text[len(shown) :]
             shown = text

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from lime_dist.checkpoint.edges import evaluated_config, no_checkpoint, resume_folder
@@ -19,6 +18,7 @@ from lime_dist.data.indexed import TokenFiles, check_files, open_mask, open_toke
 from lime_dist.data.meta import require_tokenizer
 from lime_dist.data.tasks.catalog import task_named
 from lime_dist.data.tasks.examples import Task
+from lime_dist.data.tokenizer import Tokenizer, require_eos
 from lime_dist.errors import ConfigError, DataError
 from lime_dist.generate import checkpoint_folder, generate_greedily, load_model, load_tokenizer_of, single_device
 from lime_dist.lime.model import LimeChunk
@@ -141,14 +141,14 @@ def judge_checkpoint(config: Config, request: TaskRequest) -> TaskAccuracy:
     prefix, key = _examples_of(config, request)
     files = check_files(prefix, key=key)
     task = task_named(files.task, key=key, prefix=prefix)
-    processor = _tokenizer_of(config, files, key)
+    tokenizer = _tokenizer_of(config, files, key)
     folder = _checkpoint_of(config, request)
     _ = evaluated_config(config, folder)  # raises where the config is of another model
     model, _ = load_model(folder, single_device(config.run.device, "run.device"))
     questions = read_questions(files)[: request.limit]
     max_new_tokens = request.max_new_tokens or 2 * max(len(question.answer) for question in questions)
-    continuations = continue_all(model, questions, eos=processor.eos_id(), max_new_tokens=max_new_tokens)
-    verdicts = [judge(task, processor, *pair) for pair in zip(questions, continuations, strict=True)]
+    continuations = continue_all(model, questions, eos=require_eos(tokenizer), max_new_tokens=max_new_tokens)
+    verdicts = [judge(task, tokenizer, *pair) for pair in zip(questions, continuations, strict=True)]
     return TaskAccuracy(task=task, checkpoint=folder, prefix=prefix, verdicts=verdicts)
 
 
@@ -161,7 +161,7 @@ def _examples_of(config: Config, request: TaskRequest) -> tuple[str, str]:
     return config.data.valid[0].path, "data.valid"
 
 
-def _tokenizer_of(config: Config, files: TokenFiles, key: str) -> SentencePieceProcessor:
+def _tokenizer_of(config: Config, files: TokenFiles, key: str) -> Tokenizer:
     if config.data.tokenizer is None:
         raise ConfigError("data.tokenizer: not set; name the tokenizer.model beside the task's files")
     path = Path(config.data.tokenizer)
@@ -222,8 +222,8 @@ def batches_of_like_length(lengths: Sequence[int], max_new_tokens: int) -> Itera
         yield batch
 
 
-def judge(task: Task, processor: SentencePieceProcessor, question: Question, continuation: list[int]) -> Verdict:
-    prompt, answer, generated = map(processor.decode, (question.prompt, question.answer, continuation))
+def judge(task: Task, tokenizer: Tokenizer, question: Question, continuation: list[int]) -> Verdict:
+    prompt, answer, generated = map(tokenizer.decode, (question.prompt, question.answer, continuation))
     return Verdict(
         group=task.group(prompt),
         is_right=task.is_right(answer, generated),

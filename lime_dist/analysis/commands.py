@@ -39,7 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="every figure, printed in place of the text or written to FILE; put it behind the runs",
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="X.model", help="default: the run's data.tokenizer")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a .model or tokenizer.json (default: the run's data.tokenizer)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.set_defaults(run=_analyze)
 

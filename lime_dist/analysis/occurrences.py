@@ -1,4 +1,4 @@
-"""Where the words of the probe stand in token sequences, for a SentencePiece model. No torch.
+"""Where the words of the probe stand in token sequences, by the texts of their ids. No torch.
 
 A word may be several tokens; its place is the last of them, where a causal model has read all of it.
 """
@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from sentencepiece import SentencePieceProcessor
+from lime_dist.data.special_tokens import UNKNOWN_TEXT
 
 WORDS = ("is", "are", "was", "were")  # arXiv 2502.09245v2
-_UNKNOWN = "\ufffd"  # of a character beyond ASCII some byte, perhaps of a letter
-# A whole word in lower case; "isn't" is another one.
-_WORD = re.compile(rf"(?<![\w{_UNKNOWN}])(?:{'|'.join(WORDS)})(?![\w{_UNKNOWN}]|['\u2019]\w)")
+# A whole word in lower case; "isn't" is another one. What is unknown may be a letter.
+_WORD = re.compile(rf"(?<![\w{UNKNOWN_TEXT}])(?:{'|'.join(WORDS)})(?![\w{UNKNOWN_TEXT}]|['\u2019]\w)")
 
 
 @dataclass(frozen=True)
@@ -26,23 +25,6 @@ class Occurrence:
     sequence: int
     position: int
     label: int
-
-
-def piece_texts(processor: SentencePieceProcessor) -> list[str]:
-    """What each token id stands for; a control token separates words as a line break does."""
-    return [_text(processor, token) for token in range(processor.get_piece_size())]
-
-
-def _text(processor: SentencePieceProcessor, token: int) -> str:
-    piece = processor.id_to_piece(token)
-    if processor.is_control(token):
-        return "\n"
-    if processor.is_unknown(token):
-        return _UNKNOWN
-    if processor.is_byte(token):
-        value = int(piece[1:-1], 16)
-        return chr(value) if value < 128 else _UNKNOWN
-    return piece.replace("\u2581", " ")
 
 
 def find_words(tokens: Sequence[int], texts: Sequence[str]) -> list[tuple[int, int]]:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from lime_dist.analysis.activations import KINDS, mean_token_weights
 from lime_dist.analysis.edge_cuts import mean_loss, measure_cuts
 from lime_dist.analysis.loss_curve import loss_curve
-from lime_dist.analysis.occurrences import WORDS, find_occurrences, piece_texts
+from lime_dist.analysis.occurrences import WORDS, find_occurrences
 from lime_dist.analysis.probe import (
     MAX_OCCURRENCES,
     MIN_OCCURRENCES,
@@ -32,6 +31,7 @@ from lime_dist.analysis.text import SEQUENCES_AT_ONCE, Text, open_text
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import Config
 from lime_dist.data.marks import token_ids
+from lime_dist.data.tokenizer import Tokenizer
 from lime_dist.depth.routing import router_name
 from lime_dist.generate import checkpoint_folder, load_model, load_tokenizer_of, single_device
 from lime_dist.lime.model import LimeChunk
@@ -55,8 +55,8 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
     """path: a run's folder, for its newest checkpoint, or a step_N folder. Raises: LimeDistError."""
     folder = checkpoint_folder(path)
     model, config = load_model(folder, single_device(options.device))
-    processor = _find_tokenizer(config, options.tokenizer)
-    text = open_text(config, options.text, processor)
+    tokenizer = _find_tokenizer(config, options.tokenizer)
+    text = open_text(config, options.text, tokenizer)
     batches = text.batches(options.batches, model.device)
     inputs = [token_ids(values[:, :-1]) for values in batches]
     left_out: dict[str, str] = {}
@@ -76,7 +76,7 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
         "held_out_loss": mean_loss(model, batches),
         "routers": _router_report(router_map),
         "spectra": _spectra_report(measure_spectra(model, inputs), config.model.num_layers),
-        "separability": _separability_report(model, text, processor, left_out),
+        "separability": _separability_report(model, text, tokenizer, left_out),
         "edges": _edges_report(model, config, router_map, batches),
         "left_out": left_out,
     }
@@ -84,7 +84,7 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
     return rounded | {"sentences": describe(rounded)}
 
 
-def _find_tokenizer(config: Config, given: Path | None) -> SentencePieceProcessor | None:
+def _find_tokenizer(config: Config, given: Path | None) -> Tokenizer | None:
     """The run's may lie elsewhere by now; one that was given must be there."""
     path = given or (Path(config.data.tokenizer) if config.data.tokenizer else None)
     return load_tokenizer_of(config, path) if path is not None and (given or path.is_file()) else None
@@ -163,13 +163,13 @@ def _by_layer(figures: Mapping[int, Spread], num_layers: int) -> dict[str, list[
 
 
 def _separability_report(
-    model: LimeChunk, text: Text, processor: SentencePieceProcessor | None, left_out: dict[str, str]
+    model: LimeChunk, text: Text, tokenizer: Tokenizer | None, left_out: dict[str, str]
 ) -> dict[str, Any] | None:
-    if processor is None:
+    if tokenizer is None:
         left_out["separability"] = "the run's data.tokenizer is not here to find words with; give --tokenizer"
         return None
     searched = islice(text.sequences(), 1 + MAX_SEARCHED_TOKENS // text.seq_length)
-    occurrences, counts = find_occurrences(searched, piece_texts(processor), limit=MAX_OCCURRENCES)
+    occurrences, counts = find_occurrences(searched, tokenizer.id_texts(), limit=MAX_OCCURRENCES)
     used = len(occurrences) // len(WORDS)
     if used < MIN_OCCURRENCES:
         found = ", ".join(f"{word} {count}" for word, count in counts.items())

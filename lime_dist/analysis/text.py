@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from lime_dist.config import Config
 from lime_dist.data.documents import DEFAULT_FORMAT, read_documents
 from lime_dist.data.marks import token_ids
+from lime_dist.data.tokenizer import Tokenizer, require_eos
 from lime_dist.errors import ConfigError, DataError
 from lime_dist.training.run_data import open_held_out_data
 
@@ -45,12 +45,12 @@ class Text:
         return (token_ids(self.sequence(index)).tolist() for index in range(self.num_sequences))
 
 
-def open_text(config: Config, file: Path | None, processor: SentencePieceProcessor | None) -> Text:
-    """processor: None where there is no tokenizer. Raises: ConfigError, DataError."""
+def open_text(config: Config, file: Path | None, tokenizer: Tokenizer | None) -> Text:
+    """tokenizer: None where there is no tokenizer. Raises: ConfigError, DataError."""
     if file is not None:
-        if processor is None:
+        if tokenizer is None:
             raise ConfigError("data.tokenizer: the run names none that is here; give --tokenizer to read --text")
-        return _text_of_file(file, processor, config.data.seq_length)
+        return _text_of_file(file, tokenizer, config.data.seq_length)
     try:
         samples = open_held_out_data(config)
     except DataError as error:
@@ -66,14 +66,15 @@ def open_text(config: Config, file: Path | None, processor: SentencePieceProcess
     )
 
 
-def _text_of_file(file: Path, processor: SentencePieceProcessor, seq_length: int) -> Text:
+def _text_of_file(file: Path, tokenizer: Tokenizer, seq_length: int) -> Text:
     """Documents joined with the end-of-sequence token between them, as in token files; a tail is left out."""
     try:
         documents = list(read_documents([file], DEFAULT_FORMAT))
     except DataError as error:
         raise DataError(str(error).replace("--input", "--text", 1)) from None
+    end = require_eos(tokenizer)
     tokens = numpy.array(
-        [token for document in documents for token in (*processor.encode(document), processor.eos_id())],
+        [token for document in documents for token in (*tokenizer.encode(document), end)],
         dtype=numpy.int64,
     )
     count = max(0, len(tokens) - 1) // seq_length

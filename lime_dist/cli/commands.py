@@ -20,6 +20,7 @@ from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate
 from lime_dist.cli.given_paths import writing
 from lime_dist.config import Config, check_config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
+from lime_dist.data.commands import add_special_tokens
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.lifecycle.launcher import (
@@ -113,7 +114,13 @@ def _add_generate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser = subparsers.add_parser("generate", help="continue a prompt with a checkpoint, on one device")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_N folder, or a run's folder")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--tokenizer", type=Path, metavar="X.model", help="default: the run's data.tokenizer")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a .model or tokenizer.json (default: the run's data.tokenizer)"
+    )
+    add_special_tokens(parser)
+    parser.add_argument(
+        "--add-bos", action="store_true", help="begin with BOS, as documents of data tokenize --add-bos do"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (default: 1)"
@@ -381,16 +388,14 @@ def _as_launched_rank(function: Callable[..., Any], plan: RunPlan, place: Place,
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from lime_dist.generate import Sampling, generate_text
+    from lime_dist.data.special_tokens import SpecialTokens
+    from lime_dist.generate import Prompt, Sampling, generate_text
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    named = SpecialTokens(bos=args.bos, eos=args.eos)
+    prompt = Prompt(text=args.prompt, tokenizer=args.tokenizer, named=named, add_bos=args.add_bos)
     for piece in generate_text(
-        args.checkpoint,
-        args.prompt,
-        sampling,
-        max_new_tokens=args.max_new_tokens,
-        tokenizer=args.tokenizer,
-        device=args.device,
+        args.checkpoint, prompt, sampling, max_new_tokens=args.max_new_tokens, device=args.device
     ):
         print(piece, end="", flush=True)
     print()

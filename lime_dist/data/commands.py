@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register `data` and its commands; each sets `run`, a handler from the parsed arguments to the exit code."""
-    parser = subparsers.add_parser("data", help="build a corpus or a task, train a tokenizer, tokenize text")
+    parser = subparsers.add_parser(
+        "data", help="build a corpus or a task, train a tokenizer, tokenize text, adopt token files"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_build_corpus(commands)
     _add_train_tokenizer(commands)
     _add_tokenize(commands)
+    _add_adopt(commands)
     _add_build_task(commands)
 
 
@@ -64,7 +67,7 @@ def _add_train_tokenizer(commands: argparse._SubParsersAction[argparse.ArgumentP
 def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("tokenize", help="turn text into token files for training")
     _add_text_options(parser)
-    parser.add_argument("--tokenizer", type=Path, required=True, metavar="X.model", help="SentencePiece model")
+    _add_tokenizer(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json"
     )
@@ -75,10 +78,30 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="end each document with the end-of-sequence token",
     )
     parser.add_argument(
+        "--add-bos",
+        action="store_true",
+        help="begin each document with the beginning-of-sequence token, as the paper does",
+    )
+    add_special_tokens(parser)
+    parser.add_argument(
         "--workers", type=_positive, default=_usable_cpus(), metavar="N", help="threads (default: the usable CPUs)"
     )
     _add_overwrite(parser)
     parser.set_defaults(run=_tokenize)
+
+
+def _add_adopt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "adopt", help="check token files of Megatron's own tools and write their PREFIX.meta.json"
+    )
+    parser.add_argument(
+        "prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx, as preprocess_data.py writes them"
+    )
+    _add_tokenizer(parser)
+    add_special_tokens(parser)
+    parser.add_argument("--out", metavar="PREFIX", help="a prefix elsewhere, which gets links and the meta file")
+    _add_overwrite(parser)
+    parser.set_defaults(run=_adopt)
 
 
 def _add_build_task(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -86,6 +109,12 @@ def _add_build_task(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("task", choices=tuple(TASKS), help="what to make")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="folder for train, valid and, of prosqa, test"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="a .model or tokenizer.json (default: one of the task's own words is made)",
     )
     parser.add_argument(
         "--operands",
@@ -117,6 +146,26 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--field", default="text", help="JSON field that holds the text (default: text)")
     parser.add_argument("--document-per-line", action="store_true", help="each line of a .txt is a document")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a SentencePiece .model, or a tokenizer.json of Hugging Face's tokenizers",
+    )
+
+
+def add_special_tokens(parser: argparse.ArgumentParser) -> None:
+    """What names the tokens that begin and end a document."""
+    for name, words in (("bos", "beginning"), ("eos", "end")):
+        parser.add_argument(
+            f"--{name}",
+            metavar="TOKEN",
+            help=f"the {words}-of-sequence token (default: as the tokenizer or the tokenizer_config.json beside it says)",
+        )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -152,18 +201,29 @@ def _train_tokenizer(args: argparse.Namespace) -> int:
 
 
 def _tokenize(args: argparse.Namespace) -> int:
-    from lime_dist.data.tokenize import tokenize_files
+    from lime_dist.data.special_tokens import SpecialTokens
+    from lime_dist.data.tokenize import Packing, tokenize_files
 
+    named = SpecialTokens(bos=args.bos, eos=args.eos)
     report = tokenize_files(
         args.input,
         args.tokenizer,
         args.out,
         text_format=_text_format(args),
-        append_eos=args.append_eos,
+        packing=Packing(add_bos=args.add_bos, append_eos=args.append_eos, named=named),
         workers=args.workers,
         overwrite=args.overwrite,
     )
     print(report)
+    return 0
+
+
+def _adopt(args: argparse.Namespace) -> int:
+    from lime_dist.data.adopt import adopt_files
+    from lime_dist.data.special_tokens import SpecialTokens
+
+    named = SpecialTokens(bos=args.bos, eos=args.eos)
+    print(adopt_files(args.prefix, args.tokenizer, out=args.out, named=named, overwrite=args.overwrite))
     return 0
 
 
@@ -176,7 +236,10 @@ def _build_task(args: argparse.Namespace) -> int:
     given = {split: getattr(args, split) for split in ("train", "valid", "test") if getattr(args, split) is not None}
     if not given.keys() <= task.sizes.keys():
         raise DataError(f"--test: {args.task} has no such file; leave it out")
-    for written in build_task(task, args.out, {**task.sizes, **given}, seed=args.seed, overwrite=args.overwrite):
+    sizes = {**task.sizes, **given}
+    for written in build_task(
+        task, args.out, sizes, tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite
+    ):
         print(written)
     return 0
 

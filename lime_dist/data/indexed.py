@@ -9,7 +9,6 @@ Files made by Megatron's own tools work too; they lack the meta file.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import warnings
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lime_dist.data.checksums import RULE, block_digest
-from lime_dist.data.meta import TokenMeta, find_meta
+from lime_dist.data.checksums import block_digest
+from lime_dist.data.meta import TokenMeta, find_meta, meta_text
 from lime_dist.data.output_files import partial_path, prepare_outputs
 from lime_dist.errors import DataError
 
@@ -30,8 +29,9 @@ _VERSION = 1
 # Magic, version, dtype code, number of sequences, number of document bounds (documents + 1).
 _HEADER = struct.Struct("<9sQBQQ")
 _INTEGER_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_OTHER_DTYPES = {6: "float64", 7: "float32"}
 _LENGTH_BYTES, _POINTER_BYTES, _BOUND_BYTES = 4, 8, 8
-_AGAIN = "run lime-dist data tokenize again"
+AGAIN = "run lime-dist data tokenize again"
 _TASK_AGAIN = "run lime-dist data build-task again"
 _MASK_BLOCK = 1 << 24
 
@@ -77,24 +77,29 @@ class TokenFiles:
         return self.meta is not None and self.meta.checksums is not None
 
 
-def check_files(prefix: str, *, key: str = "data.train") -> TokenFiles:
+def check_files(prefix: str, *, key: str = "data.train", reads_meta: bool = True) -> TokenFiles:
     """Check that the files at `prefix` are whole and belong together.
 
     Takes about a second for 50 million documents: checksums are of sampled blocks (`checksums.py`), and the index
     is read with NumPy to see that its three lists agree. Imports neither torch nor megatron.
-    `key` is the configuration key that errors name.
+    `key` is the configuration key that errors name. reads_meta: else the files count as ones of Megatron's own tools.
     Raises: DataError when a file is missing, cut short, of another format, or not of the same data as the others.
     """
     bin_path, idx_path, mask_path, meta_path = _paths(prefix)
     for path in (idx_path, bin_path):
         if not path.is_file():
-            raise DataError(f"{key}: {path} does not exist; make it with lime-dist data tokenize or correct the path")
+            problem = "is not a file" if path.exists() else "does not exist"
+            raise DataError(f"{key}: {path} {problem}; make it with lime-dist data tokenize or correct the path")
         if not os.access(path, os.R_OK):
             raise DataError(f"{key}: {path} may not be read; change its permissions")
     try:
         index = _read_index(idx_path, key)
         _check_tokens(bin_path, index.num_bytes, key)
-        meta = find_meta(meta_path, key=key)
+        meta = find_meta(meta_path, key=key) if reads_meta else None
+        if reads_meta and (meta is None or meta.checksums is None) and index.has_unlikely_bounds():
+            raise DataError(
+                f"{key}: {idx_path} contradicts itself; {AGAIN}, or lime-dist data adopt if documents may be empty"
+            )
         has_mask = _check_mask(mask_path, meta, index.num_bytes // index.dtype.itemsize, key)
         if meta is not None:
             _check_meta(prefix, meta, index.num_bytes // index.dtype.itemsize, key)
@@ -164,7 +169,7 @@ class IndexedWriter:
         if self._mask is not None:
             self._mask.close()
             checksums["mask"] = block_digest(mask_partial)
-        meta_partial.write_text(json.dumps({**meta, RULE: checksums}, indent=2) + "\n")
+        meta_partial.write_text(meta_text(meta, checksums))
         idx_path.unlink(missing_ok=True)
         mask_path.unlink(missing_ok=True)  # of files that had one before
         bin_partial.replace(bin_path)
@@ -208,10 +213,7 @@ class _Index:
         return bounds
 
     def contradicts_itself(self) -> bool:
-        """Whether sequences do not follow one another without a gap, or documents do not take them all in order.
-
-        As many documents as sequences are one each: to lose none, an empty one would need another that has two.
-        """
+        """Whether sequences do not follow one another without a gap, or documents do not take them all in order."""
         ends = np.multiply(self.lengths, self.dtype.itemsize, dtype=np.int64)
         ends += self.pointers
         before, after = self.bounds[:-1], self.bounds[1:]
@@ -222,8 +224,15 @@ class _Index:
             or self.bounds[0] != 0
             or self.bounds[-1] != len(self.lengths)
             or (after < before).any()
-            or (len(after) == len(self.lengths) and (after == before).any())
         )
+
+    def has_unlikely_bounds(self) -> bool:
+        """Whether as many documents as sequences are not one each: one is empty and another has two.
+
+        Damage that shifts a bound looks like this, and so may a text of empty documents that was split into sentences.
+        """
+        before, after = self.bounds[:-1], self.bounds[1:]
+        return bool(len(after) == len(self.lengths) and (after == before).any())
 
 
 def _read_index(path: Path, key: str) -> _Index:
@@ -231,17 +240,24 @@ def _read_index(path: Path, key: str) -> _Index:
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
         if header[: len(_MAGIC)] != _MAGIC:
-            raise DataError(f"{key}: {path} is not a Megatron .idx file; {_AGAIN}")
+            raise DataError(f"{key}: {path} is not a Megatron .idx file; {AGAIN}")
         if len(header) < _HEADER.size:
-            raise DataError(f"{key}: {path} ends within its header; {_AGAIN}")
+            raise DataError(f"{key}: {path} ends within its header; {AGAIN}")
         _, version, dtype_code, num_sequences, num_bounds = _HEADER.unpack(header)
         if version != _VERSION or dtype_code not in _INTEGER_DTYPES:
-            raise DataError(f"{key}: {path} has version {version}, dtype code {dtype_code}, not known here; {_AGAIN}")
+            found = f"version {version}, dtype code {dtype_code} ({_OTHER_DTYPES.get(dtype_code, 'unknown')})"
+            raise DataError(
+                f"{key}: {path} has {found}; what can be read is version {_VERSION} with whole numbers; {AGAIN}"
+            )
         end = _HEADER.size + (_LENGTH_BYTES + _POINTER_BYTES) * num_sequences + _BOUND_BYTES * num_bounds
+        if num_sequences and file_bytes == end + num_sequences:
+            raise DataError(
+                f"{key}: {path} has a mode for each sequence, as data of several modalities has; give token files of text alone"
+            )
         if file_bytes != end:
-            raise DataError(f"{key}: {path} has {file_bytes} bytes, its header says {end}; {_AGAIN}")
+            raise DataError(f"{key}: {path} has {file_bytes} bytes, its header says {end}; {AGAIN}")
         if num_sequences == 0 or num_bounds < 2:
-            raise DataError(f"{key}: {path} holds no documents; {_AGAIN} on text")
+            raise DataError(f"{key}: {path} holds no documents; {AGAIN} on text")
         index = _Index(
             np.dtype(_INTEGER_DTYPES[dtype_code]),
             np.fromfile(stream, "<i4", num_sequences),
@@ -249,16 +265,16 @@ def _read_index(path: Path, key: str) -> _Index:
             np.fromfile(stream, "<i8", num_bounds),
         )
     if index.contradicts_itself():
-        raise DataError(f"{key}: {path} contradicts itself; {_AGAIN}")
+        raise DataError(f"{key}: {path} contradicts itself; {AGAIN}")
     return index
 
 
 def _check_tokens(path: Path, num_bytes: int, key: str) -> None:
     found = path.stat().st_size
     if found != num_bytes:
-        raise DataError(f"{key}: {path} has {found} bytes, its .idx says {num_bytes}; {_AGAIN}")
+        raise DataError(f"{key}: {path} has {found} bytes, its .idx says {num_bytes}; {AGAIN}")
     if num_bytes == 0:
-        raise DataError(f"{key}: {path} holds no tokens; {_AGAIN} on text")
+        raise DataError(f"{key}: {path} holds no tokens; {AGAIN} on text")
 
 
 def _check_mask(path: Path, meta: TokenMeta | None, num_tokens: int, key: str) -> bool:
@@ -289,10 +305,10 @@ def _check_mask(path: Path, meta: TokenMeta | None, num_tokens: int, key: str) -
 def _check_meta(prefix: str, meta: TokenMeta, num_tokens: int, key: str) -> None:
     meta_path = _paths(prefix)[3]
     if meta.num_tokens != num_tokens:
-        raise DataError(f"{key}: {meta_path} is of {meta.num_tokens} tokens, the .idx of {num_tokens}; {_AGAIN}")
+        raise DataError(f"{key}: {meta_path} is of {meta.num_tokens} tokens, the .idx of {num_tokens}; {AGAIN}")
     for suffix, expected in (meta.checksums or {}).items():
         if block_digest(Path(f"{prefix}.{suffix}")) != expected:
             raise DataError(
                 f"{key}: {prefix}.{suffix} is not as it was written (its checksum in {meta_path.name} differs); "
-                f"copy it again or {_AGAIN}"
+                f"copy it again or {AGAIN}"
             )

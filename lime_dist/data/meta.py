@@ -32,6 +32,32 @@ class TokenMeta:
     task: str | None = None
 
 
+def meta_values(
+    *,
+    vocab_size: int,
+    tokenizer_sha256: str,
+    num_documents: int,
+    num_tokens: int,
+    bos_id: int | None = None,
+    task: str | None = None,
+) -> dict[str, Any]:
+    """What a meta file says, but for the checksums. bos_id: the BOS with which every document begins."""
+    values = {
+        "vocab_size": vocab_size,
+        "tokenizer_sha256": tokenizer_sha256,
+        "documents": num_documents,
+        "tokens": num_tokens,
+        "bos_id": bos_id,
+        "task": task,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def meta_text(values: Mapping[str, Any], checksums: Mapping[str, str]) -> str:
+    """The meta file itself; checksums: as of `TokenMeta`."""
+    return json.dumps({**values, RULE: dict(checksums)}, indent=2) + "\n"
+
+
 def find_meta(path: Path, *, key: str) -> TokenMeta | None:
     """None where the file does not exist. Raises: DataError, which names `key`, for one that cannot be used."""
     if not path.exists():

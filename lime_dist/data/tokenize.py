@@ -1,6 +1,6 @@
 """Text files to a token file, over several threads; the result does not depend on their number.
 
-SentencePiece encodes without the interpreter's lock. What needs it, parsing and making arrays, is a tenth of the work:
+Tokenizers encode without the interpreter's lock. What needs it, parsing and making arrays, is a tenth of the work:
 more than about ten threads gain little.
 """
 
@@ -18,10 +18,24 @@ from tqdm import tqdm
 from lime_dist.data.checksums import file_digest
 from lime_dist.data.documents import DEFAULT_FORMAT, Chunk, TextFormat, parse_chunk, read_chunks
 from lime_dist.data.indexed import IndexedWriter
-from lime_dist.data.tokenizer import load_tokenizer
+from lime_dist.data.meta import meta_values
+from lime_dist.data.special_tokens import AS_THE_FILE_SAYS, SpecialTokens, unnamed
+from lime_dist.data.tokenizer import load_tokenizer, require_bos, require_eos
 from lime_dist.errors import DataError
 
 _CHUNKS_PER_WORKER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """What documents begin and end with; the paper has BOS and EOS. named: those, where not as the tokenizer says."""
+
+    add_bos: bool = False
+    append_eos: bool = True
+    named: SpecialTokens = AS_THE_FILE_SAYS
+
+
+EOS_ONLY = Packing()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +59,7 @@ def tokenize_files(
     prefix: Path,
     *,
     text_format: TextFormat = DEFAULT_FORMAT,
-    append_eos: bool = True,
+    packing: Packing = EOS_ONLY,
     workers: int = 1,
     overwrite: bool = False,
 ) -> TokenizeReport:
@@ -53,7 +67,7 @@ def tokenize_files(
 
     Raises: DataError on unreadable or malformed text, existing output, or when no document has text.
     """
-    encoder = Encoder(tokenizer_path, text_format, append_eos=append_eos)
+    encoder = Encoder(tokenizer_path, text_format, packing)
     num_documents = num_tokens = num_empty = 0
     with IndexedWriter(prefix, vocab_size=encoder.vocab_size, overwrite=overwrite) as writer:
         for encoded in _with_progress(_encode_all(inputs, encoder, workers), inputs):
@@ -65,12 +79,13 @@ def tokenize_files(
         if num_documents == 0:
             raise DataError("--input: no document has text; check --field and the paths")
         writer.commit(
-            {
-                "vocab_size": encoder.vocab_size,
-                "tokenizer_sha256": file_digest(tokenizer_path),
-                "documents": num_documents,
-                "tokens": num_tokens,
-            }
+            meta_values(
+                vocab_size=encoder.vocab_size,
+                tokenizer_sha256=file_digest(tokenizer_path),
+                num_documents=num_documents,
+                num_tokens=num_tokens,
+                bos_id=encoder.bos_id,
+            )
         )
     return TokenizeReport(
         prefix=prefix,
@@ -93,26 +108,28 @@ class EncodedChunk:
 class Encoder:
     """Turns chunks of text into token ids; several threads may use it at a time.
 
-    Raises: DataError when `append_eos` and the tokenizer has no such token.
+    bos_id: None for documents without. Raises: DataError when the tokenizer lacks a token that `packing` adds.
     """
 
-    def __init__(self, tokenizer_path: Path, text_format: TextFormat, *, append_eos: bool) -> None:
-        self._processor = load_tokenizer(tokenizer_path)
+    def __init__(self, tokenizer_path: Path, text_format: TextFormat, packing: Packing = EOS_ONLY) -> None:
+        self._tokenizer = load_tokenizer(tokenizer_path, packing.named)
         self.text_format = text_format
-        self._suffix = [self._processor.eos_id()] if append_eos else []
-        if self._suffix == [-1]:
-            raise DataError(f"--append-eos: {tokenizer_path} has no end-of-sequence token; add --no-append-eos")
+        self.bos_id = require_bos(self._tokenizer) if packing.add_bos else None
+        if packing.append_eos and self._tokenizer.eos_id is None:
+            raise DataError(f"{unnamed(tokenizer_path, 'eos')}, or add --no-append-eos")
+        self._prefix = [] if self.bos_id is None else [self.bos_id]
+        self._suffix = [require_eos(self._tokenizer)] if packing.append_eos else []
 
     @property
     def vocab_size(self) -> int:
-        return self._processor.get_piece_size()
+        return self._tokenizer.vocab_size
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         texts = list(parse_chunk(chunk, self.text_format))
         filled = [text for text in texts if text.strip()]
-        token_ids = self._processor.encode(filled, num_threads=1)
+        token_ids = self._tokenizer.encode_all(filled)
         return EncodedChunk(
-            documents=[np.array(ids + self._suffix, dtype=np.int32) for ids in token_ids],
+            documents=[np.array(self._prefix + ids + self._suffix, dtype=np.int32) for ids in token_ids],
             num_empty=len(texts) - len(filled),
             file_bytes=chunk.file_bytes,
         )

@@ -1,5 +1,6 @@
-"""SentencePiece tokenizers that give every text back: no normalisation, bytes for unknown characters.
+"""Tokenizers: what they all do, how a file is read, and SentencePiece models made of text.
 
+The models that we make give every text back: no normalisation, bytes for unknown characters, so that
 `decode(encode(text)) == text` for all text but U+2581, SentencePiece's own mark for a space.
 """
 
@@ -9,12 +10,15 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, set_random_generator_seed
+from sentencepiece import SentencePieceTrainer, set_random_generator_seed
 
 from lime_dist.data.documents import DEFAULT_FORMAT, TextFormat, read_documents
+from lime_dist.data.json_tokenizer import JsonTokenizer
 from lime_dist.data.output_files import prepare_outputs, written_whole
+from lime_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from lime_dist.data.special_tokens import AS_THE_FILE_SAYS, SpecialTokens, is_json, unnamed
 from lime_dist.errors import DataError
 
 # SentencePiece drops sentences longer than 4,192 bytes; a character has at most four.
@@ -40,19 +44,65 @@ _OPTIONS: dict[str, Any] = dict(
 )
 
 
-def load_tokenizer(model_path: Path | str) -> SentencePieceProcessor:
-    """Raises: DataError when the file is missing or no SentencePiece model."""
-    if not Path(model_path).is_file():
-        raise DataError(f"tokenizer: {model_path} does not exist; make it with lime-dist data train-tokenizer")
-    try:
-        return SentencePieceProcessor(model_file=str(model_path))
-    except RuntimeError:
-        raise DataError(f"tokenizer: {model_path} is not a SentencePiece model; give the .model file") from None
+class Tokenizer(Protocol):
+    """Text to token ids and back, whatever kind of file says how. Several threads may use it at a time."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids a model needs to have."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begins a document; None where nothing says which token does."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """Ends a document; None where nothing says which token does."""
+
+    def encode(self, text: str) -> list[int]:
+        """Adds neither BOS nor EOS."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each, without the interpreter's lock, in the calling thread."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Leaves special tokens out."""
+
+    def id_texts(self) -> list[str]:
+        """The text of each id, with its spaces: a line break for special tokens, U+FFFD for some byte of a character."""
 
 
-def vocab_size(model_path: Path | str) -> int:
-    """Number of token ids of the model. Raises: DataError as `load_tokenizer`."""
-    return load_tokenizer(model_path).get_piece_size()
+def load_tokenizer(path: Path | str, named: SpecialTokens = AS_THE_FILE_SAYS) -> Tokenizer:
+    """A `tokenizer.json` by its ending, any other file as a SentencePiece model.
+
+    named: BOS and EOS where they are not to be what the file says. Raises: DataError when the file is missing or no tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"tokenizer: {path} is a folder; name the .model or tokenizer.json in it")
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"tokenizer: {path} {problem}; make it with lime-dist data train-tokenizer")
+    return JsonTokenizer(path, named) if is_json(path) else SentencePieceTokenizer(path, named)
+
+
+def require_bos(tokenizer: Tokenizer) -> int:
+    """Raises: DataError, which says how to name it."""
+    return _required(tokenizer, "bos", tokenizer.bos_id)
+
+
+def require_eos(tokenizer: Tokenizer) -> int:
+    """Raises: DataError, which says how to name it."""
+    return _required(tokenizer, "eos", tokenizer.eos_id)
+
+
+def _required(tokenizer: Tokenizer, name: str, token: int | None) -> int:
+    if token is None:
+        raise DataError(unnamed(tokenizer.path, name))
+    return token
 
 
 def train_tokenizer(

@@ -13,7 +13,7 @@ from lime_dist.data.meta import require_tokenizer
 from lime_dist.data.sample_kinds import SOURCES
 from lime_dist.data.sample_source import SourceOptions
 from lime_dist.data.split import WHOLE, Split, held_out_split, require_vocabulary, train_split
-from lime_dist.data.tokenizer import vocab_size as tokenizer_vocab_size
+from lime_dist.data.tokenizer import load_tokenizer
 from lime_dist.errors import ConfigError, DataError
 from lime_dist.lifecycle.launcher import warn
 
@@ -73,7 +73,7 @@ def _check_tokenizers(config: Config, sources: Sequence[_Source]) -> None:
 def _check_vocabulary(config: Config, path: Path) -> None:
     if not path.is_file():
         raise DataError(f"data.tokenizer: {path} does not exist; train one with `lime-dist data train-tokenizer`")
-    size = tokenizer_vocab_size(path)
+    size = load_tokenizer(path).vocab_size
     if size != config.model.vocab_size:
         raise DataError(
             f"model.vocab_size: {config.model.vocab_size}, but data.tokenizer {path} has {size} ids; set model.vocab_size={size}"
@@ -101,7 +101,7 @@ def _count_samples(config: Config, sources: Sequence[_Source], split: Split) -> 
 def _no_checksums(source: _Source) -> str:
     return (
         f"{source.key}: {source.files.prefix} has no checksums in a .meta.json, damage is found only where the index "
-        "contradicts itself; lime-dist data tokenize writes them"
+        "contradicts itself; lime-dist data adopt writes them"
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from lime_dist.analysis.activations import collect
-from lime_dist.analysis.occurrences import WORDS, Occurrence, find_occurrences, find_words, piece_texts
+from lime_dist.analysis.occurrences import WORDS, Occurrence, find_occurrences, find_words
 from lime_dist.analysis.probe import collect_examples, separability
 from lime_dist.config import check_config, parse_config
-from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from lime_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lime_dist.lime.model import plain_model
 from lime_dist.lime.values import initialize
 
@@ -65,7 +64,7 @@ def test_words(parts: tuple[str, ...], found: list[tuple[int, str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceProcessor:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text(
         "It is what they were. We are here, this was there; islands are where it is.\n" * 50
@@ -83,18 +82,18 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceProcesso
         ("\tis\nare\n", ["is", "are"]),
     ],
 )
-def test_words_of_a_sentencepiece_model(processor: SentencePieceProcessor, text: str, found: list[str]) -> None:
-    texts, tokens = piece_texts(processor), processor.encode(text)
+def test_words_of_a_sentencepiece_model(tokenizer: Tokenizer, text: str, found: list[str]) -> None:
+    texts, tokens = tokenizer.id_texts(), tokenizer.encode(text)
     places = find_words(tokens, texts)
     assert [WORDS[label] for _, label in places] == found
     for position, label in places:
-        assert processor.decode(tokens[: position + 1]).endswith(WORDS[label])
+        assert tokenizer.decode(tokens[: position + 1]).endswith(WORDS[label])
 
 
-def test_all_ids_of_a_tokenizer_have_a_text(processor: SentencePieceProcessor) -> None:
-    texts = piece_texts(processor)
-    assert len(texts) == processor.get_piece_size() and texts[processor.eos_id()] == "\n"
-    assert "".join(texts[token] for token in processor.encode("so it is\tthere")) == "so it is\tthere"
+def test_all_ids_of_a_tokenizer_have_a_text(tokenizer: Tokenizer) -> None:
+    texts = tokenizer.id_texts()
+    assert len(texts) == tokenizer.vocab_size and texts[tokenizer.eos_id] == "\n"
+    assert "".join(texts[token] for token in tokenizer.encode("so it is\tthere")) == "so it is\tthere"
 
 
 def test_as_many_of_each_word_in_the_order_of_the_text() -> None:

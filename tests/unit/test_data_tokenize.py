@@ -13,7 +13,7 @@ from lime_dist.data import documents
 from lime_dist.data.checksums import RULE, block_digest
 from lime_dist.data.documents import DEFAULT_FORMAT
 from lime_dist.data.indexed import check_files, open_tokens
-from lime_dist.data.tokenize import Encoder, tokenize_files
+from lime_dist.data.tokenize import Encoder, Packing, tokenize_files
 from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from lime_dist.errors import DataError
 
@@ -73,7 +73,7 @@ def test_the_number_of_workers_does_not_show(folder: Path, tmp_path: Path, monke
 
 
 def test_without_the_end_token(folder: Path, tmp_path: Path) -> None:
-    tokenize(folder, tmp_path / "t", append_eos=False)
+    tokenize(folder, tmp_path / "t", packing=Packing(append_eos=False))
     assert all(EOS_ID not in tokens for tokens in stored_documents(tmp_path / "t"))
 
 
@@ -102,5 +102,5 @@ def test_a_tokenizer_without_end_token(folder: Path, tmp_path: Path) -> None:
             sentence_iterator=iter(TEXTS), model_writer=stream, vocab_size=40, eos_id=-1, minloglevel=2
         )
     with pytest.raises(DataError, match="--no-append-eos"):
-        Encoder(tmp_path / "bare.model", DEFAULT_FORMAT, append_eos=True)
-    assert Encoder(tmp_path / "bare.model", DEFAULT_FORMAT, append_eos=False).vocab_size == 40
+        Encoder(tmp_path / "bare.model", DEFAULT_FORMAT)
+    assert Encoder(tmp_path / "bare.model", DEFAULT_FORMAT, Packing(append_eos=False)).vocab_size == 40

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lime_dist.data.documents import TextFormat
-from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer, vocab_size
+from lime_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from lime_dist.errors import DataError
 
 WORDS = "the layers of a model read what earlier layers left in memory and route it by learned weights".split()
@@ -54,8 +54,7 @@ def test_a_text_continues_another(model_path: Path) -> None:
 
 def test_ids(model_path: Path) -> None:
     tokenizer = load_tokenizer(model_path)
-    assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()) == (0, 1, 2, -1)
-    assert vocab_size(model_path) == VOCAB_SIZE
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, VOCAB_SIZE)
     assert len(tokenizer.encode("the layers of a model")) < 20, "no pieces longer than a character were learned"
 
 
@@ -83,14 +82,15 @@ def test_the_largest_size_is_named_and_works(text_path: Path, tmp_path: Path, mo
         train_tokenizer([text_path], tmp_path / "a", vocab_size=99999, model_type=model_type)
     largest = int(re.findall(r"\d+", str(caught.value))[1])
     model_path = train_tokenizer([text_path], tmp_path / "a", vocab_size=largest, model_type=model_type)
-    assert vocab_size(model_path) == largest
+    assert load_tokenizer(model_path).vocab_size == largest
 
 
 def test_the_smallest_size_is_named_and_works(text_path: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^--vocab-size 10 is too small .* at least \d+") as caught:
         train_tokenizer([text_path], tmp_path / "a", vocab_size=10)
     smallest = int(re.findall(r"\d+", str(caught.value))[1])
-    assert vocab_size(train_tokenizer([text_path], tmp_path / "a", vocab_size=smallest)) == smallest
+    model_path = train_tokenizer([text_path], tmp_path / "a", vocab_size=smallest)
+    assert load_tokenizer(model_path).vocab_size == smallest
 
 
 def test_long_lines_are_trained_on(text_path: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_no_text(tmp_path: Path) -> None:
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist.*train-tokenizer"):
-        vocab_size(tmp_path / "a.model")
+        load_tokenizer(tmp_path / "a.model")
     (tmp_path / "a.model").write_text("text")
     with pytest.raises(DataError, match="not a SentencePiece model"):
-        vocab_size(tmp_path / "a.model")
+        load_tokenizer(tmp_path / "a.model")

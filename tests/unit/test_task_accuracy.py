@@ -115,11 +115,11 @@ def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_questions_are_the_examples(folder: Path) -> None:
-    processor = load_tokenizer("task/tokenizer.model")
+    tokenizer = load_tokenizer("task/tokenizer.model")
     records = [json.loads(line) for line in Path("task/valid.jsonl").read_text().splitlines()]
     questions = read_questions(check_files("task/valid"))
-    assert [processor.decode(question.prompt) for question in questions] == [one["prompt"] for one in records]
-    assert [processor.decode(question.answer) for question in questions] == [one["answer"] for one in records]
+    assert [tokenizer.decode(question.prompt) for question in questions] == [one["prompt"] for one in records]
+    assert [tokenizer.decode(question.answer) for question in questions] == [one["answer"] for one in records]
 
 
 def test_the_command_judges_what_the_checkpoint_generates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,10 +131,10 @@ def test_the_command_judges_what_the_checkpoint_generates(folder: Path, capsys: 
     assert {group: share["examples"] for group, share in report["groups"].items()} == {"2": 12, "3": 12}
     assert report["all"] == {"examples": 24, "right": 0, "accuracy": 0.0, "standard_error": 0.0}
     model, _ = load_model(checkpoint, torch.device("cpu"))
-    processor = load_tokenizer("task/tokenizer.model")
+    tokenizer = load_tokenizer("task/tokenizer.model")
     for wrong in report["wrong"]:
-        ids = one_by_one(model, processor.encode(wrong["prompt"]), 9)
-        assert wrong["generated"] == processor.decode(up_to(processor.eos_id(), ids))
+        ids = one_by_one(model, tokenizer.encode(wrong["prompt"]), 9)
+        assert wrong["generated"] == tokenizer.decode(up_to(tokenizer.eos_id, ids))
     assert len(report["wrong"]) == 3
 
 

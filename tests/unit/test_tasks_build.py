@@ -48,30 +48,31 @@ def test_files_and_their_sizes(built: Path) -> None:
 
 def test_token_files_hold_the_examples(built: Path) -> None:
     """A document is prompt, answer and end; the answer and the end are targets."""
-    processor = load_tokenizer(built / "tokenizer.model")
+    tokenizer = load_tokenizer(built / "tokenizer.model")
     for split in SIZES[built.name]:
         files = check_files(str(built / split))
         assert files.has_mask and files.has_checksums and files.task == built.name
-        assert files.vocab_size == processor.vocab_size()
+        assert files.vocab_size == tokenizer.vocab_size
         bounds = files.document_bounds
         tokens, mask = (np.split(whole, bounds[1:-1]) for whole in (open_tokens(files), open_mask(files)))
         for record, ids, targets in zip(records(built, split), tokens, mask, strict=True):
-            assert ids[-1] == processor.eos_id() and processor.eos_id() not in ids[:-1]
-            assert processor.decode(ids[targets == 0].tolist()) == record["prompt"]
-            assert processor.decode(ids[targets == 1][:-1].tolist()) == record["answer"]
-            assert processor.encode(record["prompt"] + record["answer"]) == ids[:-1].tolist()
+            assert ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in ids[:-1]
+            assert tokenizer.decode(ids[targets == 0].tolist()) == record["prompt"]
+            assert tokenizer.decode(ids[targets == 1][:-1].tolist()) == record["answer"]
+            assert tokenizer.encode(record["prompt"] + record["answer"]) == ids[:-1].tolist()
             assert (np.diff(targets) >= 0).all()
 
 
 def test_tokens_are_characters_or_whole_words(built: Path) -> None:
-    processor = load_tokenizer(built / "tokenizer.model")
+    tokenizer = load_tokenizer(built / "tokenizer.model")
+    texts = tokenizer.id_texts()
     for record in records(built, "train"):
-        pieces = processor.encode(record["prompt"] + record["answer"], out_type=str)
+        pieces = [texts[token] for token in tokenizer.encode(record["prompt"] + record["answer"])]
         if built.name == "arithmetic":
             assert all(len(piece) == 1 for piece in pieces)
         else:
             words = (record["prompt"] + record["answer"]).replace(".", " .").replace("?", " ?").split()
-            assert [piece.lstrip("\u2581") for piece in pieces] == words
+            assert [piece.lstrip(" ") for piece in pieces] == words
 
 
 def test_no_prompt_comes_twice(built: Path) -> None:
@@ -136,7 +137,8 @@ def test_what_cannot_be_made_is_said(task: str, arguments: str, said: str, tmp_p
 @pytest.mark.parametrize("text", ["Every layer reads  layers.", "naïve 日本\n\t", "(a)<s></s>", "", " or", "\u00a0x"])
 def test_a_listed_tokenizer_gives_every_text_back(text: str, tmp_path: Path) -> None:
     path = list_tokenizer(tmp_path / "t.model", words=("Every", " layer", " or"), characters="readsl.")
-    processor = load_tokenizer(path)
-    assert processor.decode(processor.encode(text)) == text
-    assert processor.encode("Every layer", out_type=str) == ["Every", "\u2581layer"]
-    assert processor.vocab_size() == 3 + 256 + 3 + len(" readsl.")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    texts = tokenizer.id_texts()
+    assert [texts[token] for token in tokenizer.encode("Every layer")] == ["Every", " layer"]
+    assert tokenizer.vocab_size == 3 + 256 + 3 + len(" readsl.")

@@ -13,14 +13,14 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from lime_dist.data.checksums import file_digest
 from lime_dist.data.indexed import IndexedWriter
+from lime_dist.data.meta import meta_values
 from lime_dist.data.output_files import prepare_outputs, written_whole
 from lime_dist.data.tasks.examples import Example, Task
-from lime_dist.data.tokenizer import list_tokenizer, load_tokenizer
+from lime_dist.data.tokenizer import Tokenizer, list_tokenizer, load_tokenizer, require_eos
 from lime_dist.errors import DataError
 
 _TRIES = 10_000  # for an example that is not there yet
@@ -40,20 +40,30 @@ class TaskFile:
 
 
 def build_task(
-    task: Task, out_dir: Path, sizes: Mapping[str, int], *, seed: int = 0, overwrite: bool = False
+    task: Task,
+    out_dir: Path,
+    sizes: Mapping[str, int],
+    *,
+    tokenizer: Path | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> list[TaskFile]:
-    """Write `tokenizer.model` and, for each split, its examples and token files; sizes: examples of each kind.
+    """Write, for each split, its examples and token files, and `tokenizer.model` unless a tokenizer is given.
 
-    Raises: DataError when a file exists, or when the task has not as many different examples.
+    sizes: examples of each kind. Raises: DataError when a file exists, or when the task has not as many different examples.
     """
-    model_path = out_dir / "tokenizer.model"
-    prepare_outputs([model_path, *(out_dir / f"{split}.jsonl" for split in sizes)], overwrite=overwrite)
-    list_tokenizer(model_path, words=task.words, characters=task.characters)
+    made = out_dir / "tokenizer.model"
+    outputs = [out_dir / f"{split}.jsonl" for split in sizes]
+    prepare_outputs([made, *outputs] if tokenizer is None else outputs, overwrite=overwrite)
+    if tokenizer is None:
+        list_tokenizer(made, words=task.words, characters=task.characters)
+    encoder = load_tokenizer(tokenizer or made)
+    require_eos(encoder)
     written, held_out = {}, set[str]()
     for split in sorted(sizes, key=lambda split: split == "train"):
         draw, count = Random(f"{task.name} {split} {seed}"), sizes[split] * task.num_kinds
         examples = _draw_examples(task, draw, split, count, held_out)
-        written[split] = _write_split(task, out_dir / split, model_path, examples, overwrite=overwrite)
+        written[split] = _write_split(task, out_dir / split, encoder, examples, overwrite=overwrite)
     return [written[split] for split in sizes]
 
 
@@ -74,34 +84,33 @@ def _draw_examples(task: Task, draw: Random, split: str, count: int, held_out: s
 
 
 def _write_split(
-    task: Task, prefix: Path, model_path: Path, examples: Iterator[Example], *, overwrite: bool
+    task: Task, prefix: Path, tokenizer: Tokenizer, examples: Iterator[Example], *, overwrite: bool
 ) -> TaskFile:
-    processor = load_tokenizer(model_path)
     lengths = []
     with (
-        IndexedWriter(prefix, vocab_size=processor.vocab_size(), overwrite=overwrite, masked=True) as writer,
+        IndexedWriter(prefix, vocab_size=tokenizer.vocab_size, overwrite=overwrite, masked=True) as writer,
         written_whole(prefix.with_name(f"{prefix.name}.jsonl")) as partial,
         partial.open("w", encoding="utf-8") as lines,
     ):
         for example in examples:
             lines.write(json.dumps(asdict(example)) + "\n")
-            tokens, mask = encode_example(processor, example)
+            tokens, mask = encode_example(tokenizer, example)
             writer.add_document(tokens, mask)
             lengths.append(len(tokens))
         writer.commit(
-            {
-                "vocab_size": processor.vocab_size(),
-                "tokenizer_sha256": file_digest(model_path),
-                "documents": len(lengths),
-                "tokens": sum(lengths),
-                "task": task.name,
-            }
+            meta_values(
+                vocab_size=tokenizer.vocab_size,
+                tokenizer_sha256=file_digest(tokenizer.path),
+                num_documents=len(lengths),
+                num_tokens=sum(lengths),
+                task=task.name,
+            )
         )
     return TaskFile(prefix=prefix, num_examples=len(lengths), num_tokens=sum(lengths), longest=max(lengths))
 
 
-def encode_example(processor: SentencePieceProcessor, example: Example) -> tuple[np.ndarray, np.ndarray]:
+def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [num_tokens] of prompt, answer and end, and the loss mask, which is 1 from the answer on."""
-    prompt, answer = processor.encode([example.prompt, example.answer])
-    tokens = [*prompt, *answer, processor.eos_id()]
+    prompt, answer = tokenizer.encode_all([example.prompt, example.answer])
+    tokens = [*prompt, *answer, require_eos(tokenizer)]
     return np.array(tokens, dtype=np.int32), np.arange(len(tokens)) >= len(prompt)
