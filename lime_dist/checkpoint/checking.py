@@ -10,23 +10,28 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config.ranges import RANGES
 from lime_dist.errors import CheckpointError, ConfigError, one_line
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.tensors import LogicalTensor
+from lime_dist.training.spikes import SpikeState
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step_([0-9]+)")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(r"([a-z_]+:(\S+))@([0-9]{1,18})")
 _MAX_JSON_BYTES = 64 * 2**20
-_MAX_COUNT = 2**53  # of updates and samples
+_MAX_COUNT = 2**53  # of steps and samples
+_MAX_WINDOW = int(RANGES["spikes.window"].high)
+_MAX_NUMBER = 1e100  # above what fp32 numbers can give, and below what overflows when squared
 _MAX_MESSAGE = 300  # characters of what others say is wrong
 _ELEMENT_BYTES = 4  # fp32
 
@@ -35,10 +40,16 @@ _ELEMENT_BYTES = 4  # fp32
 class Meta:
     """What the checkpoint says of itself."""
 
-    step: int  # updates done
+    step: int  # steps done
     samples_seen: int  # the next sample to read
     config: dict[str, Any]
     files: list[str]  # stems
+    spikes: SpikeState = SpikeState()  # older ones say nothing of it
+
+    @property
+    def num_updates(self) -> int:
+        """Those that the weights and moments come from."""
+        return self.step - self.spikes.num_skipped
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,24 @@ def read_meta(folder: Path) -> Meta:
             refuse(folder, f"{name} in meta.json cannot be {_short(values[name])}")
     if (named := STEP_NAME.fullmatch(folder.name)) and int(named[1]) != values["step"]:
         refuse(folder, f"step {values['step']} in meta.json")
-    return Meta(**{name: values[name] for name in _META_VALUES})
+    known = {name: values[name] for name in _META_VALUES}
+    return Meta(**known, spikes=_read_spikes(folder, values.get("spikes", {}), values["step"], values["samples_seen"]))
+
+
+def _read_spikes(folder: Path, values: Any, step: int, samples_seen: int) -> SpikeState:
+    """What is not there has its default."""
+    names = {item.name for item in fields(SpikeState)}
+    if not isinstance(values, dict) or not values.keys() <= names:
+        refuse(folder, f"spikes in meta.json cannot be {_short(values)}")
+    for name, value in values.items():
+        if not _SPIKE_VALUES[name](value):
+            refuse(folder, f"spikes.{name} in meta.json cannot be {_short(value)}")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    state = SpikeState(**given)
+    latest = max(state.bad_steps, default=0)
+    if max(latest, state.num_skipped) > step or state.samples_passed_over > samples_seen:
+        refuse(folder, f"spikes in meta.json cannot be {_short(values)} at step {step}")
+    return state
 
 
 def is_count(value: Any) -> TypeGuard[int]:
@@ -127,6 +155,31 @@ def _are_stems(value: Any) -> bool:
     )
 
 
+def _are_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_WINDOW
+        and all(type(item) is float and abs(item) < _MAX_NUMBER for item in value)
+    )
+
+
+def _are_steps(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_WINDOW
+        and all(is_count(item) for item in value)
+        and all(first < second for first, second in pairwise([0, *value]))
+    )
+
+
+_SPIKE_VALUES: dict[str, Callable[[Any], bool]] = {
+    "losses": _are_numbers,
+    "grad_norms": _are_numbers,
+    "bad_steps": _are_steps,
+    "num_skipped": is_count,
+    "num_returns": is_count,
+    "samples_passed_over": is_count,
+}
 _META_VALUES = {
     "step": is_count,
     "samples_seen": is_count,

@@ -1,7 +1,7 @@
 """The files of a checkpoint, and reading logical tensors out of them. Needs no ranks and no torch.
 
     step_000100/
-      meta.json             step, samples read, the resolved config, the files; written last
+      meta.json             step, samples read, spikes met, the resolved config, the files; written last
       pp00-tp00.safetensors fp32 slices that this rank owns, keyed KIND:NAME@START
       pp00-tp00.json        for each key: dim, start and the whole shape
 
@@ -48,13 +48,18 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The updates done before this checkpoint, by its name."""
+    """The steps done before this checkpoint, by its name."""
     return int(folder.name.removeprefix("step_"))
 
 
 def find_latest(checkpoints: Path) -> Path | None:
     found = find_checkpoints(checkpoints)
     return found[-1] if found else None
+
+
+def find_before(checkpoints: Path, step: int) -> Path | None:
+    """The newest one that step `step` (from 1) has not touched."""
+    return next((path for path in reversed(find_checkpoints(checkpoints)) if step_of(path) < step), None)
 
 
 def find_checkpoint(path: Path) -> Path | None:

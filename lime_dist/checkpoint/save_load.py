@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,14 @@ from torch import Tensor
 
 from lime_dist.backends.zero_state import KINDS, get_state, set_num_updates, set_state, set_weights
 from lime_dist.checkpoint.checking import FORMAT, Meta
-from lime_dist.checkpoint.reader import find_checkpoints, find_latest, flush_to_disk, step_folder, write_json
+from lime_dist.checkpoint.reader import (
+    find_before,
+    find_checkpoints,
+    find_latest,
+    flush_to_disk,
+    step_folder,
+    write_json,
+)
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
@@ -29,12 +37,17 @@ from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.training.agreement import gather
 from lime_dist.training.rank import Rank
+from lime_dist.training.spikes import SpikeState
+
+NO_SPIKES = SpikeState()
 
 
-def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: int) -> Path:
-    """Write the weights and AdamW's moments after `step` updates, under a temporary name that is renamed when whole.
+def save_checkpoint(
+    rank: Rank, checkpoints: Path, *, step: int, samples_seen: int, spikes: SpikeState = NO_SPIKES
+) -> Path:
+    """Write the weights and AdamW's moments after `step` steps, under a temporary name that is renamed when whole.
 
-    Older checkpoints beyond `checkpoint.keep` are removed after that.
+    Older checkpoints beyond `checkpoint.keep` are removed after that, but for the one to which a next bad step would lead back.
     Raises: TrainingDiverged when something is not finite, CheckpointError when the disk takes no more; on all ranks, and
     the checkpoints that are there stay.
     """
@@ -47,7 +60,7 @@ def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: i
         _write_slices(rank, folder)
     with agreed:
         if rank.is_logger:
-            _finish(rank, folder, final, step, samples_seen)
+            _finish(rank, folder, final, Meta(step, samples_seen, to_dict(rank.config), _stems(rank), spikes))
     return final
 
 
@@ -166,25 +179,24 @@ def _stem(rank: Rank, pp_rank: int | None = None, tp_rank: int | None = None) ->
     return f"pp{pp_rank:02d}-tp{tp_rank:02d}"
 
 
-def _finish(rank: Rank, folder: Path, final: Path, step: int, samples_seen: int) -> None:
+def _stems(rank: Rank) -> list[str]:
+    """Of all files."""
     layout = rank.groups.layout
-    files = [_stem(rank, pp_rank, tp_rank) for pp_rank in range(layout.pp) for tp_rank in range(layout.tp)]
-    meta = {
-        "format": FORMAT,
-        "step": step,
-        "samples_seen": samples_seen,
-        "config": to_dict(rank.config),
-        "files": files,
-    }
+    return [_stem(rank, pp_rank, tp_rank) for pp_rank in range(layout.pp) for tp_rank in range(layout.tp)]
+
+
+def _finish(rank: Rank, folder: Path, final: Path, meta: Meta) -> None:
     write_json(folder / FILE_NAME, plan_record(rank.run_plan))
-    write_json(folder / "meta.json", meta)
+    write_json(folder / "meta.json", {"format": FORMAT, **asdict(meta)})
     flush_to_disk(folder)
     if os.path.lexists(final):
         _remove(final)
     os.rename(folder, final)
     flush_to_disk(final.parent)
+    needed = find_before(final.parent, meta.spikes.bad_steps[0]) if meta.spikes.bad_steps else None
     for old in find_checkpoints(final.parent)[: -rank.config.checkpoint.keep]:
-        _remove(old)
+        if old != needed:
+            _remove(old)
 
 
 def _remove(folder: Path) -> None:
@@ -211,7 +223,7 @@ def load_weights(rank: Rank, folder: Path) -> None:
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     """Put the checkpoint's weights and moments into the rank. Raises: CheckpointError."""
     saved = SavedWeights(folder, rank.config)
-    set_num_updates(rank.optimizer, saved.meta.step)
+    set_num_updates(rank.optimizer, saved.meta.num_updates)
     for spec, parameter in specified_parameters(rank.stage):
         rank.pulse.touch()
         for kind in KINDS:
