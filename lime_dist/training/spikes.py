@@ -63,8 +63,8 @@ class Verdict:
 def judge_step(rules: SpikesConfig, state: SpikeState, step: int, loss: float, grad_norm: float) -> Verdict:
     """On step `step` (from 1), before its update. grad_norm: before clipping."""
     limits = (
-        _above("loss", loss, state.losses, rules.loss_sigma, rules),
-        _above("gradient norm", grad_norm, state.grad_norms, rules.grad_norm_sigma, rules),
+        _above("loss", loss, state.losses[-rules.window :], rules.loss_sigma, rules),
+        _above("gradient norm", grad_norm, state.grad_norms[-rules.window :], rules.grad_norm_sigma, rules),
     )
     reason = find_not_finite(loss, grad_norm) or next(filter(None, limits), None)
     recent = tuple(bad for bad in state.bad_steps if bad > step - rules.window)
