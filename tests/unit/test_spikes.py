@@ -10,12 +10,13 @@ import pytest
 from lime_dist.config import SpikesConfig
 from lime_dist.training.spikes import Action, SpikeState, Verdict, judge_step, returned, skipped, stopped
 
+NO_SPIKES = SpikeState()
 TAKE, SKIP, RETURN, STOP = Action.TAKE, Action.SKIP, Action.RETURN, Action.STOP
 RULES = SpikesConfig(loss_sigma=3.0, grad_norm_sigma=4.0, window=4, max_skips=2, max_returns=1)
 
 
 def judge_all(
-    rules: SpikesConfig, numbers: Iterable[tuple[float, float]], state: SpikeState = SpikeState(), first: int = 1
+    rules: SpikesConfig, numbers: Iterable[tuple[float, float]], state: SpikeState = NO_SPIKES, first: int = 1
 ) -> list[Verdict]:
     """Of consecutive steps from `first`, each (loss, gradient norm)."""
     verdicts = []
