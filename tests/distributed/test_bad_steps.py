@@ -43,7 +43,10 @@ LAYOUTS = (
     "pp=3 zero=0", "pp=3 zero=1", "pp=3 zero=1 tp=2", "pp=3 zero=0 bf16", "pp=3 zero=1 bf16 dp=2", "pp=2 v=2 zero=1", "dp=2 zero=2",
     "dp=2 zero=2 bf16", "dp=2 zero=3", "dp=2 zero=3 bf16",
 )  # fmt: skip
-OFFLOADED = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+OFFLOADED = (
+    "deepspeed.zero_optimization.offload_optimizer.device=cpu",
+    "deepspeed.zero_force_ds_cpu_optimizer=false",  # whose kernel is compiled
+)
 
 
 def skip(loss: float, grad_norm: float) -> Verdict:
@@ -85,7 +88,7 @@ def leave_out(rank: Rank, batches: list[Tensor]) -> list[Tensor]:
     return state_of(rank)
 
 
-@pytest.mark.parametrize("text, more", [*((text, ()) for text in LAYOUTS), ("dp=2 zero=2", (OFFLOADED,)), ("dp=2 zero=3", (OFFLOADED,))])  # fmt: skip
+@pytest.mark.parametrize("text, more", [*((text, ()) for text in LAYOUTS), ("dp=2 zero=2", OFFLOADED), ("dp=2 zero=3", OFFLOADED)])  # fmt: skip
 def test_a_skipped_step_is_as_if_it_had_never_been(text: str, more: tuple[str, ...]) -> None:
     config = make_config(f"{text} micro=2", *more)
     batches = make_batches(config)
@@ -97,7 +100,7 @@ def test_a_skipped_step_is_as_if_it_had_never_been(text: str, more: tuple[str, .
 
 # ---- against plain torch
 
-SPIKES = SpikesConfig(loss_sigma=6.0, grad_norm_sigma=30.0, window=6, max_skips=5)
+SPIKES = SpikesConfig(loss_sigma=2.5, grad_norm_sigma=30.0, window=6, max_skips=5)
 NUM_STEPS = 16
 BAD = (8, 9, 12)  # from 0
 
@@ -137,9 +140,9 @@ def run_plain(config: Any, batches: list[Tensor]) -> tuple[list[Action], list[fl
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
         set_lr(optimizer, 1.0)
-        if judge(float(loss), norm).action is Action.TAKE:
+        if judge(loss.item(), norm).action is Action.TAKE:
             optimizer.step()
-        return float(loss), norm
+        return loss.item(), norm
 
     actions, losses = judged_run(step, batches)
     return actions, losses, {name: value.detach() for name, value in gather_logical(model, lambda p: p).items()}
@@ -275,7 +278,8 @@ def test_one_process_skips_goes_back_and_passes_over(whole: Callable[[str], Path
     assert (meta.num_updates, meta.spikes.num_skipped, meta.spikes.num_returns) == (27, 1, 1)
     assert (meta.spikes.bad_steps, meta.spikes.samples_passed_over) == ((21,), 24)
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert [event.step for event in board.Tensors("spikes/text_summary")] == [16, 21]
+    texts = [event.step for event in board.Tensors("spikes/text_summary")]
+    assert texts == [18, 16, 21], "texts stay, those of steps that were left too"
     assert [point.value for point in board.Scalars("spikes/returns")] == [1, 1]
     assert [point.step for point in board.Scalars("train/loss")] == list(range(1, 29))
     capsys.readouterr()
@@ -304,8 +308,9 @@ def test_layouts_do_what_one_process_does(layout: str, whole: Callable[[str], Pa
     assert_close({name: torch.from_numpy(value) for name, value in saved(run_dir).items()}, expected, RUN_TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["", "pp=3 zero=1", "dp=2 zero=3"])
-@pytest.mark.parametrize("step", [16, 24])
+@pytest.mark.parametrize(
+    ("layout", "step"), [("", 16), ("", 24), ("pp=3 zero=1", 16), ("pp=3 zero=1", 24), ("dp=2 zero=3", 24)]
+)
 def test_resumed_equals_uninterrupted(layout: str, step: int, whole: Callable[[str], Path], tmp_path: Path) -> None:
     """From right behind the return, and from between a skipped step and the end of its window, to the last bit."""
     copy = tmp_path / "copy"
@@ -365,7 +370,7 @@ def test_without_a_checkpoint_there_is_no_way_back(folder: Path, capfd: pytest.C
 def test_going_back_over_a_switch_of_patterns(folder: Path) -> None:
     """The checkpoint of step 16 has the edges of before the switch, which is made again from there."""
     run_dir = folder / "switched"
-    assert train(run_dir, "pp=3 zero=1", "depth.switch_at={16: window:2}", "run.steps=22") == 0
+    assert train(run_dir, "pp=3 zero=1", "depth.switch_at={16: first:1}", "run.steps=22") == 0
     assert events(run_dir) == EVENTS
     edges = {path.name: read_meta(path).config["depth"]["pattern_name"] or read_meta(path).config["depth"]["pattern"] for path in find_checkpoints(run_dir / "checkpoints")}  # fmt: skip
-    assert edges == {"step_000008": "full", "step_000016": "full", "step_000022": "window:2"}
+    assert edges == {"step_000008": "full", "step_000016": "full", "step_000022": "first:1"}
