@@ -24,6 +24,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -275,7 +276,11 @@ class ZeroOptimizer:
             wrapped._overflow_clean_up(wrapped.loss_scale)
             return
         wrapped.zero_grad()
+        wrapped.micro_step_id = (
+            INITIAL_MICRO_STEP_ID  # else the next gradients are added to these, where they are offloaded
+        )
         if _offloads(self._config):
+            wrapped._offload_accumulated_param_ids = set()
             wrapped.reset_cpu_buffers()
         for group in wrapped.averaged_gradients:
             wrapped.averaged_gradients[group] = wrapped.all_grad_tensors[group] = None
