@@ -24,6 +24,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -93,8 +94,8 @@ def tell_device(device: torch.device) -> None:
 class ZeroOptimizer:
     """Gradients to weights: reduction over the replicas, clipping over the whole model, AdamW.
 
-    A step is: passes through `call` and `backward`, then `finish_gradients`, `take_norm`, and `update` if that norm is
-    finite. In bf16 runs the gradients are summed in fp32 throughout: over microbatches, over the two ends of a tied
+    A step is: passes through `call` and `backward`, then `finish_gradients`, `take_norm`, and `update`, or `drop_gradients`
+    where that is to make no update. In bf16 runs the gradients are summed in fp32 throughout: over microbatches, over the two ends of a tied
     embedding and over the replicas. Collective: these three and `gradient`, over all ranks.
     """
 
@@ -259,6 +260,31 @@ class ZeroOptimizer:
         if self._config.optim.max_grad_norm and not deepspeed_takes_norm(self._config):
             self._clip_factor = 1 / ((norm + _CLIP_EPS) / self._config.optim.max_grad_norm).clamp(min=1)
         self.engine.step()
+
+    def drop_gradients(self) -> None:
+        """Instead of `update`: the step changes nothing, and the next one begins without gradients.
+
+        Under ZeRO what DeepSpeed does with a step that overflows in fp16.
+        """
+        self._fp32_sums.clear()
+        if self.zero_stage == 0:
+            self._stage.zero_grad()
+            return
+        wrapped = self.engine.optimizer
+        if self.zero_stage == 3:
+            wrapped._pre_step()
+            wrapped._partition_all_parameters()
+            wrapped._overflow_clean_up(wrapped.loss_scale)
+            return
+        wrapped.zero_grad()
+        wrapped.micro_step_id = (
+            INITIAL_MICRO_STEP_ID  # else the next gradients are added to these, where they are offloaded
+        )
+        if _offloads(self._config):
+            wrapped._offload_accumulated_param_ids = set()
+            wrapped.reset_cpu_buffers()
+        for group in wrapped.averaged_gradients:
+            wrapped.averaged_gradients[group] = wrapped.all_grad_tensors[group] = None
 
     def _hand_over_gradients(self) -> None:
         """Give the fp32 sums to the parameters, in whose dtype DeepSpeed takes gradients."""

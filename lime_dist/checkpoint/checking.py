@@ -10,8 +10,9 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,9 +23,11 @@ from lime_dist.checkpoint.boxes import Box
 from lime_dist.checkpoint.chunk_files import Chunk, index_path, tensor_path
 from lime_dist.checkpoint.safe_files import brief, file_size, parse_json, read_bytes, refuse
 from lime_dist.config import Config, check_config, parse_config
+from lime_dist.config.ranges import RANGES
 from lime_dist.errors import CheckpointError, ConfigError
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.tensors import LogicalTensor
+from lime_dist.training.spikes import SpikeState
 
 FORMAT = 2
 FIRST_FORMAT = 1  # slices along one dimension, without checksums
@@ -33,7 +36,9 @@ STEP_NAME = re.compile(r"step_([0-9]+)")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(r"(([a-z_]+):(\S+))@([0-9]{1,18}(?:,[0-9]{1,18}){0,7})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX_COUNT = 2**53  # of updates and samples
+_MAX_COUNT = 2**53  # of steps and samples
+_MAX_WINDOW = int(RANGES["spikes.window"].high)
+_MAX_NUMBER = 1e100  # above what fp32 numbers can give, and below what overflows when squared
 _ELEMENT_BYTES = 4  # fp32
 
 
@@ -42,10 +47,16 @@ class Meta:
     """What the checkpoint says of itself."""
 
     format: int
-    step: int  # updates done
+    step: int  # steps done
     samples_seen: int  # the next sample to read
     config: dict[str, Any]
     files: dict[str, str | None]  # stem -> checksum of its index
+    spikes: SpikeState = SpikeState()  # older ones say nothing of it
+
+    @property
+    def num_updates(self) -> int:
+        """Those that the weights and moments come from."""
+        return self.step - self.spikes.num_skipped
 
 
 Indexes = Mapping[str, Mapping[str, Any]]  # stem -> key -> what the index says of it
@@ -87,7 +98,25 @@ def read_meta(folder: Path) -> Meta:
         refuse(folder, f"step {values['step']} in meta.json")
     if found == FIRST_FORMAT:
         values["files"] = dict.fromkeys(values["files"])
-    return Meta(format=found, **{name: values[name] for name in _META_VALUES})
+    known = {name: values[name] for name in _META_VALUES}
+    spikes = _read_spikes(folder, values.get("spikes", {}), values["step"], values["samples_seen"])
+    return Meta(format=found, **known, spikes=spikes)
+
+
+def _read_spikes(folder: Path, values: Any, step: int, samples_seen: int) -> SpikeState:
+    """What is not there has its default."""
+    names = {item.name for item in fields(SpikeState)}
+    if not isinstance(values, dict) or not values.keys() <= names:
+        refuse(folder, f"spikes in meta.json cannot be {_short(values)}")
+    for name, value in values.items():
+        if not _SPIKE_VALUES[name](value):
+            refuse(folder, f"spikes.{name} in meta.json cannot be {_short(value)}")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    state = SpikeState(**given)
+    latest = max(state.bad_steps, default=0)
+    if max(latest, state.num_skipped) > step or state.samples_passed_over > samples_seen:
+        refuse(folder, f"spikes in meta.json cannot be {_short(values)} at step {step}")
+    return state
 
 
 def is_count(value: Any) -> TypeGuard[int]:
@@ -111,6 +140,31 @@ def _are_files(value: Any) -> bool:
     )
 
 
+def _are_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_WINDOW
+        and all(type(item) is float and abs(item) < _MAX_NUMBER for item in value)
+    )
+
+
+def _are_steps(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_WINDOW
+        and all(is_count(item) for item in value)
+        and all(first < second for first, second in pairwise([0, *value]))
+    )
+
+
+_SPIKE_VALUES: dict[str, Callable[[Any], bool]] = {
+    "losses": _are_numbers,
+    "grad_norms": _are_numbers,
+    "bad_steps": _are_steps,
+    "num_skipped": is_count,
+    "num_returns": is_count,
+    "samples_passed_over": is_count,
+}
 _META_VALUES = {
     "step": is_count,
     "samples_seen": is_count,

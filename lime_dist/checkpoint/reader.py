@@ -1,9 +1,9 @@
 """The folders of checkpoints, and reading logical tensors out of one. Needs no ranks and no torch.
 
     step_000100/
-      meta.json                     step, samples read, the resolved config, the files and their checksums; written last
-      pp00-tp00-dp00.safetensors    fp32 chunks of what this rank owns (`chunk_files.py`)
-      pp00-tp00-dp00.json           where they belong, and their checksums
+      meta.json                     step, samples read, spikes met, the resolved config, the files and their checksums; written last
+      pp00-tp00-dp000.safetensors   fp32 chunks of what this rank owns (`chunk_files.py`)
+      pp00-tp00-dp000.json          where they belong, and their checksums
 
 KIND is weight, exp_avg or exp_avg_sq; NAME a logical tensor's. A chunk lies in one file only.
 """
@@ -38,13 +38,18 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The updates done before this checkpoint, by its name."""
+    """The steps done before this checkpoint, by its name."""
     return int(folder.name.removeprefix("step_"))
 
 
 def find_latest(checkpoints: Path) -> Path | None:
     found = find_checkpoints(checkpoints)
     return found[-1] if found else None
+
+
+def find_before(checkpoints: Path, step: int) -> Path | None:
+    """The newest one that step `step` (from 1) has not touched."""
+    return next((path for path in reversed(find_checkpoints(checkpoints)) if step_of(path) < step), None)
 
 
 def find_checkpoint(path: Path) -> Path | None:

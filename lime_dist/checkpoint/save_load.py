@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,7 @@ from lime_dist.backends.zero_state import (
 from lime_dist.checkpoint.boxes import Box, cut_into_chunks, parts_of
 from lime_dist.checkpoint.checking import FORMAT, Meta, meta_text
 from lime_dist.checkpoint.chunk_files import chunk_key, write_chunks
-from lime_dist.checkpoint.reader import find_checkpoints, find_latest, step_folder
+from lime_dist.checkpoint.reader import find_before, find_checkpoints, find_latest, step_folder
 from lime_dist.checkpoint.safe_files import flush_to_disk, write_bytes
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
@@ -40,12 +41,17 @@ from lime_dist.plan.record import FILE_NAME, plan_record
 from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.training.agreement import gather
 from lime_dist.training.rank import Rank
+from lime_dist.training.spikes import SpikeState
+
+NO_SPIKES = SpikeState()
 
 
-def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: int) -> Path:
-    """Write the weights and AdamW's moments after `step` updates, under a temporary name that is renamed when whole.
+def save_checkpoint(
+    rank: Rank, checkpoints: Path, *, step: int, samples_seen: int, spikes: SpikeState = NO_SPIKES
+) -> Path:
+    """Write the weights and AdamW's moments after `step` steps, under a temporary name that is renamed when whole.
 
-    Older checkpoints beyond `checkpoint.keep` are removed after that.
+    Older checkpoints beyond `checkpoint.keep` are removed after that, but for the one to which a next bad step would lead back.
     Raises: TrainingDiverged when something is not finite, CheckpointError when the disk takes no more; on all ranks, and
     the checkpoints that are there stay.
     """
@@ -60,7 +66,7 @@ def save_checkpoint(rank: Rank, checkpoints: Path, *, step: int, samples_seen: i
     files = dict(filter(None, agreed.told))
     with agreed:
         if rank.is_logger:
-            _finish(rank, folder, final, {"step": step, "samples_seen": samples_seen, "files": files})
+            _finish(rank, folder, final, Meta(FORMAT, step, samples_seen, to_dict(rank.config), files, spikes))
     return final
 
 
@@ -185,17 +191,18 @@ def _stem(rank: Rank) -> str:
     return f"pp{place.pp_rank:02d}-tp{place.tp_rank:02d}-dp{place.dp_rank:03d}"
 
 
-def _finish(rank: Rank, folder: Path, final: Path, values: dict[str, Any]) -> None:
-    """values: of meta.json."""
+def _finish(rank: Rank, folder: Path, final: Path, meta: Meta) -> None:
     write_bytes(folder / FILE_NAME, json.dumps(plan_record(rank.run_plan)).encode())
-    write_bytes(folder / "meta.json", meta_text({"format": FORMAT, **values, "config": to_dict(rank.config)}))
+    write_bytes(folder / "meta.json", meta_text(asdict(meta)))
     flush_to_disk(folder)
     if os.path.lexists(final):
         _remove(final)
     os.rename(folder, final)
     flush_to_disk(final.parent)
+    needed = find_before(final.parent, meta.spikes.bad_steps[0]) if meta.spikes.bad_steps else None
     for old in find_checkpoints(final.parent)[: -rank.config.checkpoint.keep]:
-        _remove(old)
+        if old != needed:
+            _remove(old)
 
 
 def _remove(folder: Path) -> None:
@@ -224,7 +231,7 @@ def load_weights(rank: Rank, folder: Path) -> None:
 def load_checkpoint(rank: Rank, folder: Path) -> Meta:
     """Put the checkpoint's weights and moments into the rank. Raises: CheckpointError, on all ranks."""
     meta = _load(rank, folder, KINDS)
-    set_num_updates(rank.optimizer, meta.step)
+    set_num_updates(rank.optimizer, meta.num_updates)
     return meta
 
 

@@ -27,6 +27,15 @@ def find_config(run_dir: Path) -> Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spikes:
+    """Steps that went wrong. last: what was done about the newest one, where that is not long ago."""
+
+    skipped_steps: int
+    returns: int
+    last: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """The newest step that was written down; None of each before the first."""
 
@@ -36,13 +45,16 @@ class Progress:
     mfu: float | None = None  # likewise; None too where a device's peak is not known
     step_seconds: float | None = None  # likewise
     tokens_seen: int | None = None
+    spikes: Spikes | None = None  # None: nothing has gone wrong
 
 
 def read_progress(path: Path) -> Progress:
     """Of a metrics.jsonl."""
-    recent = [record for record in read_records(path, RECENT_BYTES) if "loss" in record][-RECENT_STEPS:]
+    records = read_records(path, RECENT_BYTES)
+    spikes = _spikes_of(records)
+    recent = [record for record in records if "loss" in record][-RECENT_STEPS:]
     if not recent:
-        return Progress()
+        return Progress(spikes=spikes)
     last, seconds = recent[-1], [record["step_seconds"] for record in recent]
     return Progress(
         step=last["step"],
@@ -51,7 +63,24 @@ def read_progress(path: Path) -> Progress:
         mfu=_over_time(recent, "mfu"),
         step_seconds=sum(seconds) / len(seconds),
         tokens_seen=last.get("tokens_seen"),
+        spikes=spikes,
     )
+
+
+def _spikes_of(records: Sequence[dict[str, Any]]) -> Spikes | None:
+    """Every step has the counts once there are any."""
+    counted = next((record for record in reversed(records) if "returns" in record), None)
+    if counted is None:
+        return None
+    event = next((record for record in reversed(records) if "spike" in record), None)
+    return Spikes(
+        skipped_steps=counted["skipped_steps"], returns=counted["returns"], last=event and _describe_spike(event)
+    )
+
+
+def _describe_spike(event: dict[str, Any]) -> str:
+    text = f"{event['spike']} at step {event['bad_step']}: {event['reason']}"
+    return text if event["spike"] != "returned" else f"{text}; back to step {event['step']}"
 
 
 def _over_time(records: Sequence[dict[str, Any]], rate: str) -> float | None:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from lime_dist.cluster.history import Event, read_history
 from lime_dist.cluster.queue import Job, find_job
-from lime_dist.cluster.run_folder import LastCheckpoint, Progress, find_config, read_last_checkpoint, read_progress
+from lime_dist.cluster.run_folder import (
+    LastCheckpoint,
+    Progress,
+    Spikes,
+    find_config,
+    read_last_checkpoint,
+    read_progress,
+)
 from lime_dist.cluster.starts import Start, find_successor, last_job, last_start_time, list_starts
 from lime_dist.formats import format_clock, format_si
 from lime_dist.layout import Layout
@@ -43,6 +50,7 @@ class Status:
     tokens_per_second: float | None
     mfu: float | None
     tokens_seen: int | None
+    spikes: Spikes | None  # None: no step has gone wrong
     seconds_left: float | None  # of the training, at the pace of the recent steps
     checkpoint: LastCheckpoint | None
     restarts: int  # since the last submission
@@ -74,6 +82,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         tokens_per_second=progress.tokens_per_second,
         mfu=progress.mfu,
         tokens_seen=progress.tokens_seen,
+        spikes=progress.spikes,
         seconds_left=_seconds_left(progress, config.run.steps),
         checkpoint=checkpoint,
         restarts=max(0, len(history) - 1),
@@ -129,6 +138,7 @@ def to_text(status: Status) -> str:
         ("run", status.run),
         ("state", _state_line(status)),
         ("step", _step_line(status)),
+        *(("spikes", line) for line in _spike_lines(status.spikes)),
         ("checkpoint", _checkpoint_line(status.checkpoint)),
         ("time left", _time_left_line(status)),
         ("heartbeats", _heartbeat_line(status.heartbeats)),
@@ -156,6 +166,14 @@ def _step_line(status: Status) -> str:
     if status.tokens_seen is not None:
         parts.append(f"{format_si(status.tokens_seen)} tokens seen")
     return "  ".join(parts)
+
+
+def _spike_lines(spikes: Spikes | None) -> list[str]:
+    if spikes is None:
+        return []
+    steps = f"{spikes.skipped_steps} step" + ("" if spikes.skipped_steps == 1 else "s")
+    times = f"{spikes.returns} time" + ("" if spikes.returns == 1 else "s")
+    return [f"{steps} skipped, went back {times}", *filter(None, [spikes.last])]
 
 
 def _checkpoint_line(checkpoint: LastCheckpoint | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> RecordedRun:
     steps = _whole_steps(folder, {record["step"]: record for record in records if _is_step(record)})
     found = [record for record in records if _is_evaluation(record) and record["step"] <= len(steps)]
     evaluations = {record["step"]: record["eval_loss"] for record in sorted(found, key=lambda record: record["step"])}
-    losses = [step["loss"] for step in steps]
+    losses = _losses(steps, skipped={record["bad_step"] for record in records if record.get("spike") == "skipped"})
     _check_finite(folder, dict(enumerate(losses, 1)))
     _check_finite(folder, evaluations)
     return RecordedRun(
@@ -131,6 +131,15 @@ def _whole_steps(folder: Path, by_step: Mapping[int, Mapping[str, Any]]) -> list
             "steps there: put those lines before its own, or leave this run out"
         )
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _losses(steps: Sequence[Mapping[str, Any]], skipped: Collection[int]) -> list[float]:
+    """Of a skipped step whose loss was not finite that of the step before: the weights are those."""
+    losses: list[float] = []
+    for step in steps:
+        is_lost = step["loss"] is None and step["step"] in skipped and bool(losses)
+        losses.append(losses[-1] if is_lost else step["loss"])
+    return losses
 
 
 def _check_finite(folder: Path, losses: Mapping[int, float | None]) -> None:

@@ -17,6 +17,7 @@ from lime_dist.config.schema import (
     PipelineConfig,
     RunConfig,
     Source,
+    SpikesConfig,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "PipelineConfig",
     "RunConfig",
     "Source",
+    "SpikesConfig",
     "check_config",
     "dump_yaml",
     "find_warnings",

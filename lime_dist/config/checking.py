@@ -43,6 +43,7 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     _check_pipeline(config)
     _check_switches(config)
     _check_batch(config)
+    _check_spikes(config)
     _check_profile(config)
     _check_deepspeed(config)
     _check_deepspeed_reports(config)
@@ -64,6 +65,11 @@ def find_warnings(config: Config) -> list[str]:
             "profile.kernels: has no effect without profile.steps, as no step is recorded; set profile.steps=[FIRST, LAST], or "
             "remove it"
         ]
+    if (rule := next(_unused_rules(config), None)) is not None:
+        warnings += [
+            f"spikes.{rule}: has no effect before half of spikes.window={config.spikes.window} steps, and run.steps={steps}; lower "
+            "spikes.window"
+        ]
     if (reason := _no_router_maps(config)) is not None:
         warnings += [f"analysis.every: has no effect {reason}; set it to 0"]
     warnings += [
@@ -72,6 +78,11 @@ def find_warnings(config: Config) -> list[str]:
         if config.depth.router == "none" and getattr(config.depth, key) != getattr(DepthConfig(), key)
     ]
     return warnings
+
+
+def _unused_rules(config: Config) -> Iterator[str]:
+    if config.spikes.window // 2 >= config.run.steps:
+        yield from (key for key in ("loss_sigma", "grad_norm_sigma") if getattr(config.spikes, key) is not None)
 
 
 def _no_router_maps(config: Config) -> str | None:
@@ -295,6 +306,26 @@ def _check_batch(config: Config) -> None:
     _require(
         batch % (dp * microbatches) == 0,
         f"data.global_batch_size: {batch} must be a multiple of parallel.dp={dp} x pipeline.num_microbatches={microbatches}",
+    )
+
+
+def _check_spikes(config: Config) -> None:
+    spikes = config.spikes
+    _require(
+        spikes.max_skips < spikes.window,
+        f"spikes.max_skips: {spikes.max_skips} must be below spikes.window={spikes.window}, within which skipped steps are counted",
+    )
+    _require(
+        not spikes.max_returns or config.checkpoint.every > 0,
+        f"spikes.max_returns: {spikes.max_returns} with checkpoint.every=0, so that there is nothing to go back to; set "
+        "checkpoint.every, or spikes.max_returns=0",
+    )
+    zenflow = config.deepspeed.get("zero_optimization", {})
+    zenflow = zenflow.get("zenflow") if isinstance(zenflow, dict) else None
+    _require(
+        not (zenflow and (spikes.max_skips or spikes.max_returns)),
+        "spikes.max_skips: ZenFlow updates some weights while the step is made, so that none can be skipped; remove "
+        "deepspeed.zero_optimization.zenflow, or set spikes.max_skips=0 and spikes.max_returns=0",
     )
 
 

@@ -163,6 +163,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikesConfig:
+    """When a step is bad, and what is done then; a loss or gradient norm that is not finite always is. See docs/failures.md.
+
+    The defaults stop the run at the first bad step.
+    """
+
+    loss_sigma: float | None = (
+        None  # bad: so many standard deviations over the mean of the last good steps; None: never
+    )
+    grad_norm_sigma: float | None = None  # likewise, of the gradient norm before clipping
+    window: int = 128  # good steps whose mean and deviation count, once there are half as many
+    max_skips: int = 0  # bad steps within `window` that make no update; at the next one the run goes back
+    max_returns: int = 0  # times that the run goes back to a checkpoint, past the batches since; then it stops
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     steps: list[int] | None = None  # [first, last] to record, see `lime-dist profile`; None: none
     kernels: bool = False  # by torch.profiler too, which slows these steps: all times are of slowed ones
@@ -204,6 +220,7 @@ class Config:
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    spikes: SpikesConfig = SpikesConfig()
     run: RunConfig = RunConfig()
     profile: ProfileConfig = ProfileConfig()
     analysis: AnalysisConfig = AnalysisConfig()

@@ -30,7 +30,7 @@ class BatchAhead:
 class BatchReader:
     """Global batches of consecutive samples, one ahead, for the time of a `with`.
 
-    rows: those that will be asked for, in this order. stop: the sample before which reading ahead ends.
+    rows: those that will be asked for, in this order. stop: the sample before which reading ahead ends, which may be moved.
     The samples are read by one thread alone, in the order in which they are used.
     """
 
@@ -42,7 +42,7 @@ class BatchReader:
         stop: int,
         count_targets: CountTargets = lambda start, count: None,
     ):
-        self._read, self._rows, self._batch_size, self._stop = read, rows, batch_size, stop
+        self._read, self._rows, self._batch_size, self.stop = read, rows, batch_size, stop
         self._count_targets = count_targets
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: dict[int, BatchAhead] = {}  # by first sample
@@ -58,7 +58,7 @@ class BatchReader:
         """The global batch whose first sample is `start`; the next one begins to be read."""
         batch = self._ahead.pop(start, None) or self._begin(start)
         following = start + self._batch_size
-        self._ahead = {following: self._begin(following)} if following < self._stop else {}
+        self._ahead = {following: self._begin(following)} if following < self.stop else {}
         return batch
 
     def _begin(self, start: int) -> BatchAhead:

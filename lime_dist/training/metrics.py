@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -22,8 +23,10 @@ from lime_dist.profiling.accounting import Account, account
 from lime_dist.profiling.profile_files import ProfileError, read_profile
 from lime_dist.profiling.timeline import read_timelines
 from lime_dist.training.records import read_records
+from lime_dist.training.spikes import SpikeEvent
 
 MAX_WIDTH = 120  # of a progress line
+NOTHING: Mapping[str, int] = MappingProxyType({})
 CHARTED = ("loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "mfu", "step_seconds")
 
 
@@ -61,10 +64,12 @@ class Metrics:
         model_flops: int,
         step_seconds: float,
         boundary_bytes: Sequence[int],
+        spikes: Mapping[str, int] = NOTHING,
     ) -> None:
-        """Record update `step` (from 1).
+        """Record step `step` (from 1).
 
         tokens, model_flops: of this step, over all replicas. tokens_seen: of all steps so far, those of earlier starts too.
+        spikes: `SpikeState.counts`.
         """
         self._recent.append(step_seconds)
         record = {
@@ -78,6 +83,7 @@ class Metrics:
             **self._utilization(model_flops, step_seconds),
             "step_seconds": step_seconds,
             "boundary_bytes": list(boundary_bytes),
+            **spikes,
         }
         self._write(record)
         for name in CHARTED:
@@ -93,6 +99,25 @@ class Metrics:
     def _utilization(self, model_flops: int, step_seconds: float) -> dict[str, float]:
         """Model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B), a fraction of 1."""
         return {} if self._peak_flops is None else {"mfu": model_flops / (step_seconds * self._peak_flops)}
+
+    def spike(self, event: SpikeEvent) -> None:
+        """What was done at a bad step. On its return it can be read, as a run may end here."""
+        self._write(
+            {
+                "step": event.step,
+                "spike": event.action,
+                "bad_step": event.bad_step,
+                "reason": event.reason,
+                "skipped_steps": event.state.num_skipped,
+                "returns": event.state.num_returns,
+                "samples_passed_over": event.state.samples_passed_over,
+            }
+        )
+        self._board.add_text("spikes", event.line, event.step)
+        for name, count in event.state.counts.items():
+            self._board.add_scalar(f"spikes/{name}", count, event.step)
+        self._board.flush()
+        print(event.line, flush=True)
 
     def evaluation(self, *, step: int, eval_loss: float, eval_seconds: float) -> None:
         self._write({"step": step, "eval_loss": eval_loss, "eval_seconds": eval_seconds})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +25,8 @@ from lime_dist.pipeline.transport import Incoming, ResidualShare, Sent, Transpor
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Action, Kind
 from lime_dist.plan.stages import StagePlan
+from lime_dist.training.spikes import Action as Judged
+from lime_dist.training.spikes import Verdict, find_not_finite
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,6 +48,17 @@ class TrafficDiffers(RuntimeError):
     """The transport sent other messages or bytes than the plan says: a defect, as gradients may be wrong."""
 
 
+TAKEN = Verdict(action=Judged.TAKE)
+Judge = Callable[[float, float], Verdict]  # loss, gradient norm -> the same on all ranks
+
+
+def require_finite(loss: float, grad_norm: float) -> Verdict:
+    """Raises: TrainingDiverged."""
+    if reason := find_not_finite(loss, grad_norm):
+        raise TrainingDiverged(reason)
+    return TAKEN
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What every rank knows after a step.
@@ -59,6 +71,7 @@ class StepResult:
     grad_norm: float
     boundary_bytes: list[int]
     stop_asked: bool = False  # of any rank
+    verdict: Verdict = TAKEN
 
 
 _LOSS, _GRAD_NORM, _STOPS, _BYTES = range(4)  # where what ranks tell each other lies; from the last on by stage
@@ -176,16 +189,29 @@ class Rank:
         self._mark()
         return share
 
-    def train_step(self, batch: Batch, lr_factor: float, wants_stop: Callable[[], bool] = lambda: False) -> StepResult:
-        """One update from a global batch. wants_stop: whether this rank was asked to stop, asked behind the passes.
+    def train_step(
+        self,
+        batch: Batch,
+        lr_factor: float,
+        wants_stop: Callable[[], bool] = lambda: False,
+        judge: Judge = require_finite,
+    ) -> StepResult:
+        """One update from a global batch. wants_stop: whether this rank was asked to stop, asked behind the passes. judge: of
+        a step that it does not take no weight, moment or count of updates is changed.
 
         The host waits for the device once, where `update` reads loss, norm, bytes and stops together; under ZeRO 3 and
         with an offloaded optimiser DeepSpeed waits on its own account (`backends/deepspeed.py`).
-        Raises: TrainingDiverged on all ranks, before anything is updated, when the loss or the gradient norm is not finite.
+        Raises: what `judge` does, on all ranks, before anything is updated.
         """
-        return self.update(self.accumulate(batch), lr_factor, wants_stop)
+        return self.update(self.accumulate(batch), lr_factor, wants_stop, judge)
 
-    def update(self, share: Tensor, lr_factor: float, wants_stop: Callable[[], bool] = lambda: False) -> StepResult:
+    def update(
+        self,
+        share: Tensor,
+        lr_factor: float,
+        wants_stop: Callable[[], bool] = lambda: False,
+        judge: Judge = require_finite,
+    ) -> StepResult:
         """The second half of `train_step`, behind `accumulate`, which gave `share`."""
         self.pulse.beat("update")
         norm = self.optimizer.take_norm()
@@ -195,13 +221,13 @@ class Rank:
         share[_STOPS] = float(wants_stop())
         result = self._add_up(share)
         self._mark()
-        if not math.isfinite(result.loss):
-            raise TrainingDiverged(f"the loss is {result.loss}")
-        if not math.isfinite(result.grad_norm):
-            raise TrainingDiverged("the gradient norm is not finite")
-        self.optimizer.update(norm, lr_factor)
+        verdict = judge(result.loss, result.grad_norm)
+        if verdict.action is Judged.TAKE:
+            self.optimizer.update(norm, lr_factor)
+        else:
+            self.optimizer.drop_gradients()
         self._mark()
-        return result
+        return replace(result, verdict=verdict)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:

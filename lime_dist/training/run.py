@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from lime_dist.checkpoint.edges import (
     resume_folder,
     resumed_config,
 )
-from lime_dist.checkpoint.reader import find_checkpoints, set_aside_after, set_damaged_aside
+from lime_dist.checkpoint.reader import find_before, find_checkpoints, set_aside_after, set_damaged_aside
 from lime_dist.checkpoint.safe_files import flush_to_disk
 from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
 from lime_dist.config import Config, dump_yaml
@@ -50,7 +50,8 @@ from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
 from lime_dist.training.router_pictures import gather_router_map
 from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
-from lime_dist.training.startup import Start, agree_on_start, check_alike, decide_start
+from lime_dist.training.spikes import Action, SpikeState, Verdict, judge_step, returned, skipped, stopped
+from lime_dist.training.startup import Start, agree_on_start, before_a_switch, check_alike, decide_start
 from lime_dist.training.world import join_world
 
 
@@ -206,6 +207,7 @@ class TrainingRun:
         self._samples = open_training_data(config, between)
         self._held_out = open_held_out_data(config, between)
         self.step = self.samples_seen = self._saved_step = 0
+        self._spikes = SpikeState()
         self._saved: Path | None = None  # where `_saved_step` is
         self._switched_step: int | None = None
         start = self._begin(plan)
@@ -259,7 +261,7 @@ class TrainingRun:
         meta = load_checkpoint(self.rank, start.folder)
         self.step = self._saved_step = meta.step
         self._saved = start.folder
-        self.samples_seen = meta.samples_seen
+        self.samples_seen, self._spikes = meta.samples_seen, meta.spikes
 
     def _new_profiler(self) -> Profiler | None:
         """Of the steps to come."""
@@ -276,8 +278,15 @@ class TrainingRun:
             while self.step < config.run.steps and code == DONE:
                 if self.step in config.depth.switch_at and self._switched_step != self.step:
                     self._switch_pattern()
-                code = self._evaluate_and_agree(self._train_step(batches, watch))
-                if self._is_last_step or code == REQUEUE or _is_due(self.step, config.checkpoint.every):
+                stopping, verdict = self._train_step(batches, watch)
+                has_returned = verdict.action is Action.RETURN
+                if has_returned:
+                    self._go_back(verdict)
+                    batches.stop = self._last_sample
+                code = self._evaluate_and_agree(stopping)
+                # After a return, so that a start from there passes over the batches too, and counts it.
+                is_due = has_returned or _is_due(self.step, config.checkpoint.every)
+                if self._is_last_step or code == REQUEUE or is_due:
                     self._save()
         if self._profiler is not None:
             self._profiler.close()
@@ -315,12 +324,8 @@ class TrainingRun:
     def _switch_pattern(self) -> None:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
         folder = self._saved if self._saved is not None and self._saved_step == self.step else self._save()
+        self._reload(decide_start(self.config, self._device, lambda: folder, resumed_config))
         self._switched_step = self.step
-        plan = self.rank.run_plan
-        del self.rank, self._profiler
-        gc.collect()  # DeepSpeed's engine is in circles: else two lie in memory, and the old one ends within the new one's imports
-        self._load(decide_start(self.config, self._device, lambda: folder, resumed_config), plan)
-        self._profiler = self._new_profiler()
         if self._metrics is not None:
             self._write_plan()
             pattern = self.rank.config.pattern
@@ -329,17 +334,59 @@ class TrainingRun:
                 flush=True,
             )
 
+    def _reload(self, start: Start) -> None:
+        """Go on from a checkpoint within this process."""
+        plan = self.rank.run_plan
+        del self.rank, self._profiler
+        gc.collect()  # DeepSpeed's engine is in circles: else two lie in memory, and the old one ends within the new one's imports
+        self._load(start, plan)
+        self._switched_step = None
+        self._profiler = self._new_profiler()
+
+    def _go_back(self, verdict: Verdict) -> None:
+        """To the last checkpoint of before the first of the bad steps, and past the batches since. Raises: TrainingDiverged."""
+        first_bad, bad_step, samples_seen = verdict.state.bad_steps[0], self.step, self.samples_seen
+        checkpoints = checkpoints_of(self.config)
+        start = decide_start(self.config, self._device, lambda: find_before(checkpoints, first_bad), before_a_switch)
+        if start.folder is None:
+            self._record("record", lambda metrics: metrics.spike(stopped(bad_step, verdict)))
+            raise self._diverged(
+                f"step {bad_step}: {verdict.reason}, and there is no checkpoint of before step {first_bad} to go back to"
+            )
+        self._reload(start)
+        self._spikes = self._spikes.returned(verdict.state, samples_seen - self.samples_seen)
+        self.samples_seen = samples_seen
+        if self._owner is not None:
+            self._owner.check()
+            set_aside_after(checkpoints, self.step)
+            self._write_plan()
+        self._record("record", Metrics.close)
+        if self._metrics is not None:
+            self._metrics = self._open_metrics()
+        event = returned(
+            self.config.spikes, step=self.step, bad_step=bad_step, reason=verdict.reason, state=self._spikes
+        )
+        self._record("record", lambda metrics: metrics.spike(event))
+        self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, self._device)
+
     def _write_plan(self) -> None:
         path = Path(self.config.run.dir) / FILE_NAME
         path.write_text(json.dumps(plan_record(self.rank.run_plan)))
 
     def _batch_reader(self) -> BatchReader:
         size = self.config.data.global_batch_size
-        last = self.samples_seen + (self.config.run.steps - self.step) * size
-        return BatchReader(self._samples.batch, self.rank.rows(), size, last, self._samples.num_targets)
+        return BatchReader(self._samples.batch, self.rank.rows(), size, self._last_sample, self._samples.num_targets)
 
-    def _train_step(self, batches: BatchReader, watch: Stopwatch) -> bool:
-        """Whether any rank was asked to stop."""
+    @property
+    def _last_sample(self) -> int:
+        """Behind all that the steps to come take, unless they lead back."""
+        return self.samples_seen + (self.config.run.steps - self.step) * self.config.data.global_batch_size
+
+    def _judge(self, loss: float, grad_norm: float) -> Verdict:
+        return judge_step(self.config.spikes, self._spikes, self.step + 1, loss, grad_norm)
+
+    def _train_step(self, batches: BatchReader, watch: Stopwatch) -> tuple[bool, Verdict]:
+        """Whether any rank was asked to stop, and what was done about the step. Raises: TrainingDiverged."""
         config = self.config
         self._pulse.begin_step(self.step + 1)
         if self._profiler is not None:
@@ -348,11 +395,12 @@ class TrainingRun:
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
-        try:
-            result = self.rank.train_step(batches.batch(self.samples_seen), factor, self._stop.asked_here)
-        except TrainingDiverged as error:
-            raise self._diverged(f"step {self.step + 1}: {error}, so it was not taken") from None
+        result = self.rank.train_step(batches.batch(self.samples_seen), factor, self._stop.asked_here, self._judge)
+        verdict = result.verdict
+        if verdict.action is Action.STOP:
+            self._give_up(verdict)
         self.step += 1
+        self._spikes = verdict.state
         self.samples_seen += config.data.global_batch_size
         self._record(
             "record",
@@ -362,16 +410,26 @@ class TrainingRun:
                 grad_norm=result.grad_norm,
                 lr=config.optim.lr * factor,
                 tokens=config.tokens_per_step,
-                tokens_seen=self.samples_seen * config.data.seq_length,
+                tokens_seen=(self.samples_seen - self._spikes.samples_passed_over) * config.data.seq_length,
                 model_flops=self.rank.run_plan.model_flops_per_step,
                 step_seconds=watch.lap(),
                 boundary_bytes=result.boundary_bytes,
+                spikes=self._spikes.counts,
             ),
         )
+        if verdict.action is Action.SKIP:
+            event = skipped(config.spikes, self.step, verdict)
+            self._record("record", lambda metrics: metrics.spike(event))
         self._end_profiled_step()
         if _is_due(self.step, config.analysis.every):
             self._picture_routers()
-        return result.stop_asked
+        return result.stop_asked, verdict
+
+    def _give_up(self, verdict: Verdict) -> NoReturn:
+        step, returns = self.step + 1, self._spikes.num_returns
+        self._record("record", lambda metrics: metrics.spike(stopped(step, verdict)))
+        tried = f", after {returns} returns (spikes.max_returns)" if returns else ""
+        raise self._diverged(f"step {step}: {verdict.reason}, so it was not taken{tried}")
 
     def _picture_routers(self) -> None:
         router_map = gather_router_map(self.rank)
@@ -412,7 +470,11 @@ class TrainingRun:
         self._pulse.finish()
         try:
             folder = save_checkpoint(
-                self.rank, checkpoints_of(self.config), step=self.step, samples_seen=self.samples_seen
+                self.rank,
+                checkpoints_of(self.config),
+                step=self.step,
+                samples_seen=self.samples_seen,
+                spikes=self._spikes,
             )
         except TrainingDiverged as error:
             raise self._diverged(f"step {self.step}: {error}, so it was not saved") from None
@@ -429,8 +491,11 @@ class TrainingRun:
         self._write_plan()
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
-        self._metrics = Metrics(
-            run_dir,
+        self._metrics = self._open_metrics()
+
+    def _open_metrics(self) -> Metrics:
+        return Metrics(
+            Path(self.config.run.dir),
             first_step=self.step,
             num_steps=self.config.run.steps,
             log_every=self.config.run.log_every,

@@ -95,10 +95,10 @@ def _token_file(prefix: str) -> str:
 def agree_on_start(config: Config, device: torch.device) -> Start:
     """The checkpoint that rank 0 finds, and the edges with which it goes on; at a step of `depth.switch_at` its own, as what
     was due before the switch may still be. Collective: world. Raises: LimeDistError on all."""
-    return decide_start(config, device, lambda: resume_folder(config), _before_a_switch)
+    return decide_start(config, device, lambda: resume_folder(config), before_a_switch)
 
 
-def _before_a_switch(config: Config, folder: Path) -> Config:
+def before_a_switch(config: Config, folder: Path) -> Config:
     resumed = resumed_config(config, folder)
     return evaluated_config(config, folder) if read_meta(folder).step in config.depth.switch_at else resumed
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from checkpoint_stand_ins import all_tensors, sign, write_checkpoint, write_firs
 from safetensors.numpy import load_file, save_file
 
 from lime_dist.checkpoint.checking import read_meta
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoints, find_latest, step_folder
+from lime_dist.checkpoint.reader import CheckpointReader, find_before, find_checkpoints, find_latest, step_folder
 from lime_dist.errors import CheckpointError
 from lime_dist.plan.tensors import LogicalTensor, Role
+from lime_dist.training.spikes import SpikeState
 
 NAME = "layers.0.mlp.down_proj.weight"
 KEY = f"weight:{NAME}"
@@ -133,6 +136,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a step that is text": (meta("step", value="7"), r"step in meta\.json cannot be '7'"),
     "samples below 0": (meta("samples_seen", value=-1), r"samples_seen in meta\.json cannot be -1"),
     "samples without end": (meta("samples_seen", value=10**40), r"samples_seen in meta\.json cannot be 10"),
+    "spikes are a list": (meta("spikes", value=[]), r"spikes in meta\.json cannot be \[\]"),
+    "spikes of another kind": (meta("spikes", value={"x": 1}), r"spikes in meta\.json cannot be \{'x': 1\}"),
+    "losses are a text": (meta("spikes", value={"losses": "x"}), r"spikes\.losses in meta\.json cannot be 'x'"),
+    "a loss that is not finite": (meta("spikes", value={"losses": [math.nan]}), r"spikes\.losses .* cannot be \[nan\]"),
+    "a loss without end": (meta("spikes", value={"losses": [1e300]}), r"spikes\.losses .* cannot be \[1e\+300\]"),
+    "a norm that is true": (meta("spikes", value={"grad_norms": [True]}), r"spikes\.grad_norms .* cannot be \[True\]"),
+    "losses without end": (meta("spikes", value={"losses": [0.5] * 10_001}), r"spikes\.losses .* cannot be \[0\.5"),
+    "bad steps that go back": (meta("spikes", value={"bad_steps": [5, 4]}), r"spikes\.bad_steps .* cannot be \[5, 4\]"),
+    "a bad step to come": (meta("spikes", value={"bad_steps": [8]}), r"spikes in meta\.json cannot be .* at step 7"),
+    "more skipped than made": (
+        meta("spikes", value={"num_skipped": 8}),
+        r"spikes in meta\.json cannot be .* at step 7",
+    ),
+    "returns below 0": (meta("spikes", value={"num_returns": -1}), r"spikes\.num_returns in meta\.json cannot be -1"),
+    "more passed over than seen": (meta("spikes", value={"samples_passed_over": 85}), r"spikes .* at step 7"),
     "config is a list": (meta("config", value=[]), r"config in meta\.json cannot be \[\]"),
     "config without a model": (meta("config", value={}), r"config in meta\.json: model: missing"),
     "config of another": (
@@ -206,6 +224,24 @@ def test_nothing_of_a_crafted_size_is_made(folder: Path) -> None:
     ):
         CheckpointReader(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_spikes_of_an_older_checkpoint_and_of_this_one(folder: Path) -> None:
+    assert read_meta(folder).spikes == SpikeState() and read_meta(folder).num_updates == 7, "it says nothing of them"
+    state = SpikeState(
+        losses=(0.1, 1 / 3), grad_norms=(2.0,), bad_steps=(5, 7), num_skipped=3, num_returns=2, samples_passed_over=24
+    )
+    change(folder / "meta.json", "spikes", value=asdict(state))
+    assert read_meta(folder).spikes == state and read_meta(folder).num_updates == 4
+
+
+def test_the_newest_one_of_before_a_step(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "meta.json").touch()
+    assert [find_before(tmp_path, step) and find_before(tmp_path, step).name for step in (4, 5, 8, 9, 99)] == [
+        None, "step_000004", "step_000004", "step_000008", "step_000012",
+    ]  # fmt: skip
 
 
 def test_a_key_that_has_another_name_now(folder: Path) -> None:

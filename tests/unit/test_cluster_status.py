@@ -136,6 +136,37 @@ def test_tokens_and_utilization_of_a_run(run: Path) -> None:
     assert "step        2 of 100  loss 2.0000  3.0k tokens/s  mfu 20.0%  3.0G tokens seen" in to_text(status)
 
 
+def test_steps_that_went_wrong(run: Path) -> None:
+    assert read_status(run, NOW).spikes is None and "spikes" not in to_text(read_status(run, NOW))
+    back = {
+        "step": 80,
+        "spike": "returned",
+        "bad_step": 88,
+        "reason": "the loss is nan",
+        "skipped_steps": 1,
+        "returns": 1,
+    }
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"\n{json.dumps(back)}\n")
+    assert (
+        "spikes      1 step skipped, went back 1 time\nspikes      returned at step 88: the loss is nan; back to step 80\n"
+        in (to_text(read_status(run, NOW)))
+    )
+    with (run / "metrics.jsonl").open("a") as file:
+        record = {
+            "step": 81,
+            "loss": None,
+            "tokens_per_second": 5.0,
+            "step_seconds": 1.0,
+            "skipped_steps": 2,
+            "returns": 1,
+        }
+        file.write(f"{json.dumps(record)}\n")
+    status = read_status(run, NOW)
+    assert (status.step, status.loss, status.spikes.skipped_steps, status.spikes.returns) == (81, None, 2, 1)
+    assert "2 steps skipped, went back 1 time" in to_text(status)
+
+
 def test_json_has_the_same(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -347,6 +347,13 @@ def test_an_evaluation_does_not_hide_the_loss_of_its_step(tmp_path: Path, capsys
     assert refused(capsys, run) == f"lime-dist: {run}: the loss at step 20 is not finite; leave this run out"
 
 
+def test_a_skipped_step_without_a_loss_has_that_of_the_step_before(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", loss=lambda step: math.nan if step == 20 else 5.0 - step / 100)
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace("NaN", "null") + '{"step": 20, "spike": "skipped", "bad_step": 20}\n')
+    assert read_run(run).losses[18:21] == (4.81, 4.81, 4.79)
+
+
 def test_the_picture_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs, svg, html = write_pair(tmp_path), tmp_path / "a.svg", tmp_path / "a.html"
     unfair = write_run(tmp_path / "other", "depth.pattern=first:2", "data.train=<b>", evaluations=falling(0.3))

@@ -267,6 +267,14 @@ REFUSED = [  # overrides, error, how the message begins
     ("optim.lr=.inf", ConfigError, "optim.lr: inf must be at most 10000"),
     ("optim.lr=1e999", ConfigError, "optim.lr: inf must be at most 10000"),
     ("optim.min_lr=1.5", ConfigError, "optim.min_lr: 1.5 must be at most 1"),
+    ("spikes.loss_sigma=0", ConfigError, "spikes.loss_sigma: 0.0 must be above 0"),
+    ("spikes.grad_norm_sigma=-1", ConfigError, "spikes.grad_norm_sigma: -1.0 must be above 0"),
+    ("spikes.window=1", ConfigError, "spikes.window: 1 must be at least 2"),
+    ("spikes.max_skips=-1", ConfigError, "spikes.max_skips: -1 must be at least 0"),
+    ("spikes.max_skips=128", ConfigError, "spikes.max_skips: 128 must be below spikes.window=128"),
+    ("spikes.max_skips=two", ConfigError, "spikes.max_skips: 'two' is not a whole number"),
+    ("spikes.max_skip=2", ConfigError, "spikes.max_skip: unknown key; did you mean max_skips?"),
+    ("spikes.max_returns=1", ConfigError, "spikes.max_returns: 1 with checkpoint.every=0, so that there is nothing to go back to"),
     ("optim.betas=[-0.1,0.9]", ConfigError, "optim.betas: -0.1 must be at least 0"),
     ("optim.eps=.inf", ConfigError, "optim.eps: inf must be at most 1"),
     ("run.timeout_seconds=.inf", ConfigError, "run.timeout_seconds: inf must be at most 2592000"),
@@ -366,6 +374,20 @@ def test_kernels_of_no_steps_are_warned_of() -> None:
     (warning,) = find_warnings(make_config("profile.kernels=true", "optim.warmup_steps=0"))
     assert warning.startswith("profile.kernels: has no effect without profile.steps")
     assert find_warnings(make_config("profile.kernels=true", "profile.steps=[10, 19]", "optim.warmup_steps=0")) == []
+
+
+def test_rules_of_no_effect_are_warned_of() -> None:
+    settled = ("optim.warmup_steps=0", "spikes.loss_sigma=6")
+    (warning,) = find_warnings(make_config(*settled, "run.steps=64"))
+    assert warning.startswith("spikes.loss_sigma: has no effect before half of spikes.window=128 steps")
+    assert find_warnings(make_config(*settled, "run.steps=65")) == []
+
+
+def test_zenflow_can_skip_no_step() -> None:
+    zenflow = "deepspeed.zero_optimization.zenflow={topk_ratio: 0.1}"
+    with pytest.raises(ConfigError, match="spikes.max_skips: ZenFlow updates some weights while the step is made"):
+        check_config(make_config(zenflow, "spikes.max_skips=1"))
+    check_config(make_config(zenflow))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.training.metrics import Metrics
+from lime_dist.training.spikes import SpikeEvent, SpikeState
 
 KEYS = [
     "step", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "model_flops", "step_seconds", "boundary_bytes",
@@ -172,4 +173,22 @@ def test_a_profile_that_cannot_be_read_yet_does_not_end_the_run(
     metrics = Metrics(tmp_path, first_step=0, num_steps=1, log_every=1)
     metrics.profiled(tmp_path / "profile" / "steps_1-2")
     assert "no profile there" in capsys.readouterr().err
+    metrics.close()
+
+
+def test_what_was_done_about_a_bad_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = SpikeState(num_skipped=3, num_returns=1, samples_passed_over=24)
+    event = SpikeEvent(step=4, bad_step=9, action="returned", reason="the loss is nan", outcome="back", state=state)
+    metrics = Metrics(tmp_path, first_step=0, num_steps=9, log_every=1)
+    metrics.spike(event)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # before the end, which may not come
+    assert [(point.step, point.value) for point in board.Scalars("spikes/skipped_steps")] == [(4, 3)]
+    assert [point.step for point in board.Tensors("spikes/text_summary")] == [4]
+    assert read(tmp_path) == [
+        {
+            "step": 4, "spike": "returned", "bad_step": 9, "reason": "the loss is nan", "skipped_steps": 3, "returns": 1,
+            "samples_passed_over": 24,
+        }
+    ]  # fmt: skip
+    assert capsys.readouterr().out == "step 9: the loss is nan; back\n"
     metrics.close()
