@@ -20,6 +20,7 @@ from lime_dist.cli.given_paths import writing
 from lime_dist.config import Config, check_config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LimeDistError, one_line
+from lime_dist.hugging_face import commands as hugging_face_commands
 from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.lifecycle.launcher import (
     Place,
@@ -42,6 +43,7 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_eval(subparsers)
     _add_generate(subparsers)
     _add_parity(subparsers)
+    _add_checkpoint(subparsers)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +138,12 @@ def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--timeout", type=_seconds, default=600, metavar="SECONDS", help="give up after (default: 600)")
     parser.set_defaults(run=_parity)
+
+
+def _add_checkpoint(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("checkpoint", help="checkpoints to and from Hugging Face's form")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    hugging_face_commands.add_parsers(commands)
 
 
 def _seconds(text: str) -> float:
