@@ -43,7 +43,7 @@ def config_json(config: Config, *, dtype: str, token_ids: Mapping[str, int]) -> 
         "bos_token_id": None,  # else LLaMA's own, which are others
         "eos_token_id": None,
     }
-    return _kind(config) | sizes | token_ids
+    return _kind(config) | sizes | dict(token_ids)
 
 
 def _kind(config: Config) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def pruned(shares: Tensor, top_p: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in rotate-half form of [batch, heads, tokens, head_dim]."""
+    """RoPE, in rotate-half form, of [batch, heads, tokens, head_dim]."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
@@ -217,11 +217,10 @@ class LimeAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self._kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=False)
         self._is_reader = len(self._sources) > 1
+        self.lime_router: StaticRouter | DynamicRouter | None = None
         if self._is_reader and config.lime_router != "average":
             kind = DynamicRouter if config.lime_router == "dynamic" else StaticRouter
             self.lime_router = kind(config, len(self._sources))
-        else:
-            self.lime_router = None
         if self._is_reader and self._of_hidden:
             self.depth_norm = LimeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -310,6 +309,7 @@ class LimeDecoderLayer(nn.Module):
 
 
 class LimePreTrainedModel(PreTrainedModel):
+    config: LimeConfig
     config_class = LimeConfig
     base_model_prefix = "model"
     _no_split_modules = ["LimeDecoderLayer"]
@@ -364,9 +364,8 @@ class LimeModel(LimePreTrainedModel):
             hidden_states.append(residual)
         residual = hidden_states[-1] = self.norm(residual)
         keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=residual, hidden_states=tuple(hidden_states) if keeps else None, **{_CACHE: cache}
-        )
+        outputs: dict[str, Any] = {"last_hidden_state": residual, _CACHE: cache}
+        return BaseModelOutputWithPast(**outputs, hidden_states=tuple(hidden_states) if keeps else None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -411,7 +410,6 @@ class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **others)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=found.hidden_states, **{_CACHE: found[_CACHE]}
-        )
+        outputs: dict[str, Any] = {"loss": loss, "logits": logits, _CACHE: found.get(_CACHE)}
+        output = CausalLMOutputWithPast(**outputs, hidden_states=found.hidden_states)
         return output.to_tuple() if return_dict is False else output

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2  # needs protobuf
 
 from lime_dist.errors import DataError
 
@@ -51,7 +51,7 @@ def token_ids(path: Path) -> dict[str, int]:
 
 
 def _read(path: Path) -> Any:
-    model = sentencepiece_model_pb2.ModelProto()
+    model: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - made when the module is imported
     try:
         model.ParseFromString(path.read_bytes())
     except Exception:  # protobuf's own, of which releases have different ones

@@ -22,7 +22,9 @@ MODEL = {
 }
 
 
-def write_checkpoint(folder: Path, step: int = 7, tree: Mapping[str, Any] = MODEL) -> dict[str, np.ndarray]:
+def write_checkpoint(
+    folder: Path, step: int = 7, tree: Mapping[str, Any] = MODEL, std: float = 1.0
+) -> dict[str, np.ndarray]:
     """What `folder` then holds: KIND:NAME -> values."""
     folder.mkdir(parents=True)
     config = check_config(parse_config(tree))
@@ -32,11 +34,13 @@ def write_checkpoint(folder: Path, step: int = 7, tree: Mapping[str, Any] = MODE
     places: dict[str, dict[str, dict]] = {"a": {}, "b": {}}
     for kind in KINDS:
         for tensor in logical_tensors(config.model, config.pattern).values():
-            values = whole[f"{kind}:{tensor.name}"] = generator.normal(size=tensor.shape).astype(np.float32)
+            values = whole[f"{kind}:{tensor.name}"] = generator.normal(0, std, size=tensor.shape).astype(np.float32)
             dim = len(tensor.shape) - 1
             cut = tensor.shape[dim] // 2
             order = "ab" if len(whole) % 2 else "ba"
             for stem, start, end in ((order[0], 0, cut), (order[1], cut, tensor.shape[dim])):
+                if start == end:
+                    continue
                 key = f"{kind}:{tensor.name}@{start}"
                 files[stem][key] = np.ascontiguousarray(values[..., start:end])
                 places[stem][key] = {"dim": dim, "start": start, "shape": list(tensor.shape)}
