@@ -68,7 +68,7 @@ def _kind(config: Config) -> dict[str, Any]:
         "lime_sources": [list(sources) for sources in pattern.sources],
         "lime_blocks": [[block[0], block[-1]] for block in pattern.blocks],
         "lime_pattern": None if edges else depth.pattern,  # None: the edges are what there is
-        "lime_pattern_name": depth.name if edges else None,
+        "lime_pattern_name": depth.name if depth.is_chosen else depth.pattern_name,
     }
 
 

@@ -20,7 +20,14 @@ transformers = pytest.importorskip("transformers", reason="the extra hf is not i
 from lime_dist.api import Model, load_model  # noqa: E402
 from lime_dist.hugging_face.export import Export, export_checkpoint  # noqa: E402
 
-SIZES = {"num_layers": 5, "hidden_size": 32, "intermediate_size": 40, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 96}
+SIZES = {
+    "num_layers": 5,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": 96,
+}
 UNTIED = {"tie_embeddings": False}
 V1 = {"entry": "hidden"}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # keys of model, of depth

@@ -54,8 +54,10 @@ HARD = [
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "words":
-        words = [" bompus", " lempus", "Alex", " is", " is a", "bom", "12", "</s>"]
-        return list_tokenizer(folder / "words.model", words=words, characters="Eabcdefghijklmnopqrstuvwxyz.+-*/()=0123456789")
+        words = [" bompus", " lempus", "Alex", " is", " is a", "bom", "12"]
+        return list_tokenizer(
+            folder / "words.model", words=words, characters="Eabcdefghijklmnopqrstuvwxyz.+-*/()=0123456789"
+        )
     text = folder / "text.txt"
     runs = "\n".join("a" * n + " " * n + "b" + "=-" * n + "ab a" * n for n in range(30))
     text.write_text((ROOT / "README.md").read_text() + (ROOT / "docs" / "clusters.md").read_text() + runs)
@@ -76,7 +78,7 @@ def both(
     values = ((tensor, initial_values(tensor, 0).numpy()) for tensor in tensors)
     write_weights(folder / "step_000000", config, values)
     export_checkpoint(Export(checkpoint=folder / "step_000000", out=folder / "hf"))
-    return own, transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    return own, transformers.AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=False)
 
 
 def texts() -> Iterator[str]:
@@ -91,8 +93,12 @@ def texts() -> Iterator[str]:
 
 def test_ids(both: tuple[SentencePieceProcessor, Any]) -> None:
     own, theirs = both
-    for text in texts():
-        assert theirs(text)["input_ids"] == own.encode(text), repr(text)
+    other = [text for text in texts() if theirs(text)["input_ids"] != own.encode(text)]
+    if "unigram" not in str(both_kind(own)):
+        assert other == []
+    for text in other:
+        assert score(own, theirs(text)["input_ids"]) == pytest.approx(score(own, own.encode(text)), rel=1e-6), repr(text)
+    assert len(other) < 20
 
 
 def test_texts_come_back(both: tuple[SentencePieceProcessor, Any]) -> None:
@@ -124,7 +130,7 @@ def test_special_tokens(both: tuple[SentencePieceProcessor, Any]) -> None:
 def test_models_without_an_equal(options: dict[str, Any], problem: str, tmp_path: Path) -> None:
     usual = dict(
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, vocab_size=320, minloglevel=2,
+        remove_extra_whitespaces=False, vocab_size=400, minloglevel=2,
     )  # fmt: skip
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "docs" / "clusters.md").read_text())
