@@ -319,6 +319,8 @@ class LimePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """A router begins with its own layer alone."""
         super()._init_weights(module)
+        if getattr(getattr(module, "weight", None), "_is_hf_initialized", False):
+            return  # it was loaded
         if isinstance(module, StaticRouter) and self.config.lime_entry == "kv":
             module.weight.zero_()
             module.weight[:, -1] = torch.eye(len(module.weight)) if module.weight.dim() == 3 else 1.0

@@ -20,6 +20,12 @@ transformers = pytest.importorskip("transformers", reason="the extra hf is not i
 from lime_dist.api import Model, load_model  # noqa: E402
 from lime_dist.hugging_face.export import Export, export_checkpoint  # noqa: E402
 
+# What this release calls it.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in transformers.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__
+)
 SIZES = {
     "num_layers": 5,
     "hidden_size": 32,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hugging_face_stand_ins import (
+    CACHE,
     MODELS,
     SIZES,
     distance,
@@ -62,7 +63,7 @@ def test_logits_through_the_cache(both: tuple[Model, Any]) -> None:
     _, theirs = both
     tokens, cache, pieces = some_tokens(2, 9), transformers.DynamicCache(config=theirs.config), []
     for part in tokens.split((4, 1, 3, 1), dim=1):
-        pieces.append(theirs(part, cache=cache, use_cache=True).logits)
+        pieces.append(theirs(part, use_cache=True, **{CACHE: cache}).logits)
     assert distance(torch.cat(pieces, dim=1), logits_of(theirs, tokens)) < TOLERANCE
     sizes = theirs.config  # the cache is LLaMA's size
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
