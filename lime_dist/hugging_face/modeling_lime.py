@@ -172,6 +172,10 @@ class Pass:
     def rotated(self, x: Tensor) -> Tensor:
         return rotate(x, self._cos.to(x.device), self._sin.to(x.device))
 
+    def new_positions(self, keys: Tensor) -> Tensor:
+        """For caches of fixed length, which in earlier releases do not know where they are."""
+        return torch.arange(self._past, self._past + keys.shape[2], device=keys.device)
+
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[batch, heads, tokens, head_dim]"""
         grouped, new, seen = queries.shape[1] != keys.shape[1], queries.shape[2], keys.shape[2]
@@ -228,7 +232,7 @@ class LimeAttention(nn.Module):
         keys, values = (self._from_hidden if self._of_hidden else self._from_keys_values)(residual, normed, run)
         queries, keys = run.rotated(self._heads(self.q_proj(normed))), run.rotated(keys)
         if run.cache is not None:
-            keys, values = run.cache.update(keys, values, self._layer)
+            keys, values = run.cache.update(keys, values, self._layer, {"cache_position": run.new_positions(keys)})
         return self.o_proj(run.attend(queries, keys, values).transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -267,14 +271,13 @@ class LimeAttention(nn.Module):
         """[heads, sources], or [batch, tokens, heads, sources] of a dynamic router."""
         if self.lime_router is None:
             return own.new_full((self._kv_heads, len(self._sources)), 1 / len(self._sources))
-        shares = self._scores(own).softmax(-1, dtype=torch.float32)
+        shares = self._scores(own, self.lime_router).softmax(-1, dtype=torch.float32)
         return (shares if self._top_p is None else pruned(shares, self._top_p)).to(own.dtype)
 
-    def _scores(self, own: Tensor) -> Tensor:
-        if isinstance(self.lime_router, DynamicRouter):
-            gained = own * self.depth_norm.weight
-            return F.linear(gained, self.lime_router.weight).unflatten(-1, (self._kv_heads, -1))
-        return self.lime_router.weight
+    def _scores(self, own: Tensor, router: StaticRouter | DynamicRouter) -> Tensor:
+        if isinstance(router, StaticRouter):
+            return router.weight
+        return F.linear(own * self.depth_norm.weight, router.weight).unflatten(-1, (self._kv_heads, -1))
 
     def _project(self, mixed: Tensor, projection: nn.Linear) -> Tensor:
         """Each head's own mixture [batch, heads, tokens, hidden] by the rows of that head."""
