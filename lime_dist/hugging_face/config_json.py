@@ -165,7 +165,11 @@ def _describe_reference(values: Mapping[str, Any]) -> Described:
     depth = values.get("depth")
     if depth is not None and not isinstance(depth, Mapping):
         raise _wrong("depth", depth, "a mapping with router and entry")
-    return Described(model=reference_model_keys(values), depth=dict(depth or {"router": "static"}))
+    try:
+        model = reference_model_keys(values)
+    except KeyError as error:
+        raise ConfigError(f"config.json: {error.args[0]}: missing; add it") from None
+    return Described(model=model, depth=dict(depth or {"router": "static"}))
 
 
 def reference_model_keys(values: Mapping[str, Any]) -> dict[str, Any]:

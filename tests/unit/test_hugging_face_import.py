@@ -223,6 +223,10 @@ EMBEDDING = "model.embed_tokens.weight"
 HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: no mapping"),
+    "half a reference": (
+        lambda folder: (folder / "config.json").write_text('{"num_layers": 2}'),
+        "config.json: rope_theta: missing",
+    ),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "other type": (keys(model_type="mistral"), "model_type: 'mistral' is neither llama nor lime"),
     "bias": (keys(attention_bias=True), "attention_bias: True is not supported"),
