@@ -22,6 +22,7 @@ from lime_dist.config import Config, check_config, dump_yaml, find_warnings, loa
 from lime_dist.config.ranges import RANGES
 from lime_dist.data.commands import add_special_tokens
 from lime_dist.errors import ConfigError, LimeDistError, one_line
+from lime_dist.hugging_face import commands as hugging_face_commands
 from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.lifecycle.launcher import (
     Place,
@@ -148,8 +149,12 @@ def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _add_checkpoint(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("checkpoint", help="look into checkpoints, verify, compare and convert them")
-    checkpoint_commands.add_parsers(parser.add_subparsers(metavar="COMMAND", required=True))
+    parser = subparsers.add_parser(
+        "checkpoint", help="look into checkpoints, verify and convert them, Hugging Face's form too"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    checkpoint_commands.add_parsers(commands)
+    hugging_face_commands.add_parsers(commands)
 
 
 def _seconds(text: str) -> float:

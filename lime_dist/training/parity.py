@@ -25,6 +25,8 @@ from lime_dist.backends.zero_state import set_weights
 from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.config import Config, parse_config
 from lime_dist.errors import ConfigError, DataError, one_line
+from lime_dist.hugging_face.config_json import reference_model_keys
+from lime_dist.hugging_face.names import logical_name
 from lime_dist.lifecycle.local_ranks import run_local_ranks
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.run_plan import RunPlan
@@ -100,7 +102,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return {logical_name(name): tensor for name, tensor in tensors.items()}
 
 
 def reference_plan(reference: Reference, overrides: Sequence[str]) -> RunPlan:
@@ -126,17 +128,7 @@ def _reference_tree(reference: Reference) -> dict[str, Any]:
             f"reference: optimizer.schedule is {optimizer['schedule']!r}; only constant rates can be compared"
         )
     return {
-        "model": {
-            "num_layers": sizes["num_layers"],
-            "hidden_size": sizes["hidden_size"],
-            "intermediate_size": sizes["intermediate_size"],
-            "num_heads": sizes["num_attention_heads"],
-            "num_kv_heads": sizes["num_kv_heads"],
-            "vocab_size": sizes["vocab_size"],
-            "tie_embeddings": sizes["tie_word_embeddings"],
-            "rope_theta": sizes["rope_theta"],
-            "rms_norm_eps": sizes["rms_norm_eps"],
-        },
+        "model": reference_model_keys(sizes),
         "depth": _reference_depth(reference),
         "optim": {
             "lr": optimizer["lr"],

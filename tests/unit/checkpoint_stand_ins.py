@@ -24,10 +24,12 @@ MODEL = {
 }
 
 
-def write_checkpoint(folder: Path, step: int = 7, tree: Mapping[str, Any] = MODEL) -> dict[str, np.ndarray]:
+def write_checkpoint(
+    folder: Path, step: int = 7, tree: Mapping[str, Any] = MODEL, std: float = 1.0
+) -> dict[str, np.ndarray]:
     """What `folder` then holds: KIND:NAME -> values."""
     folder.mkdir(parents=True)
-    whole = _tensors(step, tree)
+    whole = _tensors(step, tree, std)
     files: dict[str, dict[str, np.ndarray]] = {"a": {}, "b": {}}
     for index, (key, values) in enumerate(whole.items()):
         for stem, start, part in _halves(index, values):
@@ -55,10 +57,10 @@ def write_first_format(folder: Path, step: int = 7, tree: Mapping[str, Any] = MO
     return whole
 
 
-def _tensors(step: int, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _tensors(step: int, tree: Mapping[str, Any], std: float = 1.0) -> dict[str, np.ndarray]:
     config, generator = check_config(parse_config(tree)), np.random.default_rng(step)
     return {
-        f"{kind}:{tensor.name}": generator.normal(size=tensor.shape).astype(np.float32)
+        f"{kind}:{tensor.name}": generator.normal(0, std, size=tensor.shape).astype(np.float32)
         for kind in KINDS
         for tensor in logical_tensors(config.model, config.pattern).values()
     }
@@ -68,7 +70,8 @@ def _halves(index: int, values: np.ndarray) -> Iterator[tuple[str, int, np.ndarr
     """File, start along the last dimension, and values."""
     cut = values.shape[-1] // 2
     for stem, start, end in zip("ab" if index % 2 else "ba", (0, cut), (cut, values.shape[-1]), strict=True):
-        yield stem, start, np.ascontiguousarray(values[..., start:end])
+        if start < end:
+            yield stem, start, np.ascontiguousarray(values[..., start:end])
 
 
 def _meta(number: int, step: int, tree: Mapping[str, Any], files: Any) -> dict[str, Any]:

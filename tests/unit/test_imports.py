@@ -20,7 +20,9 @@ TORCH_FREE = (
     "lifecycle.ownership", "lifecycle.launcher", "lifecycle.network", "lifecycle.pulse", "lifecycle.heartbeat", "lifecycle.silence",
     "pipeline.step_times", "profiling.accounting", "profiling.analysis", "profiling.calibration", "profiling.critical_path", "profiling.findings", "profiling.advice",
     "profiling.kernel_events", "profiling.profile_files", "profiling.screen", "profiling.stream_events", "profiling.timeline", "profiling.trace",
-    "profiling.trace_events", "analysis.routers", "analysis.sentences", "analysis.text_report", "analysis.figures", "analysis.occurrences",
+    "profiling.trace_events", "hugging_face.config_json", "hugging_face.names", "hugging_face.new_folder",
+    "hugging_face.tokenizer_json", "checkpoint.boxes", "checkpoint.checking", "checkpoint.chunk_files", "checkpoint.reader", "checkpoint.whole_writer", "checkpoint.upkeep",
+    "analysis.routers", "analysis.sentences", "analysis.text_report", "analysis.figures", "analysis.occurrences",
 )  # fmt: skip
 
 
