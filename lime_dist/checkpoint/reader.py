@@ -48,8 +48,9 @@ def find_latest(checkpoints: Path) -> Path | None:
 
 
 def find_before(checkpoints: Path, step: int) -> Path | None:
-    """The newest one that step `step` (from 1) has not touched."""
-    return next((path for path in reversed(find_checkpoints(checkpoints)) if step_of(path) < step), None)
+    """The newest sound one that step `step` (from 1) has not touched."""
+    earlier = (path for path in reversed(find_checkpoints(checkpoints)) if step_of(path) < step)
+    return next((path for path in earlier if problem_of(path) is None), None)
 
 
 def find_checkpoint(path: Path) -> Path | None:

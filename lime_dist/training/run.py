@@ -199,6 +199,8 @@ def _between(stop: JointStop, pulse: Pulse) -> Between:
 class TrainingRun:
     """One rank's part in the run; counts the steps and samples done. Raises: Stopped when made while asked to stop."""
 
+    rank: Rank
+
     def __init__(self, plan: RunPlan, groups: Groups, device: torch.device, stop: JointStop, pulse: Pulse):
         self._groups, self._device, self._stop, self._pulse = groups, device, stop, pulse
         self.config = config = plan.config
@@ -223,20 +225,25 @@ class TrainingRun:
     def _begin(self, plan: RunPlan) -> Start:
         """With the newest whole checkpoint, or from the first weights."""
         start = agree_on_start(self.config, self._device)
+        while start.folder is not None and (damage := self._damage_at(start, plan)) is not None:
+            self._set_aside(start.folder, damage)
+            del self.rank
+            gc.collect()
+            start = agree_on_start(self.config, self._device)
         if start.folder is None:
             self.rank = Rank(plan, self._groups, self._device, self._pulse)
             self._load_first_weights()
-            return start
+        return start
+
+    def _damage_at(self, start: Start, plan: RunPlan) -> CheckpointError | None:
+        """What the checkpoint could not be loaded for. Raises: CheckpointError where the user named it."""
         try:
             self._load(start, plan)
         except CheckpointError as error:
             if self.config.checkpoint.resume != "auto":
                 raise
-            self._set_aside(start.folder, error)
-            del self.rank
-            gc.collect()
-            return self._begin(plan)
-        return start
+            return error.with_traceback(None)  # which holds the rank
+        return None
 
     def _set_aside(self, folder: Path, problem: CheckpointError) -> None:
         """A checkpoint that is damaged, where there is an older one to go on from. Raises: `problem`, where there is none."""
@@ -245,6 +252,10 @@ class TrainingRun:
         if dist.get_rank() == 0:
             _warn(set_damaged_aside(folder, problem))
         dist.barrier()
+
+    def _set_later_ones_aside(self) -> None:
+        for line in set_aside_after(checkpoints_of(self.config), self.step):
+            _warn(line)
 
     def _load_first_weights(self) -> None:
         """Those of another run, where the config names one."""
@@ -358,7 +369,7 @@ class TrainingRun:
         self.samples_seen = samples_seen
         if self._owner is not None:
             self._owner.check()
-            set_aside_after(checkpoints, self.step)
+            self._set_later_ones_aside()
             self._write_plan()
         self._record("record", Metrics.close)
         if self._metrics is not None:
@@ -485,8 +496,7 @@ class TrainingRun:
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)
         self._owner = _take_run(run_dir, checkpoints_of(self.config))
-        for line in set_aside_after(checkpoints_of(self.config), self.step):
-            _warn(line)
+        self._set_later_ones_aside()
         (run_dir / "config.yaml").write_text(dump_yaml(self.config))
         self._write_plan()
         if resumed_from is not None:
