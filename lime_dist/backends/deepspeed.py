@@ -95,8 +95,8 @@ class ZeroOptimizer:
     """Gradients to weights: reduction over the replicas, clipping over the whole model, AdamW.
 
     A step is: passes through `call` and `backward`, then `finish_gradients`, `take_norm`, and `update`, or `drop_gradients`
-    where that is to make no update. In bf16 runs the gradients are summed in fp32 throughout: over microbatches, over the two ends of a tied
-    embedding and over the replicas. Collective: these three and `gradient`, over all ranks.
+    where that is to make no update. In bf16 runs the gradients are summed in fp32 throughout: over microbatches, over the two
+    ends of a tied embedding and over the replicas. Collective: these three and `gradient`, over all ranks.
     """
 
     def __init__(self, stage: LimeStage, config: Config, groups: Groups, device: torch.device):
@@ -277,9 +277,8 @@ class ZeroOptimizer:
             wrapped._overflow_clean_up(wrapped.loss_scale)
             return
         wrapped.zero_grad()
-        wrapped.micro_step_id = (
-            INITIAL_MICRO_STEP_ID  # else the next gradients are added to these, where they are offloaded
-        )
+        # Else the next gradients are added to these, where they are offloaded.
+        wrapped.micro_step_id = INITIAL_MICRO_STEP_ID
         if _offloads(self._config):
             wrapped._offload_accumulated_param_ids = set()
             wrapped.reset_cpu_buffers()

@@ -28,9 +28,7 @@ class SpikeState:
 
     losses: tuple[float, ...] = ()  # of the last good steps, oldest first, where `loss_sigma` needs them
     grad_norms: tuple[float, ...] = ()  # likewise
-    bad_steps: tuple[
-        int, ...
-    ] = ()  # skipped within the last `window` steps, ascending; none from before the last return
+    bad_steps: tuple[int, ...] = ()  # skipped in the last `window` steps; none of before the last return
     num_skipped: int = 0  # of the steps that led here
     num_returns: int = 0  # of the run
     samples_passed_over: int = 0  # by all of them
