@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from lime_dist.checkpoint.boxes import Box
 from lime_dist.checkpoint.safe_files import brief, file_size, flush_to_disk, refuse, write_bytes
+from lime_dist.data.output_files import with_usual_rights
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def index_path(folder: Path, stem: str) -> Path:
 
 def write_chunks(folder: Path, stem: str, chunks: Mapping[str, numpy.ndarray]) -> str:
     """Both files, through to the disk; returns the checksum of the index. chunks: key -> values, fp32 and contiguous."""
-    save_file(dict(chunks), tensor_path(folder, stem))
+    with with_usual_rights(tensor_path(folder, stem)):
+        save_file(dict(chunks), tensor_path(folder, stem))
     flush_to_disk(tensor_path(folder, stem))
     index = {key: {"sizes": list(values.shape), "sha256": _digest(values)} for key, values in chunks.items()}
     content = json.dumps(index).encode()

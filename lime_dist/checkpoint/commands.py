@@ -74,7 +74,8 @@ def _verify(args: argparse.Namespace) -> int:
             code = NEVER_RESTART
             print("\n".join(f"lime-dist: {problem}" for problem in problems), file=sys.stderr)
         else:
-            print(f"{reader.folder}: whole, {format_bytes(tensor_bytes(reader))}")
+            found = "whole" if reader.has_checksums else "all of it can be read, but it has no checksums"
+            print(f"{reader.folder}: {found}, {format_bytes(tensor_bytes(reader))}")
     return code
 
 

@@ -16,7 +16,15 @@ from pathlib import Path
 
 import numpy
 
-from lime_dist.checkpoint.checking import KINDS, STEP_NAME, checked_chunks, checked_config, read_indexes, read_meta
+from lime_dist.checkpoint.checking import (
+    FIRST_FORMAT,
+    KINDS,
+    STEP_NAME,
+    checked_chunks,
+    checked_config,
+    read_indexes,
+    read_meta,
+)
 from lime_dist.checkpoint.chunk_files import Chunk, ChunkFiles
 from lime_dist.errors import CheckpointError
 from lime_dist.plan.parameters import logical_tensors
@@ -123,6 +131,10 @@ class CheckpointReader:
         self.read = ChunkFiles(folder).read
         self._chunks = checked_chunks(folder, self.meta, self.config, indexes)
         self.tensors = logical_tensors(self.config.model, self.config.pattern)
+
+    @property
+    def has_checksums(self) -> bool:
+        return self.meta.format > FIRST_FORMAT
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 
-from lime_dist.checkpoint.checking import FIRST_FORMAT
 from lime_dist.checkpoint.chunk_files import tensor_path
 from lime_dist.checkpoint.edges import check_same_model
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -77,7 +76,7 @@ def description_text(reader: CheckpointReader) -> str:
         f"{facts['checkpoint']}: step {facts['step']:,}, {facts['samples_seen']:,} samples, {facts['tokens_seen']:,} tokens",
         f"of run {facts['run']}, written by tp={layout['tp']} pp={layout['pp']} dp={layout['dp']} ZeRO {layout['zero_stage']}; loads on any",
         f"{facts['parameters']:,} parameters, {facts['dtype']}: {', '.join(kinds)}; {format_bytes(facts['bytes'])} in {facts['files']} files"
-        + ("" if facts["format"] > FIRST_FORMAT else "; without checksums: `lime-dist checkpoint convert` adds them"),
+        + ("" if reader.has_checksums else "; without checksums: `lime-dist checkpoint convert` adds them"),
         f"pattern {facts['pattern']}, router {facts['router']}, entry {facts['entry']}",
         "",
     ]

@@ -38,3 +38,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def with_usual_rights(path: Path) -> Iterator[None]:
+    """What is written to `path` meanwhile gets the rights of any new file: safetensors gives its own to the owner alone."""
+    path.touch()
+    rights = path.stat().st_mode
+    yield
+    path.chmod(rights)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from lime_dist.checkpoint.edges import saved_config
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from lime_dist.config import Config
+from lime_dist.data.output_files import with_usual_rights
 from lime_dist.data.special_tokens import is_json
 from lime_dist.errors import CheckpointError, ConfigError, DataError, one_line, shown
 from lime_dist.formats import parse_bytes
@@ -115,7 +116,8 @@ def _write_weights(folder: Path, reader: CheckpointReader, config: Config, dtype
             published_name(tensor.name): torch.from_numpy(reader.array("weight", tensor)).to(dtype) for tensor in shard
         }
         try:
-            save_file(values, folder / name, metadata={"format": "pt"})
+            with with_usual_rights(folder / name):
+                save_file(values, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:
             raise ConfigError(f"--out: {folder}: {one_line(error)}; free space or name another folder") from None
         weight_map |= dict.fromkeys(values, name)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lime_dist.config import check_config, dump_yaml, load_config
+from lime_dist.data.output_files import with_usual_rights
 from lime_dist.errors import ConfigError, LimeDistError, one_line
 from lime_dist.pipeline.step_times import PHASES, CollectiveTimes, StepTimes
 from lime_dist.plan.operations import Verb
@@ -165,12 +166,9 @@ def _int64(rows: Sequence[Any]) -> numpy.ndarray:
 
 
 def _replace(path: Path, write: Any) -> None:
-    """With the rights of other files: safetensors gives its own to the owner alone."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.touch()
-    rights = unfinished.stat().st_mode
-    write(unfinished)
-    unfinished.chmod(rights)
+    with with_usual_rights(unfinished):
+        write(unfinished)
     os.replace(unfinished, path)
 
 

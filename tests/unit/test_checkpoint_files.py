@@ -236,11 +236,11 @@ def test_spikes_of_an_older_checkpoint_and_of_this_one(folder: Path) -> None:
 
 
 def test_the_newest_one_of_before_a_step(tmp_path: Path) -> None:
-    for step in (4, 8, 12):
-        (tmp_path / f"step_{step:06d}").mkdir()
-        (tmp_path / f"step_{step:06d}" / "meta.json").touch()
-    assert [find_before(tmp_path, step) and find_before(tmp_path, step).name for step in (4, 5, 8, 9, 99)] == [
-        None, "step_000004", "step_000004", "step_000008", "step_000012",
+    for step in (4, 8, 10, 12):
+        write_checkpoint(step_folder(tmp_path, step), step=step)
+    (step_folder(tmp_path, 10) / "meta.json").write_text("{}")  # damaged
+    assert [find_before(tmp_path, step) and find_before(tmp_path, step).name for step in (4, 5, 8, 9, 11, 99)] == [
+        None, "step_000004", "step_000004", "step_000008", "step_000008", "step_000012",
     ]  # fmt: skip
 
 
@@ -294,6 +294,10 @@ def test_the_newest_whole_one(tmp_path: Path) -> None:
     found = [path.name for path in find_checkpoints(tmp_path)]
     assert found == ["step_000002", "step_999999", "step_1000000"]
     assert find_latest(tmp_path) == tmp_path / "step_1000000"
+
+
+def test_whoever_may_read_one_file_may_read_all(signed: Path) -> None:
+    assert len({path.stat().st_mode for path in signed.iterdir()}) == 1
 
 
 # ---- checksums

@@ -82,6 +82,7 @@ def test_diff(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_convert_gives_checksums_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = tmp_path / "step_000007", tmp_path / "new" / "step_000007"
     written = write_first_format(old)
+    assert checkpoint("verify", old) == 0 and "has no checksums" in capsys.readouterr().out
     assert checkpoint("inspect", old) == 0 and "without checksums" in capsys.readouterr().out
     assert checkpoint("convert", old, "--out", new) == 0
     found = all_tensors(new)
