@@ -21,7 +21,7 @@ import numpy
 
 from lime_dist.checkpoint.boxes import Box
 from lime_dist.checkpoint.chunk_files import Chunk, index_path, tensor_path
-from lime_dist.checkpoint.safe_files import brief, file_size, parse_json, read_bytes, refuse
+from lime_dist.checkpoint.safe_files import brief, file_size, parse_json, read_bytes, read_json, refuse
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import CheckpointError, ConfigError
@@ -81,7 +81,7 @@ def read_meta(folder: Path) -> Meta:
         raise CheckpointError(
             f"checkpoint {folder}: no meta.json in it; name a folder such as RUN/checkpoints/step_000100"
         )
-    values = parse_json(path, read_bytes(path))
+    values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None
     if not is_count(found) or found not in (FIRST_FORMAT, FORMAT):
         raise CheckpointError(

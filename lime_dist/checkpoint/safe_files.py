@@ -53,6 +53,11 @@ def parse_json(path: Path, text: bytes) -> Any:
         refuse(path, "cut short or not JSON")
 
 
+def read_json(path: Path) -> Any:
+    """Raises: CheckpointError."""
+    return parse_json(path, read_bytes(path))
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Written through to the disk, so that a rename after it never uncovers an empty file."""
     path.write_bytes(content)

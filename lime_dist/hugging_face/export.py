@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lime_dist.checkpoint.edges import saved_config
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
+from lime_dist.checkpoint.reader import CheckpointReader
+from lime_dist.checkpoint.upkeep import open_checkpoint
 from lime_dist.config import Config
 from lime_dist.data.output_files import with_usual_rights
 from lime_dist.data.special_tokens import is_json
-from lime_dist.errors import CheckpointError, ConfigError, DataError, one_line, shown
+from lime_dist.errors import ConfigError, DataError, one_line, shown
 from lime_dist.formats import parse_bytes
 from lime_dist.hugging_face.config_json import MODULE_FILE, config_json
 from lime_dist.hugging_face.names import published_name
@@ -51,12 +52,7 @@ def export_checkpoint(export: Export) -> Config:
     At most the tensors of one shard are in memory. Raises: CheckpointError, ConfigError, DataError.
     """
     max_bytes = _shard_bytes(export.max_shard_size)
-    folder = find_checkpoint(export.checkpoint)
-    if folder is None:
-        raise CheckpointError(
-            f"checkpoint {export.checkpoint}: neither a step_N folder nor a run's folder with one; correct the path"
-        )
-    reader = CheckpointReader(folder)
+    reader = open_checkpoint(export.checkpoint)
     config = saved_config(reader)
     tokenizer = _find_tokenizer(config, export.tokenizer)
     files = _small_files(config, export.dtype, tokenizer)

@@ -16,7 +16,7 @@ import numpy
 import yaml
 
 from lime_dist.checkpoint.reader import step_folder
-from lime_dist.checkpoint.safe_files import file_size, parse_json, read_bytes
+from lime_dist.checkpoint.safe_files import file_size, read_json
 from lime_dist.checkpoint.whole_writer import write_whole
 from lime_dist.config import Config, DepthConfig, to_dict
 from lime_dist.data.special_tokens import CONFIG_NAME, is_json
@@ -51,7 +51,7 @@ def import_model(folder: Path, out: Path, as_lime: str | None = None) -> Path:
     as_lime: the pattern with which a LLaMA becomes a LIMe model of the same logits. Raises: CheckpointError, ConfigError.
     """
     try:
-        described, weights = describe(_read_json(folder / "config.json")), PublishedWeights(folder)
+        described, weights = describe(read_json(folder / "config.json")), PublishedWeights(folder)
         described, place = _form(described, weights, as_lime)
         config = described.config()
         _check_depth(config, weights)
@@ -70,10 +70,6 @@ def import_model(folder: Path, out: Path, as_lime: str | None = None) -> Path:
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, partial)
     return step_folder(out / "checkpoints", 0)
-
-
-def _read_json(path: Path) -> Any:
-    return parse_json(path, read_bytes(path))
 
 
 # ---- what the folder holds

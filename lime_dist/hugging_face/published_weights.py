@@ -16,7 +16,7 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lime_dist.checkpoint.safe_files import brief, file_size, parse_json, read_bytes
+from lime_dist.checkpoint.safe_files import brief, file_size, read_json
 from lime_dist.errors import CheckpointError, shown
 from lime_dist.hugging_face.names import Stored
 
@@ -98,7 +98,7 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 
 def _indexed(folder: Path) -> Iterator[tuple[str, _Header]]:
-    index: Any = parse_json(folder / _INDEX, read_bytes(folder / _INDEX))
+    index: Any = read_json(folder / _INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / _INDEX}: no weight_map; give another folder")
