@@ -35,13 +35,12 @@ from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import specified_parameters
 from lime_dist.pipeline.executor import joint_backward
 from lime_dist.plan.parameters import logical_tensors
-from lime_dist.plan.tensors import Role
+from lime_dist.plan.tensors import MOMENTS, Role
 from lime_dist.training.optim import build_optimizer, set_lr
 
 # Else the first start on a CPU compiles a shared-memory all-reduce, which needs a compiler and half a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _CLIP_EPS = 1e-6  # DeepSpeed's, and torch's
 
 

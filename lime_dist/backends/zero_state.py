@@ -21,12 +21,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from lime_dist.backends.deepspeed import MOMENTS, ZeroOptimizer
+from lime_dist.backends.deepspeed import ZeroOptimizer
 from lime_dist.lime.model import LimeStage
 from lime_dist.lime.values import assemble_local, specified_parameters
-from lime_dist.plan.tensors import LogicalTensor, ParameterSpec
-
-KINDS = ("weight", *MOMENTS)
+from lime_dist.plan.tensors import KINDS, LogicalTensor, ParameterSpec
 
 
 def get_state(optimizer: ZeroOptimizer, parameter: nn.Parameter, kind: str) -> Tensor:

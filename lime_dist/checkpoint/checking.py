@@ -26,12 +26,11 @@ from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import CheckpointError, ConfigError
 from lime_dist.plan.parameters import logical_tensors
-from lime_dist.plan.tensors import LogicalTensor
+from lime_dist.plan.tensors import KINDS, LogicalTensor
 from lime_dist.training.spikes import SpikeState
 
 FORMAT = 2
 FIRST_FORMAT = 1  # slices along one dimension, without checksums
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 STEP_NAME = re.compile(r"step_([0-9]+)")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(r"(([a-z_]+):(\S+))@([0-9]{1,18}(?:,[0-9]{1,18}){0,7})")

@@ -18,7 +18,6 @@ import numpy
 
 from lime_dist.checkpoint.checking import (
     FIRST_FORMAT,
-    KINDS,
     STEP_NAME,
     checked_chunks,
     checked_config,
@@ -28,7 +27,7 @@ from lime_dist.checkpoint.checking import (
 from lime_dist.checkpoint.chunk_files import Chunk, ChunkFiles
 from lime_dist.errors import CheckpointError
 from lime_dist.plan.parameters import logical_tensors
-from lime_dist.plan.tensors import LogicalTensor
+from lime_dist.plan.tensors import KINDS, LogicalTensor
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lime_dist.backends.zero_state import (
-    KINDS,
     Share,
     own_shares,
     read_share,
@@ -38,7 +37,7 @@ from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import to_dict
 from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.plan.record import FILE_NAME, plan_record
-from lime_dist.plan.tensors import ParameterSpec
+from lime_dist.plan.tensors import KINDS, ParameterSpec
 from lime_dist.training.agreement import gather
 from lime_dist.training.rank import Rank
 from lime_dist.training.spikes import SpikeState

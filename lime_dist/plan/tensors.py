@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+KINDS = ("weight", *MOMENTS)  # of values that a parameter has in a training state
+
 
 class Role(Enum):
     """What a logical tensor is; decides its optimiser group and, where it has no `initial`, its initial values."""

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from lime_dist.backends.zero_state import KINDS, get_state
+from lime_dist.backends.zero_state import get_state
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoints, find_latest, read_meta
 from lime_dist.cli.command_line import main
 from lime_dist.config import SpikesConfig, load_config
@@ -31,6 +31,7 @@ from lime_dist.lifecycle.ending import NEVER_RESTART, OUTCOME_VARIABLE, read_out
 from lime_dist.lime.model import model_loss
 from lime_dist.lime.values import gather_logical, specified_parameters
 from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.tensors import KINDS
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
 from lime_dist.training.optim import build_optimizer, set_lr
 from lime_dist.training.rank import Rank, StepResult

@@ -11,11 +11,12 @@ import torch
 from common import make_batches, make_config
 from torch import Tensor
 
-from lime_dist.backends.zero_state import KINDS, get_state
+from lime_dist.backends.zero_state import get_state
 from lime_dist.checkpoint.reader import find_checkpoints
 from lime_dist.checkpoint.save_load import save_checkpoint
 from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.lime.values import specified_parameters
+from lime_dist.plan.tensors import KINDS
 from lime_dist.testing import run_ranks
 from lime_dist.training.metrics import DeadGradients, Metrics
 from lime_dist.training.rank import Rank

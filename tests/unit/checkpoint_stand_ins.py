@@ -12,11 +12,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lime_dist.checkpoint.boxes import Box
-from lime_dist.checkpoint.checking import FIRST_FORMAT, FORMAT, KINDS, meta_text
+from lime_dist.checkpoint.checking import FIRST_FORMAT, FORMAT, meta_text
 from lime_dist.checkpoint.chunk_files import chunk_key, write_chunks
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import check_config, parse_config, to_dict
 from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.tensors import KINDS
 
 MODEL = {
     "model": {"num_layers": 3, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "vocab_size": 16},

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import lime_dist.training.run  # noqa: F401  (at its first import DeepSpeed runs a compiler, which must not be taken for our output)
 from lime_dist.checkpoint.boxes import Box
-from lime_dist.checkpoint.checking import FORMAT, KINDS, meta_text
+from lime_dist.checkpoint.checking import FORMAT, meta_text
 from lime_dist.checkpoint.chunk_files import chunk_key, write_chunks
 from lime_dist.cli.command_line import main
 from lime_dist.config import parse_config, to_dict
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.data.tokenizer import train_tokenizer
 from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.tensors import KINDS
 
 REPOSITORY = Path(__file__).parents[2]
 BASE = {
