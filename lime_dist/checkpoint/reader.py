@@ -29,6 +29,9 @@ from lime_dist.errors import CheckpointError
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.tensors import KINDS, LogicalTensor
 
+UNFINISHED = ".unfinished-"  # what has this before its name goes with the next save
+REPLACED = ".replaced-"  # a whole one, of which there is a newer one under its own name, or soon will be
+
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
@@ -89,6 +92,13 @@ def problem_of(folder: Path) -> CheckpointError | None:
     except CheckpointError as error:
         return error
     return None
+
+
+def take_back_replaced(checkpoints: Path) -> None:
+    """A checkpoint that was to be replaced by another of the same step, which never got its name."""
+    for folder in checkpoints.glob(f"{REPLACED}step_*"):
+        if not os.path.lexists(final := folder.with_name(folder.name.removeprefix(REPLACED))):
+            os.rename(folder, final)
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[str]:

@@ -155,7 +155,9 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 0  # steps; 0: only at the end
-    keep: int = 2
+    keep: int = 2  # the last ones; older ones are removed
+    keep_every: int = 0  # steps; those of every so many are never removed; 0: none
+    asynchronous: bool = False  # written behind training, which waits for a copy in host memory only
     resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a checkpoint's folder
     weights_from: str | None = (
         None  # a step_N folder or a run's: where a new run's weights come from, without its optimiser

@@ -38,6 +38,7 @@ class StageMemory:
     logits: on the last stage.
     buffers: bundles that come, go or wait; gradients of entries, sums and logits; ZeRO's buckets.
     update: what the optimiser's step takes for itself, when all that microbatches hold is free again.
+    staged: what a save behind training copies to host memory, so beside the total.
     """
 
     weights: int
@@ -49,6 +50,7 @@ class StageMemory:
     logits: int
     buffers: int
     update: int
+    staged: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -112,6 +114,7 @@ class _StageEstimate:
                     + self._received(stage.receives_ahead, sum(in_flight.values()))
                     + self._sent(in_flight),
                     update=max(0, self._update(count) - gradients),
+                    staged=self._staged(),
                 )
                 for in_flight in stage.moments
             ),
@@ -161,6 +164,14 @@ class _StageEstimate:
         sums_and_copy = in_bf16 + FP32 * count  # in `finish_gradients`
         bucket = min(count, self._zero_key("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
         return max(sums_and_copy, self._element * (count + bucket), 2 * share)
+
+    def _staged(self) -> int:
+        """fp32 weights and moments, of the replica with the largest share: `checkpoint/staging.py`."""
+        if not self._config.checkpoint.asynchronous:
+            return 0
+        by_parameter = max(sum(self._parameters[first :: self._dp]) for first in range(self._dp))
+        share = sum(self._parameters) // self._dp if self._config.zero_stage else by_parameter
+        return (1 + MOMENTS) * FP32 * share
 
     def _zero_key(self, key: str, default: int) -> int:
         return int(self._config.deepspeed.get("zero_optimization", {}).get(key, default))

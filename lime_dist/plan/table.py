@@ -219,7 +219,8 @@ def stage_table(plan: RunPlan) -> str:
     if report["hops"]:
         lines += ["", *_hop_lines(report)]
     lines += ["", _totals_line(report)]
-    return "\n".join([*lines, *([_warmups_line(report["warmups"])] if report["warmups"] else [])])
+    lines += [_warmups_line(report["warmups"])] if report["warmups"] else []
+    return "\n".join([*lines, *_staged_lines(plan)])
 
 
 def _layout(config: Config) -> str:
@@ -302,6 +303,11 @@ def _totals_line(report: dict[str, Any]) -> str:
     reached = ", which least reaches" if totals["least"] == minimum else ""
     where = "boundaries" if report["virtual_stages"] == 1 else "hops"
     return f"entries and partial sums over all {where}: {counts}; proven minimum {minimum}{reached}"
+
+
+def _staged_lines(plan: RunPlan) -> list[str]:
+    most = max(memory.staged for memory in plan.memory)
+    return [f"a save behind training copies up to {format_bytes(most)} a rank to host memory"] if most else []
 
 
 def _warmups_line(warmups: Sequence[dict[str, Any]]) -> str:

@@ -124,9 +124,13 @@ class Metrics:
         self._board.add_scalar("eval/loss", eval_loss, step)
         print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  held-out loss {eval_loss:.4f}", flush=True)
 
-    def saved(self, *, step: int, folder: Path, save_seconds: float) -> None:
-        self._write({"step": step, "save_seconds": save_seconds})
-        print(f"saved {folder} in {save_seconds:.1f} s", flush=True)
+    def saved(self, *, step: int, folder: Path, seconds: float, wait_seconds: float) -> None:
+        """seconds: until it was whole. wait_seconds: of them, those that training waited."""
+        self._write({"step": step, "save_seconds": seconds, "save_wait_seconds": wait_seconds})
+        self._board.add_scalar("checkpoint/save_seconds", seconds, step)
+        self._board.add_scalar("checkpoint/save_wait_seconds", wait_seconds, step)
+        behind = f"; training waited {wait_seconds:.1f} s of them" if wait_seconds < seconds else ""
+        print(f"saved {folder} in {seconds:.1f} s{behind}", flush=True)
 
     def profiled(self, folder: Path) -> None:
         """A profile is whole: its figures, step by step, where working them out does not hold up a run of many ranks."""

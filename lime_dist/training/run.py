@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,9 +25,17 @@ from lime_dist.checkpoint.edges import (
     resume_folder,
     resumed_config,
 )
-from lime_dist.checkpoint.reader import find_before, find_checkpoints, set_aside_after, set_damaged_aside
+from lime_dist.checkpoint.full_disk import FULL_DISK, FullDisk, naming_full_disk
+from lime_dist.checkpoint.loading import load_checkpoint, load_weights
+from lime_dist.checkpoint.reader import (
+    find_before,
+    find_checkpoints,
+    set_aside_after,
+    set_damaged_aside,
+    take_back_replaced,
+)
 from lime_dist.checkpoint.safe_files import flush_to_disk
-from lime_dist.checkpoint.save_load import FULL_DISK, load_checkpoint, load_weights, naming_full_disk, save_checkpoint
+from lime_dist.checkpoint.saving import Progress, Saver
 from lime_dist.config import Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
@@ -52,7 +61,7 @@ from lime_dist.training.router_pictures import gather_router_map
 from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
 from lime_dist.training.spikes import Action, SpikeState, Verdict, judge_step, returned, skipped, stopped
 from lime_dist.training.startup import Start, agree_on_start, before_a_switch, check_alike, decide_start
-from lime_dist.training.world import join_world
+from lime_dist.training.world import join_world, open_writers_group
 
 
 class SampleBatch:
@@ -221,9 +230,16 @@ class TrainingRun:
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
+        self._saver = self._open_saver()
+
+    def _open_saver(self) -> Saver:
+        writers = open_writers_group(self.config) if self.config.checkpoint.asynchronous else None
+        return Saver(checkpoints_of(self.config), writers=writers, check_owner=self._check_owner)
 
     def _begin(self, plan: RunPlan) -> Start:
         """With the newest whole checkpoint, or from the first weights."""
+        if dist.get_rank() == 0:
+            take_back_replaced(checkpoints_of(self.config))
         start = agree_on_start(self.config, self._device)
         while start.folder is not None and (damage := self._damage_at(start, plan)) is not None:
             self._set_aside(start.folder, damage)
@@ -285,7 +301,7 @@ class TrainingRun:
         """The exit code, and the reason in a few words."""
         config, watch = self.config, Stopwatch()
         code = self._evaluate_and_agree(self._stop.agreed())
-        with self._batch_reader() as batches:
+        with self._saver, self._batch_reader() as batches:
             while self.step < config.run.steps and code == DONE:
                 if self.step in config.depth.switch_at and self._switched_step != self.step:
                     self._switch_pattern()
@@ -297,8 +313,9 @@ class TrainingRun:
                 code = self._evaluate_and_agree(stopping)
                 # After a return, so that a start from there passes over the batches too, and counts it.
                 is_due = has_returned or _is_due(self.step, config.checkpoint.every)
-                if self._is_last_step or code == REQUEUE or is_due:
-                    self._save()
+                is_leaving = self._is_last_step or code == REQUEUE
+                if is_leaving or is_due:
+                    self._save(behind=not is_leaving)
         if self._profiler is not None:
             self._profiler.close()
         self._record("close", Metrics.close)
@@ -334,7 +351,7 @@ class TrainingRun:
 
     def _switch_pattern(self) -> None:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
-        folder = self._saved if self._saved is not None and self._saved_step == self.step else self._save()
+        folder = self._saved_here()
         self._reload(decide_start(self.config, self._device, lambda: folder, resumed_config))
         self._switched_step = self.step
         if self._metrics is not None:
@@ -356,6 +373,7 @@ class TrainingRun:
 
     def _go_back(self, verdict: Verdict) -> None:
         """To the last checkpoint of before the first of the bad steps, and past the batches since. Raises: TrainingDiverged."""
+        self._settle()
         first_bad, bad_step, samples_seen = verdict.state.bad_steps[0], self.step, self.samples_seen
         checkpoints = checkpoints_of(self.config)
         start = decide_start(self.config, self._device, lambda: find_before(checkpoints, first_bad), before_a_switch)
@@ -368,7 +386,7 @@ class TrainingRun:
         self._spikes = self._spikes.returned(verdict.state, samples_seen - self.samples_seen)
         self.samples_seen = samples_seen
         if self._owner is not None:
-            self._owner.check()
+            self._check_owner()
             self._set_later_ones_aside()
             self._write_plan()
         self._record("record", Metrics.close)
@@ -406,7 +424,7 @@ class TrainingRun:
         factor = lr_factor(config.optim, self.step, config.run.steps)
         # No random number is drawn after the initial weights today; whatever will draw one stays resumable.
         torch.manual_seed(hash((config.run.seed, self.step, dist.get_rank())) % 2**63)
-        result = self.rank.train_step(batches.batch(self.samples_seen), factor, self._stop.asked_here, self._judge)
+        result = self.rank.train_step(batches.batch(self.samples_seen), factor, self._wants_stop, self._judge)
         verdict = result.verdict
         if verdict.action is Action.STOP:
             self._give_up(verdict)
@@ -431,10 +449,15 @@ class TrainingRun:
         if verdict.action is Action.SKIP:
             event = skipped(config.spikes, self.step, verdict)
             self._record("record", lambda metrics: metrics.spike(event))
+        self._note_saved()
         self._end_profiled_step()
         if _is_due(self.step, config.analysis.every):
             self._picture_routers()
         return result.stop_asked, verdict
+
+    def _wants_stop(self) -> bool:
+        """A save that could not be written stops the run where the next one is due: at once, as if it were asked to."""
+        return self._stop.asked_here() or self._saver.has_failed
 
     def _give_up(self, verdict: Verdict) -> NoReturn:
         step, returns = self.step + 1, self._spikes.num_returns
@@ -454,6 +477,9 @@ class TrainingRun:
             self._record("profile", lambda metrics: metrics.profiled(folder))
 
     def _diverged(self, what: str) -> TrainingDiverged:
+        """Collective: world, as the checkpoint to go on from may still be in the making."""
+        with suppress(FullDisk):
+            self._settle()
         return TrainingDiverged(
             f"{what}; start again from step {self._saved_step} with a lower optim.lr or a longer optim.warmup_steps"
         )
@@ -471,27 +497,45 @@ class TrainingRun:
         self._evaluated_step = self.step
         return True
 
-    def _save(self) -> Path:
-        watch = Stopwatch()
+    def _save(self, *, behind: bool) -> None:
         self._pulse.beat("save")
-        if self._owner is not None:
-            self._owner.check()
+        self._check_owner()
         if self._metrics is not None:
             self._metrics.flush_to_disk()  # a checkpoint must not be whole before the records of its steps are
         self._pulse.finish()
+        progress = Progress(self.step, self.samples_seen, self._spikes)
         try:
-            folder = save_checkpoint(
-                self.rank,
-                checkpoints_of(self.config),
-                step=self.step,
-                samples_seen=self.samples_seen,
-                spikes=self._spikes,
-            )
+            self._saver.save(self.rank, progress, behind=behind)
         except TrainingDiverged as error:
             raise self._diverged(f"step {self.step}: {error}, so it was not saved") from None
-        self._saved_step, self._saved = self.step, folder
-        self._record("record", lambda metrics: metrics.saved(step=self.step, folder=folder, save_seconds=watch.lap()))
-        return folder
+        self._note_saved()
+
+    def _saved_here(self) -> Path:
+        """The whole checkpoint of this step."""
+        self._settle()
+        if self._saved is None or self._saved_step != self.step:
+            self._save(behind=False)
+        assert self._saved is not None
+        return self._saved
+
+    def _settle(self) -> None:
+        """What is being saved is whole on return. Raises: FullDisk, on all ranks."""
+        self._saver.settle(self._pulse)
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Not collective: each rank has its own moment at which it knows."""
+        for saved in self._saver.take_saved():
+            self._saved_step, self._saved = saved.step, saved.folder
+            if self._metrics is not None:
+                self._metrics.saved(
+                    step=saved.step, folder=saved.folder, seconds=saved.seconds, wait_seconds=saved.wait_seconds
+                )
+
+    def _check_owner(self) -> None:
+        """Raises: RunTaken on the first rank where another start has the run."""
+        if self._owner is not None:
+            self._owner.check()
 
     def _open_run_folder(self, resumed_from: Path | None) -> None:
         run_dir = Path(self.config.run.dir)

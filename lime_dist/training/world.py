@@ -31,7 +31,7 @@ def join_world(
     that may not be the same on all of them.
     """
     device = pick_device(config, place.local_rank)
-    timeout = timedelta(seconds=config.run.timeout_seconds) + WATCHDOG_MARGIN
+    timeout = _timeout(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     choose_interfaces(place)
@@ -48,6 +48,15 @@ def join_world(
     compare(config, device)
     ring = config.parallel.virtual_stages > 1
     return create_groups(config.layout, device, timeout, ring=ring), device
+
+
+def open_writers_group(config: Config) -> dist.ProcessGroup:
+    """For what threads beside training tell one another: on the CPU, and away from what the ranks do meanwhile. Collective: world."""
+    return dist.new_group(backend="gloo", timeout=_timeout(config))
+
+
+def _timeout(config: Config) -> timedelta:
+    return timedelta(seconds=config.run.timeout_seconds) + WATCHDOG_MARGIN
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:

@@ -99,7 +99,8 @@ def test_a_link_to_other_storage_holds_the_checkpoints() -> None:
 
 @pytest.mark.parametrize("thing", THINGS)
 @pytest.mark.parametrize(
-    "name", [".unfinished-x", ".unfinished-step_000002", ".unfinished-old-step_000001", "step_000003"]
+    "name",
+    [".unfinished-x", ".unfinished-step_000002", ".unfinished-old-step_000001", ".replaced-step_000002", "step_000003"],
 )
 def test_strays_do_not_stop_saves(thing: Callable[[Path], None], name: str) -> None:
     """What bears one of our own names makes room, links without what they lead to; anything else stays."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lime_dist.backends.zero_state import get_state
 from lime_dist.checkpoint.reader import find_checkpoints
-from lime_dist.checkpoint.save_load import save_checkpoint
+from lime_dist.checkpoint.saving import Progress, Saver
 from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.lime.values import specified_parameters
 from lime_dist.plan.tensors import KINDS
@@ -56,12 +56,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(text: str, value: float) 
 
 
 def save_poisoned(rank: Rank, folder: Path) -> str:
-    save_checkpoint(rank, folder, step=1, samples_seen=1)
+    Saver(folder).save(rank, Progress(step=1, samples_seen=1))
     if rank.plan.is_last_stage:
         with torch.no_grad():
             rank.stage.chunk(rank.plan.chunks[-1].chunk).norm.weight[0] = math.inf
     try:
-        save_checkpoint(rank, folder, step=2, samples_seen=2)
+        Saver(folder).save(rank, Progress(step=2, samples_seen=2))
         return "saved"
     except TrainingDiverged as error:
         return str(error)
@@ -77,12 +77,12 @@ def save_to_a_full_disk(rank: Rank, folder: Path) -> str:
     import resource
     import signal
 
-    save_checkpoint(rank, folder, step=1, samples_seen=1)
+    Saver(folder).save(rank, Progress(step=1, samples_seen=1))
     if rank.plan.is_last_stage:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     try:
-        save_checkpoint(rank, folder, step=2, samples_seen=2)
+        Saver(folder).save(rank, Progress(step=2, samples_seen=2))
         return "saved"
     except CheckpointError as error:
         return str(error)
@@ -97,7 +97,7 @@ def test_a_full_disk_is_told_on_one_line_by_all_ranks(tmp_path: Path) -> None:
 
 def save_twice(rank: Rank, folder: Path) -> None:
     for step in (1, 2):
-        save_checkpoint(rank, folder, step=step, samples_seen=step)
+        Saver(folder).save(rank, Progress(step=step, samples_seen=step))
 
 
 def test_what_is_not_ours_neither_stops_a_save_nor_goes(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from common import TOLERANCE, assert_equals_the_single_process, make_batches, make_config, weight_of
 
 from lime_dist.checkpoint.edges import resolve_pattern
-from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
+from lime_dist.checkpoint.loading import load_checkpoint
+from lime_dist.checkpoint.saving import Progress, Saver
 from lime_dist.config import Config
 from lime_dist.errors import CheckpointError
 from lime_dist.generate import load_model
@@ -50,7 +51,7 @@ def test_layout_equals_the_single_process(text: str) -> None:
 def step_and_save(rank: Rank, batches: list[torch.Tensor], folder: Path) -> tuple[Pieces, float]:
     """The weights saved after a step, and the loss of the next."""
     rank.train_step(batches[0], 1.0)
-    save_checkpoint(rank, folder, step=1, samples_seen=12)
+    Saver(folder).save(rank, Progress(step=1, samples_seen=12))
     return local_pieces(rank, weight_of(rank)), rank.train_step(batches[1], 1.0).loss
 
 

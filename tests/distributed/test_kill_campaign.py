@@ -109,7 +109,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.campaign
-def test_killed_and_resumed(folder: Path, num_cases: int, case_seed: int) -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_killed_and_resumed(behind: bool, folder: Path, num_cases: int, case_seed: int) -> None:
+    """behind: saves that are written while training goes on."""
+    saves = f"checkpoint.asynchronous={str(behind).lower()}"
     draw, kills = random.Random(case_seed), max(1, num_cases // 10)
     steps = f"run.steps={STEPS_PER_KILL * kills + 100}"
     whole, killed = folder / "whole", folder / "killed"
@@ -118,14 +121,14 @@ def test_killed_and_resumed(folder: Path, num_cases: int, case_seed: int) -> Non
     assert undisturbed.exitcode == 0
     interrupted_saves = 0
     for _ in range(kills):
-        process = start(killed, steps, "checkpoint.keep=3")
+        process = start(killed, steps, saves, "checkpoint.keep=3")
         kill_at_random(process, killed / "checkpoints", draw)
         interrupted_saves += any((killed / "checkpoints").glob(".unfinished-step_*"))
         for checkpoint in find_checkpoints(killed / "checkpoints"):
             assert tensors_of(checkpoint) == tensors_of(whole / "checkpoints" / checkpoint.name)
     print(f"{kills} kills, {interrupted_saves} left an unfinished save")
     assert interrupted_saves > 0 or kills < 5
-    last = start(killed, steps, "checkpoint.keep=3")
+    last = start(killed, steps, saves, "checkpoint.keep=3")
     last.join()
     assert last.exitcode == 0
     newest = find_checkpoints(killed / "checkpoints")[-1]

@@ -14,6 +14,7 @@ from common import make_batches, make_config
 from torch import Tensor
 
 from lime_dist.bench.depth import LiveBytes
+from lime_dist.checkpoint.staging import Staging
 from lime_dist.pipeline.executor import _Passes
 from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.operations import Operation
@@ -29,9 +30,11 @@ SIZES = (
 PADDING_BYTES = 64  # ZeRO's shares are whole multiples, and a stage without routers holds a placeholder
 
 
-def measure(text: str, work: Callable[[Rank, Tensor], dict[str, int]]) -> list[tuple[StageMemory, dict[str, int]]]:
+def measure(
+    text: str, work: Callable[[Rank, Tensor], dict[str, int]], *more: str
+) -> list[tuple[StageMemory, dict[str, int]]]:
     """The estimate and what `work` found, for each rank."""
-    config = make_config(text, *SIZES)
+    config = make_config(text, *SIZES, *more)
     stages = plan_run(config).memory
     found = run_ranks(config, work, make_batches(config, 1)[0])
     return [(stages[config.layout.coordinate(rank).pp_rank], each) for rank, each in enumerate(found)]
@@ -85,6 +88,22 @@ def test_weights_gradients_and_optimizer_are_counted(text: str) -> None:
     for estimate, held in measure(text, held_state):
         for part, count in held.items():
             assert getattr(estimate, part) == pytest.approx(count, abs=PADDING_BYTES), part
+
+
+def staged_state(rank: Rank, batch: Tensor) -> dict[str, int]:
+    rank.train_step(batch, 1.0)
+    return {"staged": num_bytes(one.values for one in Staging().copy(rank))}
+
+
+@pytest.mark.parametrize("text", ("pp=3 tp=2 dp=2 zero=0", "pp=3 tp=2 dp=2 zero=1", "dp=2 zero=2 bf16", "dp=2 zero=3"))
+def test_what_a_save_copies_is_counted(text: str) -> None:
+    """On the replica with the most; the last stage's copy of a tied embedding is not saved, and counted nevertheless."""
+    found = measure(text, staged_state, "checkpoint.asynchronous=true")
+    for estimate in {estimate for estimate, _ in found}:
+        most = max(held["staged"] for other, held in found if other == estimate)
+        tied = 12 * 128 * 64 if "pp=3" in text and estimate == found[-1][0] else 0
+        assert most == pytest.approx(estimate.staged, abs=tied + PADDING_BYTES)
+        assert most <= estimate.staged
 
 
 # ---- activations

@@ -15,7 +15,8 @@ from common import TOLERANCE, assert_equals_the_single_process, make_batches, ma
 from torch import Tensor
 
 from lime_dist.checkpoint.edges import resolve_pattern
-from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
+from lime_dist.checkpoint.loading import load_checkpoint
+from lime_dist.checkpoint.saving import Progress, Saver
 from lime_dist.config import Config, ModelConfig
 from lime_dist.depth.kinds import ROUTINGS
 from lime_dist.depth.routing import ModelSizes, Read, Routing
@@ -130,7 +131,7 @@ def test_the_plan_is_the_least_with_its_own_sizes() -> None:
 
 
 def save(rank: Rank, folder: Path) -> Pieces:
-    save_checkpoint(rank, folder, step=1, samples_seen=12)
+    Saver(folder).save(rank, Progress(step=1, samples_seen=12))
     return local_pieces(rank, lambda parameter: parameter)
 
 

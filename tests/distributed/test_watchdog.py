@@ -19,7 +19,7 @@ import torch.distributed as dist
 import yaml
 from test_train import BASE
 
-from lime_dist.checkpoint import save_load
+from lime_dist.checkpoint import writing
 from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
@@ -31,7 +31,6 @@ from lime_dist.lifecycle.launcher import Place
 from lime_dist.lifecycle.pulse import Pulse
 from lime_dist.lifecycle.watchdog import Watchdog
 from lime_dist.lime.layers import DecoderLayer
-from lime_dist.training.rank import Rank
 
 pytestmark = pytest.mark.slow
 
@@ -145,13 +144,13 @@ def stop_self() -> None:
 
 
 def stop_in_the_last_save(patch: pytest.MonkeyPatch) -> None:
-    write = save_load._write
+    write = writing._write
 
-    def stop(rank: Rank, folder: Path) -> object:
+    def stop(part: writing.Unwritten) -> object:
         stop_self() if os.environ["RANK"] == "1" else None
-        return write(rank, folder)
+        return write(part)
 
-    patch.setattr(save_load, "_write", stop)
+    patch.setattr(writing, "_write", stop)
 
 
 def stop_behind_the_last_save(patch: pytest.MonkeyPatch) -> None:

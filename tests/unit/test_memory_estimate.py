@@ -106,3 +106,16 @@ def test_the_plan_shows_it() -> None:
         assert StageMemory(**parts) == memory
     head, *_ = (line for line in stage_table(plan_run(config)).splitlines() if "parameters/rank" in line)
     assert head.split("  ")[-1] == "memory/rank"
+
+
+def test_a_save_behind_training_takes_host_memory() -> None:
+    sharded, behind = ("parallel.dp=2", "data.global_batch_size=2"), "checkpoint.asynchronous=true"
+    assert estimate(*sharded).staged == 0
+    for zero in (1, 2, 3):
+        found = estimate(*sharded, behind, f"deepspeed.zero_optimization.stage={zero}")
+        assert found.staged == 12 * PARAMETERS // 2
+        assert found.total_bytes == estimate(*sharded, f"deepspeed.zero_optimization.stage={zero}").total_bytes
+    found = estimate(*sharded, behind, "deepspeed.zero_optimization.stage=0")
+    assert 12 * PARAMETERS // 2 < found.staged < 12 * PARAMETERS, "every second parameter as a whole"
+    lines = stage_table(plan_run(make_config(behind))).splitlines()
+    assert "a save behind training copies up to " in lines[-1]
