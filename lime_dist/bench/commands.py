@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_precision(commands)
     _add_pipeline(commands)
     _add_prediction(commands)
+    _add_checkpoint(commands)
 
 
 def _add_pipeline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,6 +47,24 @@ def _add_prediction(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="to time, for each limit (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a smaller model and batch")
     parser.set_defaults(run=_prediction)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "checkpoint", help="how long training stands still for a save: behind training, at once, and torch.save"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as parallel.dp=2")
+    parser.add_argument(
+        "--parameters",
+        type=_sizes,
+        default=[10_000_000, 100_000_000],
+        metavar="N,...",
+        help="of the models, about; three stages of 16 bytes a parameter and 12 for saves (default: 10M,100M)",
+    )
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="to time (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="FOLDER", help="the disk (default: runs)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there, too")
+    parser.set_defaults(run=_checkpoint)
 
 
 def _add_patterns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -141,6 +161,17 @@ def _prediction(args: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint(args: argparse.Namespace) -> int:
+    _check_folder(args.json)
+    from lime_dist.bench.checkpoints import checkpoint_table, run_checkpoints
+
+    found = run_checkpoints(args.parameters, args.overrides, args.rounds, args.out)
+    print(checkpoint_table(found))
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n")
+    return 0
+
+
 def _check_folder(path: Path | None) -> None:
     if path is not None and not path.absolute().parent.is_dir():
         raise ConfigError(f"--json: the folder {path.parent} does not exist; make it first")
@@ -172,6 +203,15 @@ def _seeds(text: str) -> list[int]:
     if not all(item.isdecimal() for item in _listed(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
     return [int(item) for item in _listed(text)]
+
+
+def _sizes(text: str) -> list[int]:
+    """Such as 10M or 1B."""
+    units = {"M": 10**6, "B": 10**9}
+    found = [re.fullmatch(r"([0-9]+)([MB])", item) for item in _listed(text)]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sizes such as 10M,1B")
+    return [int(one[1]) * units[one[2]] for one in found if one]
 
 
 def _positive(text: str) -> int:

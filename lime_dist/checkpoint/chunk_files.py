@@ -62,6 +62,7 @@ class ChunkFiles:
     def __init__(self, folder: Path):
         self._folder = folder
         self._open: dict[str, Any] = {}
+        self.bytes_read = 0  # of tensors
 
     def read(self, chunk: Chunk) -> numpy.ndarray:
         """fp32, verified. Raises: CheckpointError when it is missing or damaged."""
@@ -75,6 +76,7 @@ class ChunkFiles:
             values: numpy.ndarray[Any, Any] = file.get_tensor(chunk.key)
         except (OSError, SafetensorError) as error:
             refuse(path, brief(error))
+        self.bytes_read += values.nbytes
         if chunk.sha256 is not None and _digest(values) != chunk.sha256:
             refuse(path, f"{chunk.key} is damaged: its checksum is another")
         return values

@@ -35,7 +35,7 @@ def _load(rank: Rank, folder: Path, kinds: Sequence[str]) -> Meta:
     problem = None
     try:
         saved = SavedWeights(folder, rank.config)
-        _read(rank, saved, kinds)
+        read_shares(rank, saved, kinds)
     except CheckpointError as error:
         problem = str(error)
     if problems := list(filter(None, gather(problem, rank.device))):
@@ -44,7 +44,8 @@ def _load(rank: Rank, folder: Path, kinds: Sequence[str]) -> Meta:
     return saved.meta
 
 
-def _read(rank: Rank, saved: SavedWeights, kinds: Sequence[str]) -> None:
+def read_shares(rank: Rank, saved: SavedWeights, kinds: Sequence[str]) -> None:
+    """Put this replica's share into its optimiser; what the model computes with follows in `share_weights`."""
     for share in own_shares(rank.optimizer, rank.stage):
         for kind in kinds if share.start < share.stop else ():
             rank.pulse.touch()

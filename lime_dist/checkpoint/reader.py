@@ -137,9 +137,15 @@ class CheckpointReader:
         self.folder, self.meta = folder, read_meta(folder)
         indexes = read_indexes(folder, self.meta)
         self.config = checked_config(folder, self.meta, indexes)  # of the run that wrote it
-        self.read = ChunkFiles(folder).read
+        self._files = ChunkFiles(folder)
+        self.read = self._files.read
         self._chunks = checked_chunks(folder, self.meta, self.config, indexes)
         self.tensors = logical_tensors(self.config.model, self.config.pattern)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, so far."""
+        return self._files.bytes_read
 
     @property
     def has_checksums(self) -> bool:

@@ -28,6 +28,11 @@ class SavedWeights:
         self.meta, self._pattern, self._saved_pattern = self._reader.meta, config.pattern, saved.pattern
         self._saved = logical_tensors(saved.model, saved.pattern)
 
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, so far."""
+        return self._reader.bytes_read
+
     def read(self, kind: str, wanted: Sequence[tuple[Part, Tensor]]) -> None:
         """Put the values of each part into the tensor beside it, on the CPU; each chunk is read once. Raises: CheckpointError."""
         by_name: dict[str, list[tuple[Part, Tensor]]] = {}

@@ -108,6 +108,11 @@ class Saver:
         pulse.finish()
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being written, as far as this rank knows."""
+        return self._writing is None or self._writing.done()
+
+    @property
     def has_failed(self) -> bool:
         """Whether `settle` will raise, as far as this rank knows."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
