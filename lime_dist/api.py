@@ -25,6 +25,7 @@ from lime_dist.generate import (
     continue_ids,
     encode_prompt,
     load_tokenizer_of,
+    own_tokenizer,
     single_device,
     whole_model,
 )
@@ -122,7 +123,8 @@ def build_model(config: Config, *, device: str = "auto", tokenizer: str | Path |
     config = resolve_pattern(check_config(config))
     network = whole_model(config, single_device(device))
     initialize(network, config.run.seed)
-    return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer))
+    own = Path(config.data.tokenizer) if config.data.tokenizer is not None else None
+    return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer, own))
 
 
 def load_model(path: str | Path, *, device: str = "auto", tokenizer: str | Path | None = None) -> Model:
@@ -130,13 +132,14 @@ def load_model(path: str | Path, *, device: str = "auto", tokenizer: str | Path 
 
     device: auto, cpu or cuda. tokenizer: instead of the run's own. Raises: LimeDistError.
     """
-    network, config = load_checkpoint(checkpoint_folder(Path(path)), single_device(device))
-    return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer))
+    folder = checkpoint_folder(Path(path))
+    network, config = load_checkpoint(folder, single_device(device))
+    own = own_tokenizer(folder, config)
+    return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer, own))
 
 
-def _find_tokenizer(config: Config, given: str | Path | None) -> Tokenizer | None:
+def _find_tokenizer(config: Config, given: str | Path | None, own: Path | None) -> Tokenizer | None:
     """A run's tokenizer may lie elsewhere by now, and logits need none; one that was given must be there."""
     if given is not None:
         return load_tokenizer_of(config, Path(given))
-    own = config.data.tokenizer
-    return load_tokenizer_of(config, Path(own)) if own is not None and Path(own).is_file() else None
+    return load_tokenizer_of(config, own) if own is not None and own.is_file() else None

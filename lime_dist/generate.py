@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lime_dist.checkpoint.checking import read_meta
 from lime_dist.checkpoint.edges import saved_config
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import Config
+from lime_dist.data.meta import require_tokenizer
 from lime_dist.data.special_tokens import AS_THE_FILE_SAYS, SpecialTokens
 from lime_dist.data.tokenizer import Tokenizer, load_tokenizer, require_bos
 from lime_dist.errors import CheckpointError, ConfigError, DataError
@@ -58,13 +60,25 @@ def generate_text(
 
     checkpoint: a step_N folder, or a run's folder for its newest. Raises: CheckpointError, DataError, ConfigError.
     """
-    model, config = load_model(checkpoint_folder(checkpoint), single_device(device))
-    path = prompt.tokenizer or config.data.tokenizer
+    folder = checkpoint_folder(checkpoint)
+    model, config = load_model(folder, single_device(device))
+    path = prompt.tokenizer or own_tokenizer(folder, config)
     if path is None:
         raise ConfigError("data.tokenizer: the run names none; give --tokenizer")
-    tokenizer = load_tokenizer_of(config, Path(path), prompt.named)
+    tokenizer = load_tokenizer_of(config, path, prompt.named)
     ids = encode_prompt(tokenizer, prompt.text, add_bos=prompt.add_bos)
     yield from continue_ids(model, tokenizer, ids, sampling, max_new_tokens)
+
+
+def own_tokenizer(folder: Path, config: Config) -> Path | None:
+    """The run's, as the checkpoint's config names it. Raises: DataError where another file than made its text lies there."""
+    if config.data.tokenizer is None:
+        return None
+    path = Path(config.data.tokenizer)
+    if path.is_file():
+        made = f"the text that checkpoint {folder} was trained on"
+        require_tokenizer(path, read_meta(folder).origin.tokenizer, key="data.tokenizer", made=made)
+    return path
 
 
 def load_tokenizer_of(config: Config, path: Path, named: SpecialTokens = AS_THE_FILE_SAYS) -> Tokenizer:

@@ -33,7 +33,7 @@ from lime_dist.config import Config
 from lime_dist.data.marks import token_ids
 from lime_dist.data.tokenizer import Tokenizer
 from lime_dist.depth.routing import router_name
-from lime_dist.generate import checkpoint_folder, load_model, load_tokenizer_of, single_device
+from lime_dist.generate import checkpoint_folder, load_model, load_tokenizer_of, own_tokenizer, single_device
 from lime_dist.lime.model import LimeChunk
 from lime_dist.plan.parameters import logical_tensors
 
@@ -55,7 +55,7 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
     """path: a run's folder, for its newest checkpoint, or a step_N folder. Raises: LimeDistError."""
     folder = checkpoint_folder(path)
     model, config = load_model(folder, single_device(options.device))
-    tokenizer = _find_tokenizer(config, options.tokenizer)
+    tokenizer = _find_tokenizer(folder, config, options.tokenizer)
     text = open_text(config, options.text, tokenizer)
     batches = text.batches(options.batches, model.device)
     inputs = [token_ids(values[:, :-1]) for values in batches]
@@ -84,9 +84,9 @@ def analyze(path: Path, options: Options) -> dict[str, Any]:
     return rounded | {"sentences": describe(rounded)}
 
 
-def _find_tokenizer(config: Config, given: Path | None) -> Tokenizer | None:
+def _find_tokenizer(folder: Path, config: Config, given: Path | None) -> Tokenizer | None:
     """The run's may lie elsewhere by now; one that was given must be there."""
-    path = given or (Path(config.data.tokenizer) if config.data.tokenizer else None)
+    path = given or own_tokenizer(folder, config)
     return load_tokenizer_of(config, path) if path is not None and (given or path.is_file()) else None
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -42,15 +42,27 @@ _ELEMENT_BYTES = 4  # fp32
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a checkpoint came from beside its config, as far as is known.
+
+    versions: by package. tokenizer: SHA-256 of the file that made the training text.
+    """
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
 class Meta:
-    """What the checkpoint says of itself."""
+    """What the checkpoint says of itself. Older ones say nothing of the last two."""
 
     format: int
     step: int  # steps done
     samples_seen: int  # the next sample to read
     config: dict[str, Any]
     files: dict[str, str | None]  # stem -> checksum of its index
-    spikes: SpikeState = SpikeState()  # older ones say nothing of it
+    spikes: SpikeState = SpikeState()
+    origin: Origin = Origin()
 
     @property
     def num_updates(self) -> int:
@@ -99,7 +111,16 @@ def read_meta(folder: Path) -> Meta:
         values["files"] = dict.fromkeys(values["files"])
     known = {name: values[name] for name in _META_VALUES}
     spikes = _read_spikes(folder, values.get("spikes", {}), values["step"], values["samples_seen"])
-    return Meta(format=found, **known, spikes=spikes)
+    return Meta(format=found, **known, spikes=spikes, origin=_read_origin(folder, values.get("origin", {})))
+
+
+def _read_origin(folder: Path, values: Any) -> Origin:
+    if not isinstance(values, dict) or not values.keys() <= _ORIGIN_VALUES.keys():
+        refuse(folder, f"origin in meta.json cannot be {_short(values)}")
+    for name, value in values.items():
+        if not _ORIGIN_VALUES[name](value):
+            refuse(folder, f"origin.{name} in meta.json cannot be {_short(value)}")
+    return Origin(**values)
 
 
 def _read_spikes(folder: Path, values: Any, step: int, samples_seen: int) -> SpikeState:
@@ -163,6 +184,10 @@ _SPIKE_VALUES: dict[str, Callable[[Any], bool]] = {
     "num_skipped": is_count,
     "num_returns": is_count,
     "samples_passed_over": is_count,
+}
+_ORIGIN_VALUES: dict[str, Callable[[Any], bool]] = {
+    "versions": lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
+    "tokenizer": lambda value: value is None or (isinstance(value, str) and bool(_SHA256.fullmatch(value))),
 }
 _META_VALUES = {
     "step": is_count,

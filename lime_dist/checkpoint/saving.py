@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch.distributed import ProcessGroup
 
-from lime_dist.checkpoint.checking import FORMAT, Meta
+from lime_dist.checkpoint.checking import FORMAT, Meta, Origin
 from lime_dist.checkpoint.staging import Staged, Staging, stage
 from lime_dist.checkpoint.writing import Agreement, Unwritten, write_checkpoint
 from lime_dist.config import to_dict
@@ -47,6 +47,9 @@ class Saved:
     wait_seconds: float
 
 
+NOT_KNOWN = Origin()
+
+
 def _no_other_start() -> None:
     """Nobody else can have the run."""
 
@@ -60,11 +63,13 @@ class Saver:
         *,
         writers: ProcessGroup | None = None,
         check_owner: Callable[[], None] = _no_other_start,
+        origin: Origin = NOT_KNOWN,
     ):
         """writers: a gloo group of all ranks, for the threads that write behind training; None: every save is at once.
         check_owner: asked on the first rank before a checkpoint gets its name; raises where another start has the run.
         """
-        self._checkpoints, self._writers, self._check_owner = checkpoints, writers, check_owner
+        self._checkpoints, self._writers = checkpoints, writers
+        self._check_owner, self._origin = check_owner, origin
         self._staging = Staging()
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -135,6 +140,7 @@ class Saver:
                 config=to_dict(rank.config),
                 files={},
                 spikes=progress.spikes,
+                origin=self._origin,
             ),
             run_plan=rank.run_plan,
             is_first=rank.is_logger,

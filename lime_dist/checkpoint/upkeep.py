@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -56,6 +56,8 @@ def description(reader: CheckpointReader) -> dict[str, Any]:
             "dp": config.layout.dp,
             "zero_stage": config.zero_stage,
         },
+        "versions": dict(meta.origin.versions),
+        "tokenizer_sha256": meta.origin.tokenizer,
         "pattern": config.depth.name,
         "router": config.depth.router,
         "entry": config.depth.entry,
@@ -78,10 +80,18 @@ def description_text(reader: CheckpointReader) -> str:
         f"{facts['parameters']:,} parameters, {facts['dtype']}: {', '.join(kinds)}; {format_bytes(facts['bytes'])} in {facts['files']} files"
         + ("" if reader.has_checksums else "; without checksums: `lime-dist checkpoint convert` adds them"),
         f"pattern {facts['pattern']}, router {facts['router']}, entry {facts['entry']}",
+        *_origin_lines(facts),
         "",
     ]
     width = max(map(len, facts["tensors"]))
     return "\n".join([*lines, *(f"{name:{width}}  {shape}" for name, shape in facts["tensors"].items())])
+
+
+def _origin_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    if facts["versions"]:
+        yield "with " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    if facts["tokenizer_sha256"] is not None:
+        yield f"text of the tokenizer with SHA-256 {facts['tokenizer_sha256']}"
 
 
 # ---- verify

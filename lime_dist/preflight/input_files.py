@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lime_dist.checkpoint.checking import read_meta
+from lime_dist.checkpoint.edges import first_weights, resume_folder
 from lime_dist.config import Config
 from lime_dist.data.indexed import TokenFiles
 from lime_dist.data.indexed import check_files as check_token_files
@@ -68,6 +70,19 @@ def _check_tokenizers(config: Config, sources: Sequence[_Source]) -> None:
                 f"{source.key}: {source.files.prefix} was made by another tokenizer than {known[0]}; "
                 "run lime-dist data tokenize again with one tokenizer for all"
             )
+    if known:
+        _check_checkpoint(config, known[0])
+
+
+def _check_checkpoint(config: Config, source: _Source) -> None:
+    """What the run goes on from was trained on text of the same tokenizer."""
+    folder = resume_folder(config) or first_weights(config)
+    trained_with = read_meta(folder).origin.tokenizer if folder is not None else None
+    if trained_with is not None and trained_with != source.files.tokenizer_sha256:
+        raise DataError(
+            f"{source.key}: {source.files.prefix} was made by another tokenizer than the text that checkpoint {folder} was "
+            "trained on; name token files of that tokenizer, or another run.dir"
+        )
 
 
 def _check_vocabulary(config: Config, path: Path) -> None:

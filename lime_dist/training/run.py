@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
+from lime_dist.checkpoint.checking import Origin
 from lime_dist.checkpoint.edges import (
     checkpoints_of,
     evaluated_config,
@@ -58,7 +60,7 @@ from lime_dist.training.optim import lr_factor
 from lime_dist.training.peak_flops import find_peak_tflops
 from lime_dist.training.rank import Rank
 from lime_dist.training.router_pictures import gather_router_map
-from lime_dist.training.run_data import Between, open_held_out_data, open_training_data
+from lime_dist.training.run_data import Between, open_held_out_data, open_training_data, training_tokenizer
 from lime_dist.training.spikes import Action, SpikeState, Verdict, judge_step, returned, skipped, stopped
 from lime_dist.training.startup import Start, agree_on_start, before_a_switch, check_alike, decide_start
 from lime_dist.training.world import join_world, open_writers_group
@@ -234,7 +236,8 @@ class TrainingRun:
 
     def _open_saver(self) -> Saver:
         writers = open_writers_group(self.config) if self.config.checkpoint.asynchronous else None
-        return Saver(checkpoints_of(self.config), writers=writers, check_owner=self._check_owner)
+        origin = Origin(versions=_versions(), tokenizer=training_tokenizer(self.config))
+        return Saver(checkpoints_of(self.config), writers=writers, check_owner=self._check_owner, origin=origin)
 
     def _begin(self, plan: RunPlan) -> Start:
         """With the newest whole checkpoint, or from the first weights."""
@@ -555,6 +558,11 @@ class TrainingRun:
             log_every=self.config.run.log_every,
             peak_flops=_peak_flops(self.config, self._device),
         )
+
+
+def _versions() -> dict[str, str]:
+    """Of what makes the numbers."""
+    return {name: version(name) for name in ("lime_dist", "torch", "deepspeed", "megatron-core")}
 
 
 def _warn(line: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,34 @@ def test_another_tokenizer_than_the_files_were_made_with(
     assert main(["generate", "run", "--prompt", "a", "--eos", "<nope>"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line == "lime-dist: --eos: tokenizer.json has no token '<nope>'; name one of its own"
+
+
+def test_a_checkpoint_knows_the_tokenizer_of_its_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another one of as many ids is refused where the run goes on, where its weights are taken, and where it writes text."""
+    shutil.copytree(folder, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    lime("data", "tokenize", "--input", "text.txt", "--tokenizer", "tokenizer.json", "--out", "tokens", "--overwrite")
+    lime("train", "run.yaml", "run.dir=own")
+    capfd.readouterr()
+    lime("checkpoint", "inspect", "own", "--json")
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["tokenizer_sha256"] == hashlib.sha256(Path("tokenizer.json").read_bytes()).hexdigest()
+    assert facts["versions"].keys() == {"lime_dist", "torch", "deepspeed", "megatron-core"}
+
+    with open("tokenizer.json", "a") as file:
+        file.write("\n")
+    lime("data", "tokenize", "--input", "text.txt", "--tokenizer", "tokenizer.json", "--out", "tokens", "--overwrite")
+    made = "data.train: tokens was made by another tokenizer than the text that checkpoint own/checkpoints/step_000002 was trained on"
+    for more in (("run.dir=own", "run.steps=3"), ("run.dir=other", "checkpoint.weights_from=own")):
+        capfd.readouterr()
+        assert main(["train", "run.yaml", *more]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"lime-dist: {made}; name token files of that tokenizer")
+    assert main(["generate", "own", "--prompt", "layers"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        "lime-dist: data.tokenizer: tokenizer.json is not the tokenizer that made the text that checkpoint own"
+    )
+    lime("generate", "own", "--prompt", "layers", "--tokenizer", "tokenizer.json")  # asked for by name

@@ -18,7 +18,7 @@ import pytest
 from checkpoint_stand_ins import all_tensors, sign, write_checkpoint, write_first_format
 from safetensors.numpy import load_file, save_file
 
-from lime_dist.checkpoint.checking import read_meta
+from lime_dist.checkpoint.checking import Origin, read_meta
 from lime_dist.checkpoint.reader import CheckpointReader, find_before, find_checkpoints, find_latest, step_folder
 from lime_dist.errors import CheckpointError
 from lime_dist.plan.tensors import LogicalTensor, Role
@@ -233,6 +233,18 @@ def test_spikes_of_an_older_checkpoint_and_of_this_one(folder: Path) -> None:
     )
     change(folder / "meta.json", "spikes", value=asdict(state))
     assert read_meta(folder).spikes == state and read_meta(folder).num_updates == 4
+
+
+@pytest.mark.parametrize(
+    "origin", ([], {"versions": [1]}, {"versions": {"torch": 2}}, {"tokenizer": "abc"}, {"more": "x"}, "x")
+)
+def test_what_it_came_from(origin: Any, folder: Path) -> None:
+    assert read_meta(folder).origin == Origin(), "an older one says nothing of it"
+    change(folder / "meta.json", "origin", value={"versions": {"torch": "2.13.0"}, "tokenizer": "0" * 64})
+    assert read_meta(folder).origin == Origin({"torch": "2.13.0"}, "0" * 64)
+    change(folder / "meta.json", "origin", value=origin)
+    with pytest.raises(CheckpointError, match=r"origin[\w.]* in meta.json cannot be"):
+        read_meta(folder)
 
 
 def test_the_newest_one_of_before_a_step(tmp_path: Path) -> None:
