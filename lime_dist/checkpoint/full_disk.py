@@ -19,7 +19,11 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 class FullDisk(CheckpointError):
-    """The disk takes nothing more until someone sees to it; the checkpoints that are there stay."""
+    """The disk takes nothing more until someone sees to it; the checkpoints that are there stay. reason: in a few words."""
+
+    def __init__(self, text: str, reason: str):
+        super().__init__(text)
+        self.reason = reason
 
 
 @contextmanager
@@ -37,7 +41,8 @@ def full_disk(what: str, reason: str, checkpoints: Path) -> FullDisk:
     last = find_latest(checkpoints)
     return FullDisk(
         f"{what}: {reason}; free space or name another run.dir, then start again"
-        f" (the last whole checkpoint is {last.name if last else 'none'})"
+        f" (the last whole checkpoint is {last.name if last else 'none'})",
+        reason,
     )
 
 

@@ -50,8 +50,8 @@ class Saved:
 NOT_KNOWN = Origin()
 
 
-def _no_other_start() -> None:
-    """Nobody else can have the run."""
+def _nothing() -> None:
+    """What a run does that nobody else can have, and that writes nothing beside its checkpoints."""
 
 
 class Saver:
@@ -62,7 +62,7 @@ class Saver:
         checkpoints: Path,
         *,
         writers: ProcessGroup | None = None,
-        check_owner: Callable[[], None] = _no_other_start,
+        check_owner: Callable[[], None] = _nothing,
         origin: Origin = NOT_KNOWN,
     ):
         """writers: a gloo group of all ranks, for the threads that write behind training; None: every save is at once.
@@ -82,11 +82,13 @@ class Saver:
         """What is being written is written to its end, whatever has ended the run."""
         self._threads.shutdown()
 
-    def save(self, rank: Rank, progress: Progress, *, behind: bool = False) -> None:
+    def save(
+        self, rank: Rank, progress: Progress, *, behind: bool = False, prepare: Callable[[], None] = _nothing
+    ) -> None:
         """Write the weights and AdamW's moments, under a temporary name that is renamed when whole.
 
         Older ones go after that, but for those that `checkpoint.keep` and `keep_every` name. behind: return as soon as
-        training may go on, where there are writers.
+        training may go on, where there are writers. prepare: what has to be on the disk before the checkpoint is.
         Raises: on all ranks, TrainingDiverged when something is not finite, FullDisk when the disk takes no more, of the save
         before too. The checkpoints that are there stay.
         """
@@ -95,6 +97,7 @@ class Saver:
         behind = behind and self._writers is not None
         agreement = Agreement(self._checkpoints, partial(gather, device=rank.device), rank.pulse)
         with agreement:
+            prepare()
             staged = self._staging.copy(rank) if behind else stage(rank)
         part = self._part(rank, progress, staged)
         if behind:

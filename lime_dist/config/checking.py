@@ -137,6 +137,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 _CHOICES = {
+    "checkpoint.on_full_disk": ("stop", "go_on"),
     "depth.policy": ("least", "relay"),
     "depth.router_init": ROUTER_INITS,
     "depth.heads": ("all", "same"),

@@ -157,6 +157,7 @@ class CheckpointConfig:
     every: int = 0  # steps; 0: only at the end
     keep: int = 2  # the last ones; older ones are removed
     keep_every: int = 0  # steps; those of every so many are never removed; 0: none
+    on_full_disk: str = "stop"  # stop: with the checkpoints that are there | go_on: without saving, until there is room
     asynchronous: bool = False  # written behind training, which waits for a copy in host memory only
     resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a checkpoint's folder
     weights_from: str | None = (

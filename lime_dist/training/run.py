@@ -229,6 +229,7 @@ class TrainingRun:
         self._profiler = self._new_profiler()
         self._metrics: Metrics | None = None
         self._owner: Ownership | None = None
+        self._lacks_records = False
         if self.rank.is_logger:
             self._open_run_folder(start.folder)
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, device)
@@ -316,9 +317,7 @@ class TrainingRun:
                 code = self._evaluate_and_agree(stopping)
                 # After a return, so that a start from there passes over the batches too, and counts it.
                 is_due = has_returned or _is_due(self.step, config.checkpoint.every)
-                is_leaving = self._is_last_step or code == REQUEUE
-                if is_leaving or is_due:
-                    self._save(behind=not is_leaving)
+                self._save_if_due(is_due, is_leaving=self._is_last_step or code == REQUEUE)
         if self._profiler is not None:
             self._profiler.close()
         self._record("close", Metrics.close)
@@ -349,8 +348,27 @@ class TrainingRun:
         """A piece of work on all ranks, though one writes: a disk that hangs under it must name that one."""
         self._pulse.beat(phase)
         if self._metrics is not None:
-            write(self._metrics)
+            self._write(partial(write, self._metrics))
         self._pulse.finish()
+
+    def _write(self, work: Callable[[], None]) -> None:
+        """Of one rank. Raises: OSError for a full disk where the run is not to go on."""
+        try:
+            work()
+        except OSError as error:
+            if error.errno not in FULL_DISK or not self._bears_full_disk:
+                raise
+            self._warn_of_records(error)
+
+    def _warn_of_records(self, error: OSError) -> None:
+        """Once, as each step has some."""
+        if not self._lacks_records:
+            _warn(f"run.dir: {self.config.run.dir}: {error.strerror}; metrics of steps to come may be lost")
+        self._lacks_records = True
+
+    @property
+    def _bears_full_disk(self) -> bool:
+        return self.config.checkpoint.on_full_disk == "go_on"
 
     def _switch_pattern(self) -> None:
         """Save, and go on from there with the next pattern: cut edges are dropped, the others keep their moments."""
@@ -460,7 +478,7 @@ class TrainingRun:
 
     def _wants_stop(self) -> bool:
         """A save that could not be written stops the run where the next one is due: at once, as if it were asked to."""
-        return self._stop.asked_here() or self._saver.has_failed
+        return self._stop.asked_here() or (self._saver.has_failed and not self._bears_full_disk)
 
     def _give_up(self, verdict: Verdict) -> NoReturn:
         step, returns = self.step + 1, self._spikes.num_returns
@@ -500,18 +518,41 @@ class TrainingRun:
         self._evaluated_step = self.step
         return True
 
+    def _save_if_due(self, is_due: bool, *, is_leaving: bool) -> None:
+        """A run that leaves waits for what it has written, and must have written it."""
+        if is_due or is_leaving:
+            self._unless_disk_is_full(self._settle)
+        if is_leaving:
+            self._save(behind=False)
+        elif is_due:
+            self._unless_disk_is_full(partial(self._save, behind=True))
+
     def _save(self, *, behind: bool) -> None:
-        self._pulse.beat("save")
-        self._check_owner()
-        if self._metrics is not None:
-            self._metrics.flush_to_disk()  # a checkpoint must not be whole before the records of its steps are
-        self._pulse.finish()
+        """Raises: TrainingDiverged, FullDisk, on all ranks."""
         progress = Progress(self.step, self.samples_seen, self._spikes)
         try:
-            self._saver.save(self.rank, progress, behind=behind)
+            self._saver.save(self.rank, progress, behind=behind, prepare=self._prepare_save)
         except TrainingDiverged as error:
             raise self._diverged(f"step {self.step}: {error}, so it was not saved") from None
         self._note_saved()
+
+    def _prepare_save(self) -> None:
+        """A checkpoint must not be whole before the records of its steps are."""
+        self._check_owner()
+        if self._metrics is not None:
+            self._write(self._metrics.flush_to_disk)
+
+    def _unless_disk_is_full(self, work: Callable[[], None]) -> None:
+        """Raises: FullDisk, on all ranks, where the run is not to go on without saving."""
+        try:
+            work()
+        except FullDisk as error:
+            if not self._bears_full_disk:
+                raise
+            if self.rank.is_logger:
+                _warn(
+                    f"not saved: {error.reason}; the run goes on from step {self.step}, the last whole checkpoint is of step {self._saved_step}"
+                )
 
     def _saved_here(self) -> Path:
         """The whole checkpoint of this step."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +21,7 @@ import yaml
 
 import lime_dist.training.run  # noqa: F401  (what DeepSpeed prints at its first import must not be taken for our output)
 from lime_dist.checkpoint.checking import meta_text
-from lime_dist.checkpoint.reader import find_checkpoints
+from lime_dist.checkpoint.reader import find_checkpoints, find_latest
 from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
 
@@ -135,7 +140,13 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def fill(disk: Path, leave_bytes: int) -> None:
     free = os.statvfs(disk)
-    (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - leave_bytes))
+    with suppress(OSError):  # a run that writes beside this has taken some of it
+        (disk / f"filler{time.time_ns()}").write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - leave_bytes)))
+
+
+def empty(disk: Path) -> None:
+    for filler in disk.glob("filler*"):
+        filler.unlink()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
@@ -154,9 +165,68 @@ def test_a_full_disk(leave_bytes: int, what: str, small_disk: Path, capfd: pytes
     )
     assert line.endswith("(the last whole checkpoint is step_000001)")
     assert names(f"{small_disk}/run/checkpoints") == {"step_000001"}
-    (small_disk / "filler").unlink()
+    empty(small_disk)
     assert train(run) == 0
     assert names(f"{small_disk}/run/checkpoints") == {"step_000001", "step_000002"}
+
+
+@contextmanager
+def logged(log: Path, *overrides: str) -> Iterator[multiprocessing.Process]:
+    """A run whose output goes to `log`; none of it outlives the block."""
+
+    def command() -> None:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)  # past pytest's own
+        os._exit(train(*overrides))
+
+    log.touch()
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("behind", ["false", "true"])
+def test_a_run_goes_on_without_saving_where_it_is_told_to(behind: str, small_disk: Path) -> None:
+    run, log, saved = f"run.dir={small_disk}/run", small_disk.with_name("log"), Path(f"{small_disk}/run/checkpoints")
+    asked = ("checkpoint.on_full_disk=go_on", f"checkpoint.asynchronous={behind}", "run.steps=100000")
+    told = "lime-dist: warning: not saved: No space left on device; the run goes on from step "
+    with logged(log, run, *asked) as process:
+        wait_for(lambda: find_latest(saved) is not None)
+        wait_for(lambda: fill(small_disk, 0) or log.read_text().count(told) > 2)
+        last = find_latest(saved)
+        empty(small_disk)
+        wait_for(lambda: find_latest(saved) != last)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join()
+        assert process.exitcode == 75
+    known = ("step ", "saved ", "lime-dist: ", "starting ", "resumed ", "SIGTERM")
+    assert all(line.startswith(known) for line in log.read_text().splitlines()), "a stack trace"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_the_last_save_cannot_be_left_out(small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = f"run.dir={small_disk}/run"
+    assert train(run, "run.steps=1") == 0
+    fill(small_disk, 100_000)
+    capfd.readouterr()
+    assert train(run, "checkpoint.on_full_disk=go_on") == 2
+    assert capfd.readouterr().err.splitlines()[-1].endswith("(the last whole checkpoint is step_000001)")
 
 
 # ---- damaged checkpoints, where the run goes on by itself
