@@ -244,16 +244,26 @@ class TrainingRun:
         """With the newest whole checkpoint, or from the first weights."""
         if dist.get_rank() == 0:
             take_back_replaced(checkpoints_of(self.config))
-        start = agree_on_start(self.config, self._device)
-        while start.folder is not None and (damage := self._damage_at(start, plan)) is not None:
-            self._set_aside(start.folder, damage)
-            del self.rank
-            gc.collect()
-            start = agree_on_start(self.config, self._device)
+        start = self._load_newest(lambda: agree_on_start(self.config, self._device), plan)
         if start.folder is None:
             self.rank = Rank(plan, self._groups, self._device, self._pulse)
             self._load_first_weights()
         return start
+
+    def _load_newest(self, find: Callable[[], Start], plan: RunPlan) -> Start:
+        """Of the checkpoints that `find` gives, one after the other, the first whose tensors are sound; those before it are set
+        aside. Without a folder where there is none."""
+        start = find()
+        while start.folder is not None and (damage := self._damage_at(start, plan)) is not None:
+            self._set_aside(start.folder, damage)
+            self._drop_rank()
+            start = find()
+        return start
+
+    def _drop_rank(self) -> None:
+        """DeepSpeed's engine is in circles: else two lie in memory, and the old one ends within the new one's imports."""
+        del self.rank
+        gc.collect()
 
     def _damage_at(self, start: Start, plan: RunPlan) -> CheckpointError | None:
         """What the checkpoint could not be loaded for. Raises: CheckpointError where the user named it."""
@@ -385,10 +395,18 @@ class TrainingRun:
 
     def _reload(self, start: Start) -> None:
         """Go on from a checkpoint within this process."""
-        plan = self.rank.run_plan
-        del self.rank, self._profiler
-        gc.collect()  # DeepSpeed's engine is in circles: else two lie in memory, and the old one ends within the new one's imports
+        plan = self._leave_rank()
         self._load(start, plan)
+        self._follow_new_rank()
+
+    def _leave_rank(self) -> RunPlan:
+        """Its plan is what stays of it."""
+        plan = self.rank.run_plan
+        del self._profiler
+        self._drop_rank()
+        return plan
+
+    def _follow_new_rank(self) -> None:
         self._switched_step = None
         self._profiler = self._new_profiler()
 
@@ -397,13 +415,18 @@ class TrainingRun:
         self._settle()
         first_bad, bad_step, samples_seen = verdict.state.bad_steps[0], self.step, self.samples_seen
         checkpoints = checkpoints_of(self.config)
-        start = decide_start(self.config, self._device, lambda: find_before(checkpoints, first_bad), before_a_switch)
+        find = partial(
+            decide_start, self.config, self._device, lambda: find_before(checkpoints, first_bad), before_a_switch
+        )
+        start = find()
+        if start.folder is not None:
+            start = self._load_newest(find, self._leave_rank())
         if start.folder is None:
             self._record("record", lambda metrics: metrics.spike(stopped(bad_step, verdict)))
             raise self._diverged(
                 f"step {bad_step}: {verdict.reason}, and there is no checkpoint of before step {first_bad} to go back to"
             )
-        self._reload(start)
+        self._follow_new_rank()
         self._spikes = self._spikes.returned(verdict.state, samples_seen - self.samples_seen)
         self.samples_seen = samples_seen
         if self._owner is not None:

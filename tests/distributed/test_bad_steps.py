@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lime_dist.backends.zero_state import get_state
+from lime_dist.checkpoint import writing
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoints, find_latest, read_meta
 from lime_dist.cli.command_line import main
 from lime_dist.config import SpikesConfig, load_config
@@ -307,6 +308,29 @@ def test_layouts_do_what_one_process_does(layout: str, whole: Callable[[str], Pa
         assert [line[key] for line in of_layout] == pytest.approx([line[key] for line in of_one], rel=RUN_TOLERANCE)
     expected = {name: torch.from_numpy(value) for name, value in saved(alone).items()}
     assert_close({name: torch.from_numpy(value) for name, value in saved(run_dir).items()}, expected, RUN_TOLERANCE)
+
+
+def damage_step_16(folder: Path, final: Path) -> None:
+    rename_whole(folder, final)
+    if final.name == "step_000016":
+        (path,) = final.glob("pp00-tp00-dp000.safetensors")
+        path.write_bytes(path.read_bytes()[:-4] + b"lost")
+
+
+rename_whole = writing._rename
+
+
+def test_a_run_goes_back_past_a_damaged_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setattr(writing, "_rename", damage_step_16)  # ranks are forked, so they have it
+    run_dir = folder / "damaged"
+    assert train(run_dir, "pp=3 zero=1") == 0
+    assert events(run_dir)[0] == ("returned", 20, 8)
+    assert [line["step"] for line in lines(run_dir) if "loss" in line] == list(range(1, 29))
+    (aside,) = (run_dir / "checkpoints").glob("damaged-*-step_000016")
+    assert (
+        f"is damaged: its checksum is another; name another checkpoint; it is {aside.name} now"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
