@@ -1,5 +1,5 @@
-"""A checkpoint moves between layouts: what is loaded is what was saved, to the bit, and training goes on as if it had never
-moved; and each rank reads its own share of the files.
+"""A checkpoint moves between layouts: what is loaded is what was saved, to the bit, and training goes on as if it had
+never moved; and each rank reads its own share of the files.
 
 The words of a row are those of `common.SHORT`; a word that is missing has the default of `common.BASE`. Everything here
 is fp32.
