@@ -57,6 +57,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     if config.zero_stage in (1, 2):
         zero["compute_grad_norm"] = takes_norm
     return {
+        "zero_force_ds_cpu_optimizer": False,  # else offloading asks for DeepSpeed's own AdamW; ours is torch's
         **config.deepspeed,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": config.data.global_batch_size // config.layout.dp,
