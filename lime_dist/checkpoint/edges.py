@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lime_dist.checkpoint.changes import require_same_run
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_latest, find_sound
 from lime_dist.config import Config, check_config
 from lime_dist.config.reading import read_yaml, shown_key
@@ -155,6 +156,7 @@ def resumed_config(config: Config, folder: Path) -> Config:
     reader = CheckpointReader(folder)
     saved, step = saved_config(reader), reader.meta.step
     check_same_model(folder, saved, config)
+    require_same_run(folder, saved, config, step=step)
     due = config.at_step(step)
     is_switch = step in config.depth.switch_at
     if due.depth.name == saved.depth.name and due.depth.is_chosen and not is_switch:

@@ -144,7 +144,7 @@ _CHOICES = {
     "depth.partial_sum_dtype": ("bundle", "fp32"),
     "parallel.recompute": ("none", "layer"),
     "pipeline.schedule": SCHEDULE_NAMES,
-    "optim.lr_schedule": ("cosine", "linear", "constant"),
+    "optim.lr_schedule": ("cosine", "linear", "constant", "wsd"),
     "data.samples": ("stream", "padded", "packed"),
     "run.dtype": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "cuda"),

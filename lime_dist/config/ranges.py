@@ -86,6 +86,8 @@ RANGES: dict[str, Range] = {
     "eval.batches": _whole(1, 10**6),
     "checkpoint.every": _whole(0, 10**9),
     "checkpoint.keep": _whole(1, 10**6),
+    "optim.decay_steps": _whole(1, 10**9),
+    "optim.cooldown_steps": _whole(0, 10**9),
     "checkpoint.keep_every": _whole(0, 10**9),
     "spikes.loss_sigma": _above(0, 1e6),
     "spikes.grad_norm_sigma": _above(0, 1e6),

@@ -120,7 +120,9 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0  # 0: no clipping
-    lr_schedule: str = "cosine"  # cosine | linear (to 0 after the last step) | constant
+    lr_schedule: str = "cosine"  # cosine | linear (to 0 after the last step) | constant | wsd
+    decay_steps: int | None = None  # the step at which the schedule is at its end; None: run.steps
+    cooldown_steps: int = 0  # of wsd (warm-up, stable, decay): the last ones, in which rates fall linearly
     warmup_steps: int = 200
     min_lr: float = 1e-6  # the least share of lr and router_lr that a schedule comes down to
 
@@ -160,6 +162,8 @@ class CheckpointConfig:
     on_full_disk: str = "stop"  # stop: with the checkpoints that are there | go_on: without saving, until there is room
     asynchronous: bool = False  # written behind training, which waits for a copy in host memory only
     resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a checkpoint's folder
+    # Keys that may differ from the checkpoint's, though the run is another from there: see `checkpoint/changes.py`.
+    allow_changes: list[str] = field(default_factory=list)
     weights_from: str | None = (
         None  # a step_N folder or a run's: where a new run's weights come from, without its optimiser
     )

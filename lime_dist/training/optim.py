@@ -54,20 +54,24 @@ def _parameter_groups(
 
 
 def lr_factor(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """The fraction of the peak rates at update `step` (from 0) of `num_steps`: linear warm-up, then the schedule.
+    """The fraction of the peak rates at update `step` (from 0) of `num_steps`: linear warm-up, then the schedule, which ends at
+    `optim.decay_steps` where that is set, so that a run can go on beyond it, or stop before.
 
     As in the authors' code: the first update of a warm-up has rate 0, and no later one less than `optim.min_lr`.
     """
     if step < optim.warmup_steps:
         return step / optim.warmup_steps
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps))
+    horizon = optim.decay_steps or num_steps
+    begin = horizon - optim.cooldown_steps if optim.lr_schedule == "wsd" else optim.warmup_steps
+    progress = min(1.0, max(0.0, step - begin) / max(1, horizon - begin))
     return max(optim.min_lr, _SCHEDULES[optim.lr_schedule](progress))
 
 
-_SCHEDULES: dict[str, Callable[[float], float]] = {  # from the end of the warm-up, 0, to the end of the run, 1
+_SCHEDULES: dict[str, Callable[[float], float]] = {  # from the beginning of the decay, 0, to its end, 1
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
     "constant": lambda progress: 1.0,
+    "wsd": lambda progress: 1 - progress,  # MiniCPM, arXiv 2404.06395, section 4, whose decay is exponential
 }
 
 

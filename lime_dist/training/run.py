@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lime_dist.backends.megatron import Groups
+from lime_dist.checkpoint.changes import find_changes
 from lime_dist.checkpoint.checking import Origin
 from lime_dist.checkpoint.edges import (
     checkpoints_of,
@@ -30,6 +31,7 @@ from lime_dist.checkpoint.edges import (
 from lime_dist.checkpoint.full_disk import FULL_DISK, FullDisk, naming_full_disk
 from lime_dist.checkpoint.loading import load_checkpoint, load_weights
 from lime_dist.checkpoint.reader import (
+    CheckpointReader,
     find_before,
     find_checkpoints,
     set_aside_after,
@@ -612,6 +614,8 @@ class TrainingRun:
         self._write_plan()
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
+            if changes := find_changes(CheckpointReader(resumed_from).config, self.config):
+                print(f"changed since then: {', '.join(map(str, changes))}", flush=True)
         self._metrics = self._open_metrics()
 
     def _open_metrics(self) -> Metrics:

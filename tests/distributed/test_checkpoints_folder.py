@@ -229,6 +229,26 @@ def test_the_last_save_cannot_be_left_out(small_disk: Path, capfd: pytest.Captur
     assert capfd.readouterr().err.splitlines()[-1].endswith("(the last whole checkpoint is step_000001)")
 
 
+# ---- runs that go on otherwise
+
+
+def test_a_changed_run_is_refused_or_told_of(capfd: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    capfd.readouterr()
+    assert train("run.steps=3", "run.seed=5") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        "lime-dist: run.seed: 5, but the run of checkpoint run/checkpoints/step_000002 has 0; set that, or "
+    )
+    assert train("run.steps=1") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("lime-dist: run.steps: 1, but checkpoint run/checkpoints/step_000002 has 2 steps done")
+    assert train("run.steps=3", "run.seed=5", "optim.lr=0.01", "checkpoint.allow_changes=[run.seed]") == 0
+    assert "changed since then: run.seed 0 -> 5, optim.lr 0.001 -> 0.01, run.steps 2 -> 3\n" in capfd.readouterr().out
+    assert train("run.steps=3", "run.seed=5", "optim.lr=0.01") == 0
+    assert "changed since" not in capfd.readouterr().out
+
+
 # ---- damaged checkpoints, where the run goes on by itself
 
 

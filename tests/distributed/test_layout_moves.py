@@ -21,8 +21,9 @@ import pytest
 from common import TOLERANCE, make_batches, make_config
 
 from lime_dist.checkpoint.chunk_files import Chunk, ChunkFiles
+from lime_dist.checkpoint.loading import load_checkpoint
 from lime_dist.checkpoint.reader import CheckpointReader, step_folder
-from lime_dist.checkpoint.save_load import load_checkpoint, save_checkpoint
+from lime_dist.checkpoint.saving import Progress, Saver
 from lime_dist.checkpoint.upkeep import tensor_differences
 from lime_dist.config import Config
 from lime_dist.lime.values import specified_parameters
@@ -116,7 +117,7 @@ def move(rank: Rank, source: Path, checkpoints: Path) -> Move:
     """From the checkpoint in the middle of `begin`, which is at once saved again."""
     with counted_reads() as sizes:
         meta = load_checkpoint(rank, step_folder(source, SAVED_STEP))
-    save_checkpoint(rank, checkpoints, step=meta.step, samples_seen=meta.samples_seen, spikes=meta.spikes)
+    Saver(checkpoints).save(rank, Progress(meta.step, meta.samples_seen, meta.spikes))
     place = rank.groups.coordinate
     return Move(
         steps=go_on(rank, checkpoints),
@@ -134,7 +135,7 @@ def go_on(rank: Rank, checkpoints: Path) -> Steps:
 
 def save(rank: Rank, checkpoints: Path, step: int) -> None:
     samples_seen = step * rank.config.data.global_batch_size
-    save_checkpoint(rank, checkpoints, step=step, samples_seen=samples_seen, spikes=SPIKES)
+    Saver(checkpoints).save(rank, Progress(step, samples_seen, SPIKES))
 
 
 def make_steps(rank: Rank, first: int, last: int) -> Steps:

@@ -221,7 +221,7 @@ REFUSED = [  # overrides, error, how the message begins
     ("optim.lr=.nan", ConfigError, "optim.lr: nan must be at least 0"),
     ("optim.betas=[0.9]", ConfigError, "optim.betas: [0.9] must be two numbers in [0, 1)"),
     ("optim.betas=[0.9,1.0]", ConfigError, "optim.betas: 1.0 must be below 1"),
-    ("optim.lr_schedule=wsd", ConfigError, "optim.lr_schedule: 'wsd' is unknown; use cosine or linear or constant"),
+    ("optim.lr_schedule=step", ConfigError, "optim.lr_schedule: 'step' is unknown; use cosine or linear or constant or wsd"),
     ("depth.router_init=zero", ConfigError, "depth.router_init: 'zero' is unknown; use identity_uniform or uniform or identity_zero"),
     ("depth.heads=some", ConfigError, "depth.heads: 'some' is unknown; use all or same"),
     ("depth.entry=hidden depth.heads=same", ConfigError, "depth.heads: 'same' needs depth.entry=kv depth.router=static; set those, or leave it out"),

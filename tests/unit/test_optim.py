@@ -66,6 +66,7 @@ def test_set_lr_scales_each_groups_own_peak() -> None:
 
 
 COSINE = {"warmup_steps": 4, "lr_schedule": "cosine"}
+WSD = {"warmup_steps": 4, "lr_schedule": "wsd"}
 FACTORS = [  # settings, step, steps in all, factor
     (COSINE, 0, 12, 0.0),
     (COSINE, 1, 12, 0.25),
@@ -84,6 +85,15 @@ FACTORS = [  # settings, step, steps in all, factor
     ({"warmup_steps": 4, "lr_schedule": "linear"}, 12, 12, 1e-6),
     ({"warmup_steps": 2, "lr_schedule": "constant"}, 1, 9, 0.5),
     ({"warmup_steps": 2, "lr_schedule": "constant"}, 8, 9, 1.0),
+    ({**COSINE, "decay_steps": 12}, 8, 100, 0.5),
+    ({**COSINE, "decay_steps": 12, "min_lr": 0.2}, 50, 100, 0.2),
+    ({**COSINE, "decay_steps": 20}, 12, 12, 0.5),
+    ({**WSD, "cooldown_steps": 4}, 2, 12, 0.5),
+    ({**WSD, "cooldown_steps": 4}, 8, 12, 1.0),
+    ({**WSD, "cooldown_steps": 4}, 10, 12, 0.5),
+    ({**WSD, "cooldown_steps": 4, "min_lr": 0.1}, 12, 12, 0.1),
+    ({**WSD, "cooldown_steps": 4, "decay_steps": 20}, 12, 12, 1.0),
+    ({**WSD, "cooldown_steps": 0}, 11, 12, 1.0),
 ]
 
 
