@@ -358,7 +358,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _refuse_options(args: argparse.Namespace, needed: str, *options: str) -> None:
     for option in options:
-        if getattr(args, option) not in (None, False):
+        if getattr(args, option) is not None and getattr(args, option) is not False:
             raise ConfigError(f"--{option.replace('_', '-')}: needs {needed}; add it, or leave this out")
 
 

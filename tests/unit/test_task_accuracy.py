@@ -180,8 +180,8 @@ def test_shares_by_group() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--limit 3", r"--limit: needs --task; add it"),
-        ("--json", r"--json: needs --task; add it"),
+        ("--limit 3", r"--limit: needs --task or --harness; add it"),
+        ("--json", r"--json: needs --task or --harness; add it"),
         ("--task --nproc 2", r"--task: runs on one device"),
         ("--task data.valid=", r"data\.valid: names 0 token files; name one, or give --split PREFIX"),
         ("--task data.tokenizer=", r"data\.tokenizer: not set; name the tokenizer\.model beside"),
