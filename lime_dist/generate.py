@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lime_dist.checkpoint.checking import read_meta
-from lime_dist.checkpoint.edges import saved_config
+from lime_dist.checkpoint.edges import no_checkpoint, resume_folder, saved_config
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import Config
@@ -22,6 +23,9 @@ from lime_dist.lime.layers import KeyValueCache
 from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.parts import PlainParts
 from lime_dist.lime.values import load
+
+_BATCH_TOKENS = 1 << 15  # of sequences that go through the model together; keeps the cache small
+IsOver = Callable[[Sequence[int]], bool]  # whether a continuation needs no more tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +148,14 @@ def generate_ids(model: LimeChunk, prompt: list[int], sampling: Sampling, max_ne
 
 @torch.no_grad()
 def generate_greedily(
-    model: LimeChunk, prompts: Sequence[Sequence[int]], *, eos: int, max_new_tokens: int
+    model: LimeChunk,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos: int,
+    max_new_tokens: int,
+    is_over: IsOver | None = None,
 ) -> list[list[int]]:
-    """For each prompt the likeliest token, again and again, up to `eos`, which is left out.
+    """For each prompt the likeliest token, again and again, up to `eos`, which is left out, or as `is_over` says.
 
     As `generate_ids` at temperature 0, of all at once: while some of a longer prompt is left, its own next token goes on in
     place of the likeliest, so that no padding is needed. A sequence that has ended is dropped from the batch.
@@ -167,13 +176,51 @@ def generate_greedily(
                 continue
             if token != eos:
                 continuation.append(token)
-            following.append(token if token != eos and len(continuation) < max_new_tokens else None)
+            ends = (
+                token == eos or len(continuation) == max_new_tokens or (is_over is not None and is_over(continuation))
+            )
+            following.append(None if ends else token)
         goes_on = [token is not None for token in following]
         if not all(goes_on):
             cache.keep(torch.tensor(goes_on, device=model.device))
         going = [sequence for sequence, on in zip(going, goes_on) if on]
         new_ids = torch.tensor([[token] for token in following if token is not None], device=model.device)
     return continuations
+
+
+def continue_all(
+    model: LimeChunk,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos: int,
+    max_new_tokens: int,
+    is_over: IsOver | None = None,
+) -> list[list[int]]:
+    """As `generate_greedily`, of any number of prompts, in their order."""
+    continuations: list[list[int]] = [[] for _ in prompts]
+    with tqdm(total=len(prompts), unit=" examples", desc="decode", disable=None) as bar:
+        for batch in batches_of_like_length(list(map(len, prompts)), max_new_tokens):
+            alike = [prompts[index] for index in batch]
+            generated = generate_greedily(model, alike, eos=eos, max_new_tokens=max_new_tokens, is_over=is_over)
+            for index, continuation in zip(batch, generated, strict=True):
+                continuations[index] = continuation
+            bar.update(len(batch))
+    return continuations
+
+
+def batches_of_like_length(lengths: Sequence[int], slack: int) -> Iterator[list[int]]:
+    """Indices of sequences by length. A batch's longest has at most `slack` tokens more than its shortest, and there is
+    memory for as many behind it.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        num_tokens = (len(batch) + 1) * (lengths[index] + slack)
+        if batch and (num_tokens > _BATCH_TOKENS or lengths[index] > lengths[batch[0]] + slack):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -203,6 +250,16 @@ def checkpoint_folder(path: Path) -> Path:
     if found is None:
         raise CheckpointError(f"checkpoint {path}: neither a step_N folder nor a run's folder with one; train first")
     return found
+
+
+def evaluated_checkpoint(config: Config, given: Path | None) -> Path:
+    """The one that is given, or the one that the run would go on from. Raises: CheckpointError."""
+    if given is not None:
+        return checkpoint_folder(given)
+    folder = resume_folder(config)
+    if folder is None:
+        raise no_checkpoint(config)
+    return folder
 
 
 def single_device(name: str, key: str = "--device") -> torch.device:

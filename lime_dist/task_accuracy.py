@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from lime_dist.checkpoint.edges import evaluated_config, no_checkpoint, resume_folder
+from lime_dist.checkpoint.edges import evaluated_config
 from lime_dist.config import Config, check_config
 from lime_dist.data.indexed import TokenFiles, check_files, open_mask, open_tokens
 from lime_dist.data.meta import require_tokenizer
@@ -20,10 +19,8 @@ from lime_dist.data.tasks.catalog import task_named
 from lime_dist.data.tasks.examples import Task
 from lime_dist.data.tokenizer import Tokenizer, require_eos
 from lime_dist.errors import ConfigError, DataError
-from lime_dist.generate import checkpoint_folder, generate_greedily, load_model, load_tokenizer_of, single_device
-from lime_dist.lime.model import LimeChunk
+from lime_dist.generate import continue_all, evaluated_checkpoint, load_model, load_tokenizer_of, single_device
 
-_BATCH_TOKENS = 1 << 15  # of prompts and answers that are decoded together; keeps the cache small
 _SHOWN = 3
 
 
@@ -142,12 +139,13 @@ def judge_checkpoint(config: Config, request: TaskRequest) -> TaskAccuracy:
     files = check_files(prefix, key=key)
     task = task_named(files.task, key=key, prefix=prefix)
     tokenizer = _tokenizer_of(config, files, key)
-    folder = _checkpoint_of(config, request)
+    folder = evaluated_checkpoint(config, request.checkpoint)
     _ = evaluated_config(config, folder)  # raises where the config is of another model
     model, _ = load_model(folder, single_device(config.run.device, "run.device"))
     questions = read_questions(files)[: request.limit]
     max_new_tokens = request.max_new_tokens or 2 * max(len(question.answer) for question in questions)
-    continuations = continue_all(model, questions, eos=require_eos(tokenizer), max_new_tokens=max_new_tokens)
+    prompts = [question.prompt for question in questions]
+    continuations = continue_all(model, prompts, eos=require_eos(tokenizer), max_new_tokens=max_new_tokens)
     verdicts = [judge(task, tokenizer, *pair) for pair in zip(questions, continuations, strict=True)]
     return TaskAccuracy(task=task, checkpoint=folder, prefix=prefix, verdicts=verdicts)
 
@@ -169,15 +167,6 @@ def _tokenizer_of(config: Config, files: TokenFiles, key: str) -> Tokenizer:
     return load_tokenizer_of(config, path)
 
 
-def _checkpoint_of(config: Config, request: TaskRequest) -> Path:
-    if request.checkpoint is not None:
-        return checkpoint_folder(request.checkpoint)
-    folder = resume_folder(config)
-    if folder is None:
-        raise no_checkpoint(config)
-    return folder
-
-
 def read_questions(files: TokenFiles) -> list[Question]:
     """All examples of a task's token files: up to the first target is the prompt, from there on the answer.
 
@@ -194,32 +183,6 @@ def read_questions(files: TokenFiles) -> list[Question]:
         middle = start + int(targets[0])
         questions.append(Question(prompt=tokens[start:middle].tolist(), answer=tokens[middle : stop - 1].tolist()))
     return questions
-
-
-def continue_all(model: LimeChunk, questions: Sequence[Question], *, eos: int, max_new_tokens: int) -> list[list[int]]:
-    """The greedy continuation of each prompt up to `eos`, in the order of `questions`."""
-    continuations: list[list[int]] = [[] for _ in questions]
-    with tqdm(total=len(questions), unit=" examples", desc="decode", disable=None) as bar:
-        for batch in batches_of_like_length([len(question.prompt) for question in questions], max_new_tokens):
-            prompts = [questions[index].prompt for index in batch]
-            generated = generate_greedily(model, prompts, eos=eos, max_new_tokens=max_new_tokens)
-            for index, continuation in zip(batch, generated, strict=True):
-                continuations[index] = continuation
-            bar.update(len(batch))
-    return continuations
-
-
-def batches_of_like_length(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts by length, cut where a batch would take too much memory, or longer than two of its parts."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        num_tokens = (len(batch) + 1) * (lengths[index] + max_new_tokens)
-        if batch and (num_tokens > _BATCH_TOKENS or lengths[index] > lengths[batch[0]] + max_new_tokens):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def judge(task: Task, tokenizer: Tokenizer, question: Question, continuation: list[int]) -> Verdict:

@@ -52,6 +52,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def find_run(folder: Path) -> Path | None:
+    """The folder of the run whose checkpoint this is; None for one that lies elsewhere."""
+    checkpoints = folder.absolute().parent
+    return checkpoints.parent if checkpoints.name == "checkpoints" else None
+
+
 def find_latest(checkpoints: Path) -> Path | None:
     found = find_checkpoints(checkpoints)
     return found[-1] if found else None

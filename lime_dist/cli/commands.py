@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("eval", help="loss of a checkpoint on the held-out text, or accuracy on a task")
+    parser = subparsers.add_parser(
+        "eval", help="loss of a checkpoint on the held-out text, accuracy on its task, or tasks of lm-eval"
+    )
     add_config(parser)
     add_nproc(parser)
     parser.add_argument(
@@ -101,13 +104,30 @@ def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--task", action="store_true", help="continue each held-out example greedily, on one device; how many are right"
     )
+    parser.add_argument(
+        "--harness",
+        metavar="TASKS",
+        help="tasks of EleutherAI's lm-eval, such as hellaswag,arc_easy, on one device; CONFIG may be a run's folder then",
+    )
+    of_both = parser.add_argument_group("with --task or --harness")
+    of_both.add_argument("--limit", type=_positive, metavar="N", help="the first N examples only (default: all)")
+    of_both.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="of an answer (default: twice as many as the longest answer has, or as the harness's task says)",
+    )
+    of_both.add_argument("--json", action="store_true", help="print JSON")
     of_task = parser.add_argument_group("with --task")
     of_task.add_argument("--split", metavar="PREFIX", help="examples (default: data.valid)")
-    of_task.add_argument("--limit", type=_positive, metavar="N", help="the first N examples only (default: all)")
-    of_task.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="default: twice as many as the longest answer has"
+    of_harness = parser.add_argument_group("with --harness")
+    of_harness.add_argument("--harness-path", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
+    of_harness.add_argument(
+        "--num-fewshot", type=_count, metavar="N", help="solved examples in each prompt (default: as the task says)"
     )
-    of_task.add_argument("--json", action="store_true", help="print JSON")
+    of_harness.add_argument(
+        "--add-bos", action="store_true", help="begin texts with BOS (default: as the meta files of data.train say)"
+    )
     parser.set_defaults(run=_eval)
 
 
@@ -168,6 +188,12 @@ def _positive(text: str) -> int:
     problem = RANGES["parallel.dp"].problem(int(text))
     if problem is not None:
         raise argparse.ArgumentTypeError(problem)
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
     return int(text)
 
 
@@ -316,11 +342,13 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.harness is not None:
+        return _eval_harness(args)
+    _refuse_options(args, "--harness", "harness_path", "num_fewshot", "add_bos")
     if args.task:
         return _eval_task(args)
-    for option in ("split", "limit", "max_new_tokens", "json"):
-        if getattr(args, option):
-            raise ConfigError(f"--{option.replace('_', '-')}: needs --task; add it, or leave this out")
+    _refuse_options(args, "--task", "split")
+    _refuse_options(args, "--task or --harness", "limit", "max_new_tokens", "json")
     ready = partial(ready_to_evaluate, checkpoint=args.checkpoint)
     code, report = ready_on_ranks(args, ready, "evaluate", args.checkpoint)
     if report is not None:
@@ -328,17 +356,50 @@ def _eval(args: argparse.Namespace) -> int:
     return ended(code)
 
 
+def _refuse_options(args: argparse.Namespace, needed: str, *options: str) -> None:
+    for option in options:
+        if getattr(args, option) is not None and getattr(args, option) is not False:
+            raise ConfigError(f"--{option.replace('_', '-')}: needs {needed}; add it, or leave this out")
+
+
+def _require_one_device(args: argparse.Namespace, option: str) -> None:
+    place = find_place()
+    if args.nproc is not None or (place is not None and place.world_size > 1):
+        raise ConfigError(f"{option}: runs on one device; start it alone, without a launcher or --nproc")
+
+
 def _eval_task(args: argparse.Namespace) -> int:
     from lime_dist.task_accuracy import TaskRequest, judge_checkpoint
 
-    place = find_place()
-    if args.nproc is not None or (place is not None and place.world_size > 1):
-        raise ConfigError("--task: runs on one device; start it alone, without a launcher or --nproc")
+    _require_one_device(args, "--task")
     request = TaskRequest(
         checkpoint=args.checkpoint, split=args.split, limit=args.limit, max_new_tokens=args.max_new_tokens
     )
     accuracy = judge_checkpoint(load_config(args.config, args.overrides), request)
     print(json.dumps(accuracy.report()) if args.json else accuracy)
+    return 0
+
+
+def _eval_harness(args: argparse.Namespace) -> int:
+    if args.task:
+        raise ConfigError("--harness: --task is another evaluation; give one of them")
+    _refuse_options(args, "--task", "split")
+    _require_one_device(args, "--harness")
+    if find_spec("lm_eval") is None:
+        raise ConfigError("--harness: needs the lm-eval library; pip install 'lime_dist[harness]'")
+    from lime_dist.harness.evaluation import HarnessRequest, evaluate_checkpoint, find_evaluated, keep_report
+
+    request = HarnessRequest(
+        asked=args.harness,
+        folder=args.harness_path,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        add_bos=args.add_bos,
+    )
+    report = evaluate_checkpoint(*find_evaluated(args.config, args.overrides, args.checkpoint), request)
+    print(json.dumps(report.report(), allow_nan=False) if args.json else report)
+    print(f"lime-dist: {keep_report(report)}", file=sys.stderr)
     return 0
 
 

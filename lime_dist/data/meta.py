@@ -22,7 +22,7 @@ _AGAIN = "run lime-dist data tokenize again"
 class TokenMeta:
     """`checksums`: by "bin", "idx" and, of files with a loss mask, "mask". None: not known.
 
-    task: the synthetic task whose examples the documents are.
+    task: the synthetic task whose examples the documents are. bos_id: the BOS with which every document begins.
     """
 
     vocab_size: int
@@ -30,6 +30,7 @@ class TokenMeta:
     tokenizer_sha256: str | None = None
     checksums: Mapping[str, str] | None = None
     task: str | None = None
+    bos_id: int | None = None
 
 
 def meta_values(
@@ -72,8 +73,16 @@ def find_meta(path: Path, *, key: str) -> TokenMeta | None:
     task = values.get("task")
     if not isinstance(task, str | None):
         raise DataError(f"{key}: {path} names no usable task; run lime-dist data build-task again")
+    bos_id = values.get("bos_id")
+    if bos_id is not None and (type(bos_id) is not int or bos_id < 0):
+        raise DataError(f"{key}: {path} has no usable bos_id; {_AGAIN}")
     return TokenMeta(
-        vocab_size=vocab_size, num_tokens=num_tokens, tokenizer_sha256=tokenizer, checksums=checksums, task=task
+        vocab_size=vocab_size,
+        num_tokens=num_tokens,
+        tokenizer_sha256=tokenizer,
+        checksums=checksums,
+        task=task,
+        bos_id=bos_id,
     )
 
 

@@ -26,6 +26,7 @@ NAMES = {
 OF_THREADS = "queue."
 OF_CONNECTIONS = {"send", "recv"}  # which have send_bytes and recv_bytes
 OF_TENSORS = "torch.distributed."
+TIMED = {"bench/checkpoints.py": ["torch.save"]}  # against which saves are timed; nothing reads what it writes
 START_METHODS = {"spawn", "forkserver"}
 
 
@@ -88,7 +89,7 @@ def refused_arguments(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_pickles(path: Path) -> None:
-    assert refused(path.read_text()) == []
+    assert [name for _, name in refused(path.read_text())] == TIMED.get(str(path.relative_to(ROOT)), [])
 
 
 REFUSED = [

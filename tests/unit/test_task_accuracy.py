@@ -18,15 +18,20 @@ from lime_dist.data.tasks.arithmetic import Arithmetic
 from lime_dist.data.tasks.build import build_task
 from lime_dist.data.tasks.prosqa import ProsQA
 from lime_dist.data.tokenizer import load_tokenizer
-from lime_dist.generate import Sampling, generate_greedily, generate_ids, load_model
+from lime_dist.generate import (
+    Sampling,
+    batches_of_like_length,
+    continue_all,
+    generate_greedily,
+    generate_ids,
+    load_model,
+)
 from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.values import specified_parameters
 from lime_dist.task_accuracy import (
     Share,
     TaskAccuracy,
     Verdict,
-    batches_of_like_length,
-    continue_all,
     read_questions,
 )
 
@@ -79,7 +84,7 @@ def test_a_batch_equals_one_by_one(name: str) -> None:
 
 def test_batches_hold_prompts_of_like_length() -> None:
     lengths = [3, 5, 3, 30, 5, 9] * 3000
-    batches = list(batches_of_like_length(lengths, max_new_tokens=7))
+    batches = list(batches_of_like_length(lengths, slack=7))
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         found = [lengths[index] for index in batch]
@@ -143,11 +148,12 @@ def test_a_model_that_knows_the_answers_is_right(folder: Path, monkeypatch: pyte
     questions = read_questions(check_files("task/valid"))
     known = {tuple(question.prompt): question.answer for question in questions}
 
-    def knows(_: object, prompts: list[list[int]], **more: int) -> list[list[int]]:
+    def knows(_: object, prompts: list[list[int]], **more: object) -> list[list[int]]:
         return [known[tuple(prompt)] for prompt in prompts]
 
-    monkeypatch.setattr("lime_dist.task_accuracy.generate_greedily", knows)
-    assert continue_all(make_model([]), questions, eos=2, max_new_tokens=5) == [one.answer for one in questions]
+    monkeypatch.setattr("lime_dist.generate.generate_greedily", knows)
+    prompts = [one.prompt for one in questions]
+    assert continue_all(make_model([]), prompts, eos=2, max_new_tokens=5) == [one.answer for one in questions]
 
 
 def test_limit_split_and_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,8 +180,8 @@ def test_shares_by_group() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--limit 3", r"--limit: needs --task; add it"),
-        ("--json", r"--json: needs --task; add it"),
+        ("--limit 3", r"--limit: needs --task or --harness; add it"),
+        ("--json", r"--json: needs --task or --harness; add it"),
         ("--task --nproc 2", r"--task: runs on one device"),
         ("--task data.valid=", r"data\.valid: names 0 token files; name one, or give --split PREFIX"),
         ("--task data.tokenizer=", r"data\.tokenizer: not set; name the tokenizer\.model beside"),
