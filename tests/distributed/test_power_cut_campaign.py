@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,6 @@ from lime_dist.checkpoint.reader import find_checkpoints
 STEPS = 6
 CHANCES = (0.0, 0.2, 0.5, 0.8, 1.0)  # that what was not flushed is there
 CHECKPOINTS = Path("runs/run/checkpoints")
-
-
-def is_in_a_save(event: Event) -> bool:
-    return event.path.is_relative_to(CHECKPOINTS)
 
 
 def steps_flushed(disk: Disk) -> int:
@@ -54,13 +51,15 @@ class Recorded:
         assert process.exitcode == 0, told
         resumed = re.search(r"^resumed from \S+, step (\d+) of", told, re.MULTILINE)
         self.first_step = int(resumed[1]) if resumed else 0
-        self._weights = [4 if is_in_a_save(event) else 1 for event, _ in moments(self._journal)]
+        self._weights = []
+        for event, disk in moments(self._journal):
+            assert steps_told(event) <= steps_flushed(disk), "a save was told of that is not sure to be there"
+            self._weights.append(4 if event.path.is_relative_to(CHECKPOINTS) else 1)
 
     def cut(self, draw: random.Random) -> tuple[Tree, int]:
         """What is left, and how many steps of the run have to be."""
         index = draw.choices(range(len(self._weights)), self._weights)[0]
-        event, disk = next(moment for number, moment in enumerate(moments(self._journal)) if number == index)
-        assert steps_told(event) <= steps_flushed(disk), "a save was told of that is not sure to be there"
+        _, disk = next(islice(moments(self._journal), index, None))
         return disk.left(draw, draw.choice(CHANCES)), steps_flushed(disk)
 
 

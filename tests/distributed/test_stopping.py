@@ -193,7 +193,7 @@ def test_a_checkpoint_is_never_whole_before_the_records_of_its_steps(
     place.mkdir()
     journal = Journal(place, config.parent / "events")
     journal.patch(monkeypatch)  # ranks are forked, so they have it
-    run = ("train", str(config), f"run.dir={place}/runs/run", "checkpoint.every=1")
+    run = ("train", str(config), f"run.dir={place}/runs/run", "checkpoint.every=1", "run.timeout_seconds=60")
     for last in (2, 4):  # the second start replaces the file
         assert main([*run, f"run.steps={last}"]) == DONE
     sure = {  # at the moment from which on the checkpoint may be there
