@@ -649,8 +649,7 @@ def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
     """Raises: ConfigError where nothing can be written; OSError for a full disk."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for folder in (run_dir, run_dir.parent):  # else a power cut takes the whole run, checkpoints and all
-            flush_to_disk(folder)
+        _flush_path(run_dir)
         return Ownership(run_dir)
     except OSError as error:
         if error.errno in FULL_DISK:
@@ -658,6 +657,14 @@ def _take_run(run_dir: Path, checkpoints: Path) -> Ownership:
         raise ConfigError(
             f"run.dir: {error.filename or run_dir}: {error.strerror or error}; name a folder that can be written"
         ) from None
+
+
+def _flush_path(run_dir: Path) -> None:
+    """The run's folder and all above it, which may be new too: else a power cut takes the whole run, checkpoints and all."""
+    flush_to_disk(run_dir)
+    for folder in run_dir.resolve().parents:
+        with suppress(OSError):  # not new, where it cannot be read or lies on a disk that is only read
+            flush_to_disk(folder)
 
 
 def evaluate_batches(rank: Rank, held_out: TokenSamples, stop: JointStop) -> float | None:

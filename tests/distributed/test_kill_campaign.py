@@ -6,8 +6,6 @@ run that is started again ends as one that nobody disturbed, to the bit.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,41 +13,13 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
+from disturbed_runs import losses, start, tensors_of, write_inputs
 
-import lime_dist.training.run  # noqa: F401  (before ranks are forked: its imports take seconds)
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoints
-from lime_dist.cli.command_line import main
-from lime_dist.data.indexed import IndexedWriter
+from lime_dist.checkpoint.reader import find_checkpoints
 
 STEPS_PER_KILL = 6  # at most so many saves pass before a kill
 START_SECONDS = 60
-CONFIG = {
-    "model": {"num_layers": 6, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "vocab_size": 96},
-    "parallel": {"pp": 3},
-    "pipeline": {"num_microbatches": 2},
-    "optim": {"warmup_steps": 4},
-    "data": {"train": "train", "seq_length": 8, "global_batch_size": 4},
-    "checkpoint": {"every": 1},
-    "run": {"device": "cpu", "timeout_seconds": 60},
-}
-
-
-def start(run_dir: Path, *overrides: str) -> BaseProcess:
-    """`lime-dist train` as a process group of its own."""
-
-    def command() -> None:
-        os.setsid()
-        descriptor = os.open(run_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os._exit(main(["train", "run.yaml", f"run.dir={run_dir}", *overrides]))
-
-    process = multiprocessing.get_context("fork").Process(target=command)
-    process.start()
-    return process
 
 
 def kill_all(process: BaseProcess) -> None:
@@ -87,28 +57,15 @@ def kill_at_random(process: BaseProcess, checkpoints: Path, draw: random.Random)
     kill_all(process)
 
 
-def tensors_of(checkpoint: Path) -> dict[str, bytes]:
-    CheckpointReader(checkpoint)  # raises where it is not whole
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
-
-
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [(record["step"], record["loss"]) for record in records if "loss" in record]
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tokens = np.minimum(np.random.default_rng(5).zipf(1.3, 2000), 95)
-    with IndexedWriter(tmp_path / "train", vocab_size=96) as writer:
-        writer.add_document(tokens)
-        writer.commit({"vocab_size": 96, "tokens": len(tokens)})
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("behind", [False, True])
 def test_killed_and_resumed(behind: bool, folder: Path, num_cases: int, case_seed: int) -> None:
     """behind: saves that are written while training goes on."""
@@ -116,19 +73,19 @@ def test_killed_and_resumed(behind: bool, folder: Path, num_cases: int, case_see
     draw, kills = random.Random(case_seed), max(1, num_cases // 10)
     steps = f"run.steps={STEPS_PER_KILL * kills + 100}"
     whole, killed = folder / "whole", folder / "killed"
-    undisturbed = start(whole, steps, "checkpoint.keep=100000")
+    undisturbed = start(whole, folder / "whole.log", steps, "checkpoint.keep=100000")
     undisturbed.join()
     assert undisturbed.exitcode == 0
     interrupted_saves = 0
     for _ in range(kills):
-        process = start(killed, steps, saves, "checkpoint.keep=3")
+        process = start(killed, folder / "killed.log", steps, saves, "checkpoint.keep=3")
         kill_at_random(process, killed / "checkpoints", draw)
         interrupted_saves += any((killed / "checkpoints").glob(".unfinished-step_*"))
         for checkpoint in find_checkpoints(killed / "checkpoints"):
             assert tensors_of(checkpoint) == tensors_of(whole / "checkpoints" / checkpoint.name)
     print(f"{kills} kills, {interrupted_saves} left an unfinished save")
     assert interrupted_saves > 0 or kills < 5
-    last = start(killed, steps, saves, "checkpoint.keep=3")
+    last = start(killed, folder / "killed.log", steps, saves, "checkpoint.keep=3")
     last.join()
     assert last.exitcode == 0
     newest = find_checkpoints(killed / "checkpoints")[-1]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from power_cuts import Journal, moments
 from test_watchdog import start, wait_until, write_endless_run
 
 from lime_dist.checkpoint.reader import find_checkpoints
@@ -181,48 +182,23 @@ def test_a_command_without_ranks_leaves_at_once(tmp_path: Path) -> None:
 # ---- what is left when the power goes
 
 
-class Disk:
-    """What a power cut would leave: what was flushed, under the names that were flushed with its folder."""
-
-    def __init__(self) -> None:
-        self._contents: dict[int, bytes] = {}  # by inode
-        self._names: dict[str, int] = {}
-
-    def flushed(self, descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if path.is_dir():
-            self._names |= {entry.path: entry.inode() for entry in os.scandir(path)}
-        else:
-            self._contents[os.fstat(descriptor).st_ino] = path.read_bytes()
-
-    def left(self, path: Path) -> bytes:
-        return self._contents.get(self._names.get(str(path), -1), b"")
+def steps_recorded(metrics: bytes) -> list[int]:
+    return sorted({json.loads(line)["step"] for line in metrics.splitlines()})
 
 
 def test_a_checkpoint_is_never_whole_before_the_records_of_its_steps(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, fsync, rename = Disk(), os.fsync, os.rename
-    run = config.parent / "run"
-
-    def flush(descriptor: int) -> None:
-        fsync(descriptor)
-        disk.flushed(descriptor)
-
-    def cut(source: Path, target: Path) -> None:
-        """The moment from which on the checkpoint may be there."""
-        if target.name.startswith("step_"):
-            (config.parent / f"{target.name}.jsonl").write_bytes(disk.left(run / "metrics.jsonl"))
-            assert disk.left(target.with_name(source.name) / "meta.json"), "this test sees no flush"
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", flush)  # ranks are forked, so they have it
-    monkeypatch.setattr(os, "rename", cut)
-    for last in (2, 4):  # the second start has replaced the file
-        assert main(["train", str(config), "checkpoint.every=1", f"run.steps={last}"]) == DONE
-    for step in (1, 2, 3, 4):
-        lines = (config.parent / f"step_{step:06d}.jsonl").read_text().splitlines()
-        steps = [json.loads(line)["step"] for line in lines]
-        assert sorted(set(steps)) == list(range(1, step + 1)), (
-            "a power cut would leave a checkpoint without its records"
-        )
+    place = config.parent / "place"
+    place.mkdir()
+    journal = Journal(place, config.parent / "events")
+    journal.patch(monkeypatch)  # ranks are forked, so they have it
+    run = ("train", str(config), f"run.dir={place}/runs/run", "checkpoint.every=1", "run.timeout_seconds=60")
+    for last in (2, 4):  # the second start replaces the file
+        assert main([*run, f"run.steps={last}"]) == DONE
+    sure = {  # at the moment from which on the checkpoint may be there
+        event.target.name: steps_recorded(disk.sure["runs"]["run"]["metrics.jsonl"])
+        for event, disk in moments(journal)
+        if event.target is not None and event.target.name.startswith("step_")
+    }
+    assert sure == {f"step_{step:06d}": list(range(1, step + 1)) for step in (1, 2, 3, 4)}
