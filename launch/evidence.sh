@@ -16,7 +16,7 @@ case "$part" in
   depth) variants=(llama lime lime-first2 lime-last2 lime-same-heads llama-lime-init) ;;
   arithmetic) variants=(llama lime lime-v1 llama-lime-init) ;;
   depth-rates)
-    seeds=1 variants=({llama,lime}-lr{2e-3,4e-3,8e-3,1.6e-2})
+    seeds=1 variants=({llama,lime}-lr{2e-3,4e-3,8e-3,1.6e-2,3.2e-2})
     set -- run.steps=500 "$@"
     ;;
   arithmetic-rates)
