@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import lime_dist
 from lime_dist.backends.megatron import Groups
 from lime_dist.checkpoint.changes import find_changes
 from lime_dist.checkpoint.checking import Origin
@@ -597,9 +598,8 @@ class TrainingRun:
         for saved in self._saver.take_saved():
             self._saved_step, self._saved = saved.step, saved.folder
             if self._metrics is not None:
-                self._metrics.saved(
-                    step=saved.step, folder=saved.folder, seconds=saved.seconds, wait_seconds=saved.wait_seconds
-                )
+                facts = {"seconds": saved.seconds, "wait_seconds": saved.wait_seconds}
+                self._write(partial(self._metrics.saved, step=saved.step, folder=saved.folder, **facts))
 
     def _check_owner(self) -> None:
         """Raises: RunTaken on the first rank where another start has the run."""
@@ -630,7 +630,8 @@ class TrainingRun:
 
 def _versions() -> dict[str, str]:
     """Of what makes the numbers."""
-    return {name: version(name) for name in ("lime_dist", "torch", "deepspeed", "megatron-core")}
+    packages = ("torch", "deepspeed", "megatron-core")
+    return {"lime_dist": lime_dist.__version__, **{name: version(name) for name in packages}}
 
 
 def _warn(line: str) -> None:
