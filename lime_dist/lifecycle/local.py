@@ -30,7 +30,7 @@ from lime_dist import errors
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
 from lime_dist.lifecycle.launcher import SECRET_VARIABLE, new_job_secret
 from lime_dist.lifecycle.ownership import RunTaken
-from lime_dist.lifecycle.stopping import STOP_SIGNALS
+from lime_dist.lifecycle.stopping import STOP_SIGNALS, heard_signals
 from lime_dist.lifecycle.wire import find, name_of, pack, unpack
 
 LEAVE_GRACE = timedelta(seconds=5)  # for ranks that have told their results
@@ -64,9 +64,9 @@ def run_local(
 
     fresh: in new interpreters rather than forks; `function` is then a module's own. What `wire` can pack may be a
     result, and, where fresh, an argument. `describe` says of a rank what it is, for the error. No rank outlives the call.
-    Signals that ask to stop are passed on to the ranks, which know what to do; call on the main thread. Ranks do not hear
-    Ctrl-C, which a terminal sends to them too: it ends the call, which ends them.
-    Raises: the `LimeDistError` of a rank as it is; StoppedEarly; RankFailed for anything else, among it a rank killed by a
+    Signals that ask to stop are passed on to the ranks, which know what to do, or end of them; call on the main thread. A
+    terminal sends Ctrl-C to all of them itself, too.
+    Raises: KeyboardInterrupt for a Ctrl-C that ranks have ended of; the `LimeDistError` of a rank as it is; StoppedEarly; RankFailed for anything else, among it a rank killed by a
     signal, a run longer than `timeout`, and a rank that is still there long after another's result.
     """
     port, secret = free_port(), new_job_secret()
@@ -174,7 +174,8 @@ class _Interpreter(subprocess.Popen[bytes]):
 # With this process's own paths: those of `python -c` and `-m` differ from a launcher script's.
 _BOOT = """\
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 sys.path[:] = sys.argv[1].split(os.pathsep)
 from lime_dist.lifecycle.local import be_fresh
@@ -362,8 +363,6 @@ def _exit_reason(exit_code: int) -> str:
 
 # ---- signals
 
-_HELD = (*STOP_SIGNALS, signal.SIGINT)
-
 
 class _StopSignals:
     """Passes signals that ask to stop on to `processes`, in a `with`.
@@ -373,11 +372,11 @@ class _StopSignals:
 
     def __init__(self, processes: Sequence[_Process]):
         self._processes = processes
-        self.before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.before: dict[int, Any] = {number: signal.getsignal(number) for number in heard_signals()}
         self.passed_on: set[int] = set()
 
     def __enter__(self) -> _StopSignals:
-        for number in STOP_SIGNALS:
+        for number in self.before:
             signal.signal(number, self._pass_on)
         return self
 
@@ -392,28 +391,30 @@ class _StopSignals:
                 os.kill(process.pid, number)
 
     def stop_early(self) -> None:
-        """While ranks begin, and so have not met. Raises: StoppedEarly when a signal has come."""
+        """While ranks begin, and so have not met. Raises: StoppedEarly or KeyboardInterrupt when a signal has come."""
         for number in self.passed_on:
             raise _stopped_early(number)
 
 
-def _stopped_early(number: int) -> StoppedEarly:
+def _stopped_early(number: int) -> StoppedEarly | KeyboardInterrupt:
+    if number == signal.SIGINT:
+        return KeyboardInterrupt()
     return StoppedEarly(f"{signal.Signals(number).name} before the ranks had met")
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
     """They come behind it: to this process when it knows the new rank, to the rank when it has handlers of its own."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _hear_signals(handlers: Mapping[int, Any]) -> None:
     """In a fork that has begun."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number, handler in handlers.items():
-        signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+        is_trace = handler is signal.default_int_handler
+        signal.signal(number, signal.SIG_DFL if is_trace else handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

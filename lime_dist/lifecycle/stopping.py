@@ -1,4 +1,4 @@
-"""The wish to stop: SIGTERM and SIGUSR1 only set a flag, which all ranks compare between steps (`joint_stop.py`). No torch.
+"""The wish to stop: a signal of `STOP_SIGNALS` only sets a flag, which all ranks compare between steps (`joint_stop.py`). No torch.
 
 A rank that has not met the others yet has nobody to agree with and nothing to lose: it leaves at once.
 
@@ -22,8 +22,18 @@ from typing import NoReturn
 
 from lime_dist.lifecycle.ending import REQUEUE, write_outcome
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+    signal.SIGHUP,
+)  # Ctrl-C, and a terminal that goes, among them
 REPEAT_WINDOW_SECONDS = 2.0  # schedulers send one wish several times over: to the process, its parent and its group
+
+
+def heard_signals() -> tuple[signal.Signals, ...]:
+    """Those that this process was not started to ignore, as by `nohup`, or in the background of a script."""
+    return tuple(number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 class StopRequest:
@@ -35,7 +45,7 @@ class StopRequest:
         self._last: tuple[int, float] = (0, 0.0)  # signal, and when
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
-        for number in STOP_SIGNALS:
+        for number in heard_signals():
             signal.signal(number, _leave_to_the_thread)
         signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(receiver,), name="stop-request", daemon=True).start()
@@ -70,12 +80,12 @@ def _leave_before_the_meeting(name: str) -> NoReturn:
 
 @contextmanager
 def leaving_when_asked() -> Iterator[None]:
-    """For a command that has no ranks yet: a signal ends it at once as one to be started again."""
+    """For a command that has no ranks yet: a signal ends it at once as one to be started again, Ctrl-C as it ends any command."""
 
     def leave(number: int, _: object) -> None:
         _leave_before_the_meeting(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, leave) for number in heard_signals() if number != signal.SIGINT}
     try:
         yield
     finally:

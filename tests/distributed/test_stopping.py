@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,54 @@ def test_a_command_without_ranks_leaves_at_once(tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stderr) == (REQUEUE, "SIGTERM: leaving before the ranks have met\n")
     assert read_outcome(tmp_path / "o") == (REQUEUE, "SIGTERM before the ranks had met")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_terminal_that_goes_save_the_run(number: signal.Signals, config: Path) -> None:
+    """They come to the command and its ranks alike."""
+    command = [sys.executable, "-m", "lime_dist.cli", "train", str(config), *LAYOUT, "run.steps=100000"]
+    hearing = partial(reset_signals, signal.SIG_DFL)
+    log = (config.parent / "stderr").open("w")
+    process = subprocess.Popen(
+        command, stderr=log, stdout=log, cwd=config.parent, preexec_fn=hearing, start_new_session=True
+    )
+    wait_for(lambda: trained(config)[-1:] > [2], process)
+    os.killpg(process.pid, number)
+    assert process.wait(PATIENCE) == REQUEUE
+    assert saved(config) == [f"step_{trained(config)[-1]:06d}"]
+    assert "Traceback" not in (config.parent / "stderr").read_text()
+
+
+def test_a_run_under_nohup_goes_on(config: Path) -> None:
+    command = [sys.executable, "-m", "lime_dist.cli", "train", str(config), *LAYOUT, "run.steps=100000"]
+    ignoring = partial(reset_signals, signal.SIG_IGN)
+    process = subprocess.Popen(
+        command,
+        cwd=config.parent,
+        preexec_fn=ignoring,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    wait_for(lambda: trained(config)[-1:] > [2], process)
+    os.killpg(process.pid, signal.SIGHUP)
+    done = trained(config)[-1]
+    wait_for(lambda: trained(config)[-1] > done + 3, process)
+    process.terminate()
+    assert process.wait(PATIENCE) == REQUEUE
+
+
+def reset_signals(hang_up: signal.Handlers) -> None:
+    """A shell's background job has SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, hang_up)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ---- what is left when the power goes

@@ -14,6 +14,7 @@ from lime_dist.lifecycle import local
 from lime_dist.lifecycle.launcher import find_place
 from lime_dist.lifecycle.local import leave_because_of
 from lime_dist.lifecycle.ownership import RunTaken
+from lime_dist.lifecycle.stopping import STOP_SIGNALS
 
 
 def place_and_sum(base: int) -> tuple[int, int, int]:
@@ -69,10 +70,15 @@ def report_pid_and_wait(folder: Path, deaf: bool) -> None:
     time.sleep(60)
 
 
+def handlers_of() -> list[bool]:
+    """Whether SIGHUP and SIGINT are ignored here."""
+    return [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGHUP, signal.SIGINT)]
+
+
 def answer_signal(folder: Path) -> str:
     """The name of the first signal that asks to stop."""
     heard = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: heard.append(signal.Signals(number).name))
     (folder / str(os.getpid())).touch()
     while not heard:

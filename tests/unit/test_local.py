@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rank_work import (
     answer_signal,
     environment,
     fail,
+    handlers_of,
     pid_and_flag,
     place_and_sum,
     report_pid_and_wait,
@@ -31,6 +33,18 @@ from lime_dist.lifecycle.local import RankFailed, StoppedEarly, run_local
 from lime_dist.lifecycle.ownership import RunTaken
 from lime_dist.lifecycle.stopping import STOP_SIGNALS
 from lime_dist.preflight.devices import needs_fresh_interpreters
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heard() -> Iterator[None]:
+    """Which a shell may have set to be ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 both_ways = pytest.mark.parametrize("fresh", [False, True], ids=["fork", "fresh"])
 
@@ -144,6 +158,8 @@ def test_signals_that_ask_to_stop_are_passed_on(number: signal.Signals, tmp_path
 
 STOPPED_CALLER = """
 import multiprocessing, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have set to be ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import psutil
 from lime_dist.lifecycle.local import run_local
 from rank_work import sleep_unless
@@ -159,7 +175,7 @@ def pipe_and_signal(**options):  # which is made for each rank ahead of its begi
 multiprocessing.Pipe = pipe_and_signal
 try:
     run_local(sleep_unless, 3, 9, fresh=sys.argv[2] == "True")
-except Exception as error:
+except (Exception, KeyboardInterrupt) as error:
     print(f"{type(error).__name__}: {error}; left: {psutil.Process().children()}")
 """
 
@@ -170,7 +186,8 @@ def test_a_signal_between_the_first_rank_and_the_last(number: signal.Signals, fr
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", STOPPED_CALLER, str(int(number)), str(fresh)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.stdout == f"StoppedEarly: {number.name} before the ranks had met; left: []\n", ended
+    told = "KeyboardInterrupt: " if number == signal.SIGINT else f"StoppedEarly: {number.name} before the ranks had met"
+    assert ended.stdout == f"{told}; left: []\n", ended
 
 
 CALLER = """
@@ -200,20 +217,17 @@ def test_no_rank_outlives_the_caller(number: signal.Signals, tmp_path: Path, fre
 
 
 @both_ways
-def test_ranks_leave_an_interrupt_to_their_caller(tmp_path: Path, fresh: bool) -> None:
-    """A terminal sends it to all of them."""
+def test_an_interrupt_ends_ranks_that_do_not_hear_it(fresh: bool) -> None:
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_local(time.sleep, 2, 60, fresh=fresh)
 
-    def interrupt_then_ask() -> None:
-        while len(ranks := list(tmp_path.iterdir())) < 2:
-            time.sleep(0.01)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            for rank in ranks:
-                os.kill(int(rank.name), number)
 
-    asking = threading.Thread(target=interrupt_then_ask)
-    asking.start()
-    assert run_local(answer_signal, 2, tmp_path, fresh=fresh) == ["SIGTERM"] * 2
-    asking.join()
+@both_ways
+def test_what_is_ignored_here_is_ignored_by_the_ranks(tmp_path: Path, fresh: bool) -> None:
+    """As under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run_local(handlers_of, 2, fresh=fresh) == [[True, False]] * 2
 
 
 # ---- fresh interpreters
