@@ -35,7 +35,10 @@ class Staging:
 
     def copy(self, rank: Rank) -> list[Staged]:
         """Does not change when training goes on. Raises: TrainingDiverged for a tensor that is not finite."""
-        staged = [Staged(kind, share, self._copy(kind, share, values)) for kind, share, values in _own_state(rank)]
+        staged = []
+        for kind, share, values in _own_state(rank):
+            rank.pulse.touch()
+            staged.append(Staged(kind, share, self._copy(kind, share, values)))
         if rank.device.type == "cuda":
             torch.cuda.synchronize(rank.device)  # the copies are queued
         return staged
@@ -53,14 +56,16 @@ def stage(rank: Rank) -> list[Staged]:
     return [Staged(kind, share, values.to("cpu", torch.float32)) for kind, share, values in _own_state(rank)]
 
 
-def _own_state(rank: Rank) -> Iterator[tuple[str, Share, Tensor]]:
-    for share in own_shares(rank.optimizer, rank.stage):
-        if share.start < share.stop and _is_ours(rank, share.spec):
-            for kind in KINDS:
-                rank.pulse.touch()
-                values = read_share(rank.optimizer, share, kind)
-                _require_finite(kind, share, values)
-                yield kind, share, values
+_State = list[tuple[str, Share, Tensor]]  # kind, share, values where they lie
+
+
+def _own_state(rank: Rank) -> _State:
+    """Raises: TrainingDiverged."""
+    shares = [share for share in own_shares(rank.optimizer, rank.stage) if share.start < share.stop]
+    ours = [share for share in shares if _is_ours(rank, share.spec)]
+    state = [(kind, share, read_share(rank.optimizer, share, kind)) for share in ours for kind in KINDS]
+    _require_finite(state)
+    return state
 
 
 def _is_ours(rank: Rank, spec: ParameterSpec) -> bool:
@@ -68,12 +73,21 @@ def _is_ours(rank: Rank, spec: ParameterSpec) -> bool:
     return not spec.tied_copy and (spec.sharded or rank.groups.coordinate.tp_rank == 0)
 
 
-def _require_finite(kind: str, share: Share, values: Tensor) -> None:
-    """Raises: TrainingDiverged. By the extremes, which one reading gives, and which a NaN is among."""
-    for part in parts_of(share.spec, share.start, share.stop):
-        extremes = torch.stack(torch.aminmax(box_of_share(values, share, part.local)))
-        if not bool(torch.isfinite(extremes).all()):
-            raise TrainingDiverged(f"{kind}:{part.tensor.name} is not finite")
+def _require_finite(state: _State) -> None:
+    """By the extremes of each tensor, which one reading gives, and which a NaN is among; the host waits for a device once.
+
+    Raises: TrainingDiverged.
+    """
+    names: list[str] = []
+    extremes: list[Tensor] = []
+    for kind, share, values in state:
+        for part in parts_of(share.spec, share.start, share.stop):
+            names.append(f"{kind}:{part.tensor.name}")
+            extremes += torch.aminmax(box_of_share(values, share, part.local))
+    found = torch.stack(extremes).isfinite().view(-1, 2).all(dim=1).tolist() if extremes else []
+    for name, is_finite in zip(names, found, strict=True):
+        if not is_finite:
+            raise TrainingDiverged(f"{name} is not finite")
 
 
 def chunks_of(staged: Iterable[Staged]) -> Iterator[tuple[str, numpy.ndarray]]:
