@@ -23,14 +23,15 @@ fail() {
   exit 2
 }
 
-# Run a launcher in a session of its own, pass TERM, INT and USR1 on to all of it as TERM, wait for its last process,
-# exit as above.
+# Run a launcher in a session of its own, pass TERM, INT and USR1 on to all of it as TERM, and HUP as it is, wait for its last
+# process, exit as above.
 exit_as_the_run() {
   [ ! -e "$LIME_DIST_OUTCOME_FILE" ] || fail "LIME_DIST_OUTCOME_FILE: $LIME_DIST_OUTCOME_FILE is there already; name a new file"
   local launcher code=0 reason=""
   setsid "$@" &
   launcher=$!
   trap 'kill -TERM -- "-$launcher" 2> /dev/null || kill -TERM "$launcher" 2> /dev/null || true' TERM INT USR1
+  trap 'exec > /dev/null 2>&1; kill -HUP -- "-$launcher" 2> /dev/null || true' HUP # the terminal has gone
   wait "$launcher" || code=$?
   while kill -0 -- "-$launcher" 2> /dev/null; do # a signal has ended the wait, or the launcher left before its ranks
     code=0

@@ -175,6 +175,7 @@ class _Bench:
         """Seconds until it is whole."""
         start = time.perf_counter()
         self._waited.append(self._timed(lambda: self._save(behind=True)))
+        self._beside.append(self._step())
         while not self._is_written():
             self._beside.append(self._step())
         self._saver.settle(self._rank.pulse)

@@ -121,9 +121,9 @@ class Saver:
         return self._writing is None or self._writing.done()
 
     @property
-    def has_failed(self) -> bool:
-        """Whether `settle` will raise, as far as this rank knows."""
-        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+    def failure(self) -> BaseException | None:
+        """What `settle` will raise, as far as this rank knows."""
+        return None if self._writing is None or not self._writing.done() else self._writing.exception()
 
     def take_saved(self) -> Iterator[Saved]:
         """Checkpoints that have become whole since this was last asked."""

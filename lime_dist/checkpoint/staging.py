@@ -39,6 +39,8 @@ class Staging:
         for kind, share, values in _own_state(rank):
             rank.pulse.touch()
             staged.append(Staged(kind, share, self._copy(kind, share, values)))
+        current = {(one.kind, one.share.spec.name) for one in staged}
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in current}
         if rank.device.type == "cuda":
             torch.cuda.synchronize(rank.device)  # the copies are queued
         return staged
@@ -74,20 +76,21 @@ def _is_ours(rank: Rank, spec: ParameterSpec) -> bool:
 
 
 def _require_finite(state: _State) -> None:
-    """By the extremes of each tensor, which one reading gives, and which a NaN is among; the host waits for a device once.
+    """By the extremes of each tensor, which one reading gives, and which a NaN is among; the host waits for each device once.
 
     Raises: TrainingDiverged.
     """
-    names: list[str] = []
-    extremes: list[Tensor] = []
+    names: dict[torch.device, list[str]] = {}  # DeepSpeed may keep some on another one
+    extremes: dict[torch.device, list[Tensor]] = {}
     for kind, share, values in state:
         for part in parts_of(share.spec, share.start, share.stop):
-            names.append(f"{kind}:{part.tensor.name}")
-            extremes += torch.aminmax(box_of_share(values, share, part.local))
-    found = torch.stack(extremes).isfinite().view(-1, 2).all(dim=1).tolist() if extremes else []
-    for name, is_finite in zip(names, found, strict=True):
-        if not is_finite:
-            raise TrainingDiverged(f"{name} is not finite")
+            names.setdefault(values.device, []).append(f"{kind}:{part.tensor.name}")
+            extremes.setdefault(values.device, []).extend(torch.aminmax(box_of_share(values, share, part.local)))
+    for device, found in extremes.items():
+        are_finite = torch.stack(found).isfinite().view(-1, 2).all(dim=1).tolist()
+        for name, is_finite in zip(names[device], are_finite, strict=True):
+            if not is_finite:
+                raise TrainingDiverged(f"{name} is not finite")
 
 
 def chunks_of(staged: Iterable[Staged]) -> Iterator[tuple[str, numpy.ndarray]]:

@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 from lime_dist.checkpoint.checking import Meta, meta_text
 from lime_dist.checkpoint.chunk_files import write_chunks
 from lime_dist.checkpoint.full_disk import FullDisk, disk_problem, full_disk
-from lime_dist.checkpoint.reader import REPLACED, UNFINISHED, find_before, find_checkpoints, step_folder, step_of
+from lime_dist.checkpoint.reader import (
+    REPLACED,
+    UNFINISHED,
+    find_before,
+    find_checkpoints,
+    step_folder,
+    step_of,
+    take_back_replaced,
+)
 from lime_dist.checkpoint.safe_files import flush_to_disk, write_bytes
 from lime_dist.checkpoint.staging import Staged, chunks_of
 from lime_dist.errors import TrainingDiverged
@@ -100,6 +108,7 @@ def write_checkpoint(part: Unwritten, agreement: Agreement) -> Path:
     except FullDisk:
         if part.is_first:
             shutil.rmtree(part.folder, ignore_errors=True)
+            take_back_replaced(part.checkpoints)
         raise
     return part.final
 
@@ -107,6 +116,7 @@ def write_checkpoint(part: Unwritten, agreement: Agreement) -> Path:
 def _make_room(folder: Path) -> None:
     """Remove what an interrupted save left, and nothing else; then make the folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    take_back_replaced(folder.parent)
     for left_behind in (*folder.parent.glob(f"{UNFINISHED}*step_*"), *folder.parent.glob(f"{REPLACED}step_*")):
         _delete(left_behind)
     folder.mkdir()

@@ -30,7 +30,7 @@ from lime_dist import errors
 from lime_dist.errors import USER_ERROR_EXIT_CODE, LimeDistError
 from lime_dist.lifecycle.launcher import SECRET_VARIABLE, new_job_secret
 from lime_dist.lifecycle.ownership import RunTaken
-from lime_dist.lifecycle.stopping import STOP_SIGNALS, heard_signals
+from lime_dist.lifecycle.stopping import STOP_SIGNALS, Terminal, heard_signals
 from lime_dist.lifecycle.wire import find, name_of, pack, unpack
 
 LEAVE_GRACE = timedelta(seconds=5)  # for ranks that have told their results
@@ -374,6 +374,7 @@ class _StopSignals:
         self._processes = processes
         self.before: dict[int, Any] = {number: signal.getsignal(number) for number in heard_signals()}
         self.passed_on: set[int] = set()
+        self._terminal = Terminal()
 
     def __enter__(self) -> _StopSignals:
         for number in self.before:
@@ -385,6 +386,8 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _pass_on(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            self._terminal.leave()
         self.passed_on.add(number)
         for process in self._processes:
             if process.is_alive() and process.pid:

@@ -36,6 +36,18 @@ def heard_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
 
 
+class Terminal:
+    """Where output goes, if that is a terminal: when it has gone every write to it fails, which must not end a run that saves."""
+
+    def __init__(self) -> None:
+        self._descriptors = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._descriptors:
+            os.dup2(nowhere, descriptor)
+
+
 class StopRequest:
     """What this process was asked by signals; one a process, made by `stop_request`."""
 
@@ -43,6 +55,7 @@ class StopRequest:
         self.signal_name: str | None = None  # the first
         self.is_alone = False  # a rank that a launcher has started, until it has met the others
         self._last: tuple[int, float] = (0, 0.0)  # signal, and when
+        self._terminal = Terminal()
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
         for number in heard_signals():
@@ -57,6 +70,8 @@ class StopRequest:
                     self._ask(signal.Signals(number))
 
     def _ask(self, number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            self._terminal.leave()
         before, when = self._last
         self._last = number, time.monotonic()
         if self.signal_name is None:

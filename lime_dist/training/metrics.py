@@ -86,15 +86,15 @@ class Metrics:
             **spikes,
         }
         self._write(record)
+        if step % self._log_every == 0 or step == self._num_steps:
+            print(self._progress(record), flush=True)
+        if warning := self._dead_gradients.warning(step, grad_norm):
+            print(f"lime-dist: {warning}", file=sys.stderr, flush=True)
         for name in CHARTED:
             if name in record:
                 self._board.add_scalar(f"train/{name}", record[name], step)
         for boundary, count in enumerate(boundary_bytes):
             self._board.add_scalar(f"boundary_bytes/{boundary}-{boundary + 1}", count, step)
-        if step % self._log_every == 0 or step == self._num_steps:
-            print(self._progress(record), flush=True)
-        if warning := self._dead_gradients.warning(step, grad_norm):
-            print(f"lime-dist: {warning}", file=sys.stderr, flush=True)
 
     def _utilization(self, model_flops: int, step_seconds: float) -> dict[str, float]:
         """Model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B), a fraction of 1."""
@@ -121,16 +121,16 @@ class Metrics:
 
     def evaluation(self, *, step: int, eval_loss: float, eval_seconds: float) -> None:
         self._write({"step": step, "eval_loss": eval_loss, "eval_seconds": eval_seconds})
-        self._board.add_scalar("eval/loss", eval_loss, step)
         print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  held-out loss {eval_loss:.4f}", flush=True)
+        self._board.add_scalar("eval/loss", eval_loss, step)
 
     def saved(self, *, step: int, folder: Path, seconds: float, wait_seconds: float) -> None:
         """seconds: until it was whole. wait_seconds: of them, those that training waited."""
         self._write({"step": step, "save_seconds": seconds, "save_wait_seconds": wait_seconds})
-        self._board.add_scalar("checkpoint/save_seconds", seconds, step)
-        self._board.add_scalar("checkpoint/save_wait_seconds", wait_seconds, step)
         behind = f"; training waited {wait_seconds:.1f} s of them" if wait_seconds < seconds else ""
         print(f"saved {folder} in {seconds:.1f} s{behind}", flush=True)
+        self._board.add_scalar("checkpoint/save_seconds", seconds, step)
+        self._board.add_scalar("checkpoint/save_wait_seconds", wait_seconds, step)
 
     def profiled(self, folder: Path) -> None:
         """A profile is whole: its figures, step by step, where working them out does not hold up a run of many ranks."""

@@ -349,7 +349,7 @@ class TrainingRun:
         is_whole = True
         if self._held_out is not None and self._evaluation_is_due():
             is_whole = self._evaluate(self._held_out)
-            stopping = self._stop.agreed()
+            stopping = self._stop.agreed() or stopping  # the step may have told of a save that failed
         return REQUEUE if stopping and not (self._is_last_step and is_whole) else DONE
 
     def _evaluation_is_due(self) -> bool:
@@ -371,6 +371,7 @@ class TrainingRun:
         except OSError as error:
             if error.errno not in FULL_DISK or not self._bears_full_disk:
                 raise
+            error.__traceback__ = None  # TensorBoard raises the same one at every step
             self._warn_of_records(error)
 
     def _warn_of_records(self, error: OSError) -> None:
@@ -389,7 +390,7 @@ class TrainingRun:
         self._reload(decide_start(self.config, self._device, lambda: folder, resumed_config))
         self._switched_step = self.step
         if self._metrics is not None:
-            self._write_plan()
+            self._write(self._write_plan)
             pattern = self.rank.config.pattern
             print(
                 f"step {self.step}: pattern {self.config.depth.switch_at[self.step]}, {pattern.num_edges} edges",
@@ -415,7 +416,7 @@ class TrainingRun:
 
     def _go_back(self, verdict: Verdict) -> None:
         """To the last checkpoint of before the first of the bad steps, and past the batches since. Raises: TrainingDiverged."""
-        self._settle()
+        self._unless_disk_is_full(self._settle)
         first_bad, bad_step, samples_seen = verdict.state.bad_steps[0], self.step, self.samples_seen
         checkpoints = checkpoints_of(self.config)
         find = partial(
@@ -432,10 +433,11 @@ class TrainingRun:
         self._follow_new_rank()
         self._spikes = self._spikes.returned(verdict.state, samples_seen - self.samples_seen)
         self.samples_seen = samples_seen
+        self._saved = None  # the checkpoint that is there knows nothing of the return
         if self._owner is not None:
             self._check_owner()
-            self._set_later_ones_aside()
-            self._write_plan()
+            self._write(self._set_later_ones_aside)
+            self._write(self._write_plan)
         self._record("record", Metrics.close)
         if self._metrics is not None:
             self._metrics = self._open_metrics()
@@ -504,7 +506,9 @@ class TrainingRun:
 
     def _wants_stop(self) -> bool:
         """A save that could not be written stops the run where the next one is due: at once, as if it were asked to."""
-        return self._stop.asked_here() or (self._saver.has_failed and not self._bears_full_disk)
+        failure = self._saver.failure
+        is_borne = self._bears_full_disk and isinstance(failure, FullDisk)
+        return self._stop.asked_here() or (failure is not None and not is_borne)
 
     def _give_up(self, verdict: Verdict) -> NoReturn:
         step, returns = self.step + 1, self._spikes.num_returns
@@ -582,7 +586,7 @@ class TrainingRun:
 
     def _saved_here(self) -> Path:
         """The whole checkpoint of this step."""
-        self._settle()
+        self._unless_disk_is_full(self._settle)
         if self._saved is None or self._saved_step != self.step:
             self._save(behind=False)
         assert self._saved is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from common import make_batches, make_config
 from torch import Tensor
 
 from lime_dist.backends.zero_state import get_state
-from lime_dist.checkpoint.reader import find_checkpoints
+from lime_dist.checkpoint.checking import read_meta
+from lime_dist.checkpoint.reader import UNFINISHED, find_checkpoints
 from lime_dist.checkpoint.saving import Progress, Saver
 from lime_dist.errors import CheckpointError, TrainingDiverged
 from lime_dist.lime.values import specified_parameters
@@ -93,6 +96,30 @@ def test_a_full_disk_is_told_on_one_line_by_all_ranks(tmp_path: Path) -> None:
         assert message.startswith(f"checkpoint {tmp_path}: File too large; free space")
         assert message.endswith("(the last whole checkpoint is step_000001)")
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
+def save_again_where_names_cannot_change(rank: Rank, folder: Path) -> str:
+    Saver(folder).save(rank, Progress(step=1, samples_seen=1))
+    rename = os.rename
+
+    def refuse_new_ones(source: Path, target: Path) -> None:
+        if source.name.startswith(UNFINISHED):
+            raise OSError(errno.ENOSPC, "")
+        rename(source, target)
+
+    os.rename = refuse_new_ones
+    try:
+        Saver(folder).save(rank, Progress(step=1, samples_seen=2))
+        return "saved"
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_one_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    for message in run_ranks(make_config("pp=3"), save_again_where_names_cannot_change, tmp_path):
+        assert message.startswith(f"checkpoint {tmp_path}: No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert read_meta(tmp_path / "step_000001").samples_seen == 1
 
 
 def save_twice(rank: Rank, folder: Path) -> None:

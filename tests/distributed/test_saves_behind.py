@@ -110,9 +110,13 @@ def fail_at_step_4(part: writing.Unwritten) -> object:
     return write(part)
 
 
-def test_a_full_disk_ends_the_run_soon(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+@pytest.mark.parametrize("more", [(), ("data.valid=train", "eval.every=1", "eval.batches=1")])
+def test_a_full_disk_ends_the_run_soon(more: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr(writing, "_write", fail_at_step_4)
-    assert train(folder / "run", *PP3, BEHIND, "run.steps=100000", "checkpoint.keep=2") == NEVER_RESTART
+    assert (
+        train(folder / "run", *PP3, BEHIND, *more, "run.steps=100000", "checkpoint.keep=2", "checkpoint.every=2")
+        == NEVER_RESTART
+    )
     line = (
         f"lime-dist: checkpoint {folder}/run/checkpoints: No space left on device; free space or name another run.dir, "
     )

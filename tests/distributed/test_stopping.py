@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -195,6 +198,30 @@ def test_ctrl_c_and_a_terminal_that_goes_save_the_run(number: signal.Signals, co
     assert process.wait(PATIENCE) == REQUEUE
     assert saved(config) == [f"step_{trained(config)[-1]:06d}"]
     assert "Traceback" not in (config.parent / "stderr").read_text()
+
+
+def test_a_terminal_that_takes_no_more_output(config: Path) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "lime_dist.cli", "train", str(config), *LAYOUT, "run.steps=100000"]
+    hearing = partial(reset_signals, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stdout=slave, stderr=slave, cwd=config.parent, preexec_fn=hearing, start_new_session=True
+    )
+    os.close(slave)
+    threading.Thread(target=drain, args=(master, process), daemon=True).start()
+    wait_for(lambda: trained(config)[-1:] > [2], process)
+    os.killpg(process.pid, signal.SIGSTOP)  # so that the terminal goes at one moment
+    os.close(master)
+    os.killpg(process.pid, signal.SIGHUP)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.wait(PATIENCE) == REQUEUE
+    assert saved(config) == [f"step_{trained(config)[-1]:06d}"]
+
+
+def drain(master: int, process: subprocess.Popen) -> None:
+    with suppress(OSError):
+        while process.poll() is None:
+            os.read(master, 65536)
 
 
 def test_a_run_under_nohup_goes_on(config: Path) -> None:
