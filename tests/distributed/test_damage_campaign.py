@@ -23,6 +23,7 @@ from checkpoint_damage import (
     swap_tensors,
     zero_bytes,
 )
+from disturbed_runs import tensors_of
 
 import lime_dist.training.run  # noqa: F401  (before ranks are forked: its imports take seconds)
 from lime_dist.cli.command_line import main
@@ -51,10 +52,6 @@ DAMAGES = (
 
 def train(run_dir: Path, steps: int) -> int:
     return main(["train", "run.yaml", f"run.dir={run_dir}", f"run.steps={steps}"])
-
-
-def tensors_of(checkpoint: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
 
 
 @pytest.mark.campaign

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from disturbed_runs import tensors_of
 
 from lime_dist.checkpoint import writing
-from lime_dist.checkpoint.reader import UNFINISHED, CheckpointReader, find_checkpoints, take_back_replaced
+from lime_dist.checkpoint.reader import UNFINISHED, find_checkpoints, take_back_replaced
 from lime_dist.cli.command_line import main
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.lifecycle.ending import NEVER_RESTART, REQUEUE
@@ -74,11 +75,6 @@ def write_late(part: writing.Unwritten) -> object:
     if part.meta.step < CONFIG["run"]["steps"]:
         wait_for(lambda: steps_done(part.checkpoints.parent) > part.meta.step)
     return write(part)
-
-
-def tensors_of(checkpoint: Path) -> dict[str, bytes]:
-    CheckpointReader(checkpoint)  # raises where it is not whole
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
 
 
 def names(run_dir: Path) -> list[str]:
