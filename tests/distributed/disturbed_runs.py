@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def start(run_dir: Path, log: Path, *overrides: str) -> BaseProcess:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        # What a test's runner has put in their places does not write to those descriptors.
+        sys.stdout = sys.stderr = open(descriptor, "w", buffering=1)
         os._exit(main(["train", "run.yaml", f"run.dir={run_dir}", *overrides]))
 
     process = multiprocessing.get_context("fork").Process(target=command)
