@@ -106,12 +106,21 @@ for variant in "${variants[@]}"; do # the first is what the others are compared 
     runs+=("$run")
   done
 done
+
+# report FILE COMMAND ...: what the command prints as $run/FILE, once.
+report() {
+  local file="$run/$1"
+  [ -f "$file" ] || "${@:2}" > "$file.part"
+  [ -f "$file" ] || mv "$file.part" "$file"
+}
+
 if [ "$part" = arithmetic ]; then
-  for run in "${runs[@]}"; do
-    [ -f "$run/accuracy.json" ] || lime-dist eval "$run/config.yaml" --task --json > "$run/accuracy.json.part"
-    [ -f "$run/accuracy.json" ] || mv "$run/accuracy.json.part" "$run/accuracy.json"
-  done
+  for run in "${runs[@]}"; do report accuracy.json lime-dist eval "$run/config.yaml" --task --json; done
   python launch/mean_accuracy.py "${runs[@]}"
+fi
+if [[ "$part" != *-rates ]]; then
+  for run in "${runs[@]}"; do report analysis.json lime-dist analyze "$run" --json; done
+  python launch/mean_analyses.py "${runs[@]}"
 fi
 lime-dist compare "${runs[@]}" --svg "runs/evidence/$part.svg" --html "runs/evidence/$part.html"
 lime-dist compare "${runs[@]}" --json > "runs/evidence/$part.json"

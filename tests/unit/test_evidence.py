@@ -38,6 +38,13 @@ def test_an_unknown_part_is_named() -> None:
     assert "width: no such part" in ended.stderr
 
 
+def printed_rows(script: str, folder: Path) -> list[list[str]]:
+    """What a script in launch/ prints of all runs in a folder: the cells of each line."""
+    command = [sys.executable, str(REPOSITORY / "launch" / script), *map(str, sorted(folder.iterdir()))]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [re.split(r"\s{2,}", line) for line in printed.splitlines()]
+
+
 def test_accuracies_are_averaged_over_seeds(tmp_path: Path) -> None:
     for variant, seed, right in [("lime", 1, 6), ("lime", 2, 8), ("llama", 1, 5)]:
         folder = tmp_path / f"{variant}-seed{seed}"
@@ -45,13 +52,38 @@ def test_accuracies_are_averaged_over_seeds(tmp_path: Path) -> None:
         part = {"accuracy": right / 10}
         report = {"group": "operands", "all": part, "groups": {"4": part}}
         (folder / "accuracy.json").write_text(json.dumps(report), encoding="utf-8")
-    script = REPOSITORY / "launch" / "mean_accuracy.py"
-    printed = subprocess.run(
-        [sys.executable, str(script), *map(str, sorted(tmp_path.iterdir()))], capture_output=True, text=True, check=True
-    ).stdout
-    rows = [re.split(r"\s{2,}", line) for line in printed.splitlines()]
+    rows = printed_rows("mean_accuracy.py", tmp_path)
     assert rows == [
         ["variant", "seeds", "4 operands", "all"],
         ["lime", "2", "70.0 % ± 10.0", "70.0 % ± 10.0"],  # sqrt(2) * 10 over sqrt(2)
         ["llama", "1", "50.0 %", "50.0 %"],
+    ]
+
+
+def test_analyses_are_averaged_over_seeds_and_compared_in_pairs(tmp_path: Path) -> None:
+    entropies = {("llama", 1): 1.0, ("llama", 2): 3.0, ("lime", 1): 1.5, ("lime", 2): 3.7, ("lime", 3): 9.0}
+    for (variant, seed), entropy in entropies.items():
+        folder = tmp_path / f"{variant}-seed{seed}"
+        folder.mkdir()
+        none, some = {"mean": [None, None]}, {"mean": [entropy, None if variant == "lime" else 2.0]}
+        routed = {"own_share": [0.5, 0.25], "expected_source": [0.0, 0.75]} if variant == "lime" else None
+        spectra = {"values": some, "raw_values": none, "hidden_states": none}
+        report = {"spectra": {"entropy": spectra}, "separability": None, "routers": routed}
+        (folder / "analysis.json").write_text(json.dumps(report), encoding="utf-8")
+    assert printed_rows("mean_analyses.py", tmp_path) == [
+        [""],
+        ["entropy of values, as attention uses them"],
+        ["layer", "lime", "llama", "llama - lime"],  # in the order given
+        ["0", "4.733 ± 2.226", "2.000 ± 1.000", "-0.600 ± 0.100"],  # of the seeds that both have
+        ["1", "-", "2.000 ± 0.000", "-"],
+        [""],
+        ["share of a layer's sum |R| on itself"],
+        ["layer", "lime"],
+        ["0", "0.500 ± 0.000"],
+        ["1", "0.250 ± 0.000"],
+        [""],
+        ["mean source layer"],
+        ["layer", "lime"],
+        ["0", "0.000 ± 0.000"],
+        ["1", "0.750 ± 0.000"],
     ]
