@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from lime_dist.config import Config, check_config, parse_config
+from lime_dist.data.indexed import IndexedWriter
 from lime_dist.lime.model import LimeChunk, model_loss, plain_model
 from lime_dist.lime.values import gather_logical, initialize
 from lime_dist.plan.run_plan import plan_run
@@ -66,12 +69,27 @@ SHORT = {
 }
 
 
-def make_config(text: str = "", *more: str, **run: float) -> Config:
-    """A checked config from words of `SHORT`, such as "tp=2 pp=3 sp split=[1,2,1]", and `more` whole overrides."""
+def overrides(text: str) -> list[str]:
+    """From words of `SHORT`, such as "tp=2 pp=3 sp split=[1,2,1]"."""
     words = (word.partition("=") for word in text.split())
-    overrides = [SHORT[name] + equals + value for name, equals, value in words]
-    config = parse_config(BASE, [*overrides, *more, *(f"run.{name}={value}" for name, value in run.items())])
+    return [SHORT[name] + equals + value for name, equals, value in words]
+
+
+def make_config(text: str = "", *more: str, **run: float) -> Config:
+    """A checked config from words of `SHORT` and `more` whole overrides."""
+    config = parse_config(BASE, [*overrides(text), *more, *(f"run.{name}={value}" for name, value in run.items())])
     return check_config(config, config.layout.world_size)
+
+
+def write_short_documents(folder: Path) -> None:
+    """Token files `train` and `valid` of 96 ids: a Zipf-like text, whose loss falls, so that a wrong or repeated batch shows."""
+    generator = np.random.default_rng(5)
+    for name, count in (("train", 40), ("valid", 15)):
+        documents = [np.minimum(generator.zipf(1.3, generator.integers(20, 60)), 95) for _ in range(count)]
+        with IndexedWriter(folder / name, vocab_size=96) as writer:
+            for document in documents:
+                writer.add_document(document)
+            writer.commit({"vocab_size": 96, "tokens": sum(map(len, documents))})
 
 
 def make_batches(config: Config, count: int = len(LR_FACTORS)) -> list[Tensor]:

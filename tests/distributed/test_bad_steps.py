@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from common import SHORT, TOLERANCE, assert_close, make_batches, make_config, make_plain
+from common import TOLERANCE, assert_close, make_batches, make_config, make_plain, overrides
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -215,9 +215,7 @@ def bad_batches(num_batches: int) -> list[int]:
 
 
 def train(run_dir: Path, layout: str = "", *more: str) -> int:
-    words = (word.partition("=") for word in layout.split())
-    overrides = [SHORT[name] + equals + value for name, equals, value in words]
-    return main(["train", "run.yaml", *overrides, f"run.dir={run_dir}", *more])
+    return main(["train", "run.yaml", *overrides(layout), f"run.dir={run_dir}", *more])
 
 
 def lines(run_dir: Path) -> list[dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import SHORT
+from common import overrides
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,12 +35,6 @@ LAYOUTS = (
     "pp=2 v=2 micro=4",
     "tp=2 pp=2 v=2 sp micro=2 relay recompute",
 )
-
-
-def overrides(layout: str) -> list[str]:
-    """From words of `common.SHORT`."""
-    words = (word.partition("=") for word in layout.split())
-    return [SHORT[name] + equals + value for name, equals, value in words]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

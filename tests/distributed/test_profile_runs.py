@@ -8,15 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from common import SHORT
+from common import overrides, write_short_documents
 from safetensors.numpy import load_file
 
 from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
-from lime_dist.data.indexed import IndexedWriter
 from lime_dist.errors import USER_ERROR_EXIT_CODE
 from lime_dist.profiling.analysis import Analysis
 from lime_dist.profiling.profile_files import ProfileError, read_profile
@@ -38,22 +36,14 @@ BESIDE_A_STEP = 0.005
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    generator = np.random.default_rng(5)
-    for name, count in (("train", 40), ("valid", 15)):
-        documents = [np.minimum(generator.zipf(1.3, generator.integers(20, 60)), 95) for _ in range(count)]
-        with IndexedWriter(folder / name, vocab_size=96) as writer:
-            for document in documents:
-                writer.add_document(document)
-            writer.commit({"vocab_size": 96, "tokens": sum(map(len, documents))})
+    write_short_documents(folder)
     (folder / "run.yaml").write_text(yaml.safe_dump(BASE))
     os.chdir(folder)
     return folder
 
 
 def run(command: str, run_dir: Path, layout: str, *more: str) -> int:
-    words = (word.partition("=") for word in layout.split())
-    overrides = [SHORT[name] + equals + value for name, equals, value in words]
-    return main([command, "run.yaml", *overrides, f"run.dir={run_dir}", *more])
+    return main([command, "run.yaml", *overrides(layout), f"run.dir={run_dir}", *more])
 
 
 def steps_of(run_dir: Path) -> list[dict]:

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from common import SHORT
+from common import overrides, write_short_documents
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,7 +32,6 @@ from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.checkpoint.reader import CheckpointReader, find_latest, read_meta
 from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
-from lime_dist.data.indexed import IndexedWriter
 from lime_dist.lifecycle.ending import DONE, FAILED, NEVER_RESTART, OUTCOME_VARIABLE, REQUEUE, read_outcome
 from lime_dist.lifecycle.ownership import Ownership
 from lime_dist.lifecycle.stopping import REPEAT_WINDOW_SECONDS, STOP_SIGNALS
@@ -84,22 +83,10 @@ OTHER_LAYOUTS = (  # with the data and the schedule of a run; more in test_layou
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working folder of all runs: token files and the config."""
     folder = tmp_path_factory.mktemp("runs")
-    generator = np.random.default_rng(5)
-    for name, count in (("train", 40), ("valid", 15)):
-        # A Zipf-like text: its loss falls, so that a wrong or repeated batch shows.
-        documents = [np.minimum(generator.zipf(1.3, generator.integers(20, 60)), 95) for _ in range(count)]
-        with IndexedWriter(folder / name, vocab_size=96) as writer:
-            for document in documents:
-                writer.add_document(document)
-            writer.commit({"vocab_size": 96, "tokens": sum(map(len, documents))})
+    write_short_documents(folder)
     (folder / "run.yaml").write_text(yaml.safe_dump(BASE))
     os.chdir(folder)
     return folder
-
-
-def overrides(layout: str) -> list[str]:
-    words = (word.partition("=") for word in layout.split())
-    return [SHORT[name] + equals + value for name, equals, value in words]
 
 
 def train(run_dir: Path, layout: str = "", *more: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from common import SHORT
+from common import overrides
 from fresh_ranks import on_cpu, on_gpu
 from test_train import BASE
 
@@ -41,12 +41,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def lime_dist(command: str, text: str, *overrides: str) -> str:
+def lime_dist(command: str, text: str, *more: str) -> str:
     """The output of a command that ends well. In a process of its own: this one leaves CUDA alone."""
-    words = (word.partition("=") for word in text.split())
-    layout = [SHORT[name] + equals + value for name, equals, value in words]
     ended = subprocess.run(
-        [sys.executable, "-m", "lime_dist.cli", command, "run.yaml", *layout, *overrides],
+        [sys.executable, "-m", "lime_dist.cli", command, "run.yaml", *overrides(text), *more],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from common import SHORT, assert_equals_the_single_process, make_config, run_layout, run_plain
+from common import assert_equals_the_single_process, make_config, overrides, run_layout, run_plain
 from fresh_ranks import on_cpu, on_gpu, run_fresh
 from test_bf16 import LOSS_TOLERANCE, TENSOR_TOLERANCE, far_off
 
@@ -79,7 +79,5 @@ def test_bf16_is_near_the_fp32_single_process(text: str, device: str) -> None:
     "text", ["micro=2", "pp=2 micro=4", "tp=2 sp", "dp=2 micro=2 zero=3", "pp=2 v=2 micro=4", "tp=2 pp=2 dp=2 micro=2"]
 )
 def test_authors_numbers(text: str) -> None:
-    words = (word.partition("=") for word in text.split())
-    overrides = [SHORT[name] + equals + value for name, equals, value in words]
-    report = run_parity(GOLDEN, [*overrides, "run.device=cuda"], TIMEOUT)
+    report = run_parity(GOLDEN, [*overrides(text), "run.device=cuda"], TIMEOUT)
     assert report["passed"], report
