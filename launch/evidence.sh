@@ -119,8 +119,14 @@ if [ "$part" = arithmetic ]; then
   python launch/mean_accuracy.py "${runs[@]}"
 fi
 if [[ "$part" != *-rates ]]; then
-  for run in "${runs[@]}"; do report analysis.json lime-dist analyze "$run" --json; done
-  python launch/mean_analyses.py "${runs[@]}"
+  text=() # the held-out text has too few of the words to be told apart
+  [ "$part" = arithmetic ] || text=(--text runs/evidence/text/corpus/train.jsonl)
+  analyzed=()
+  for run in "${runs[@]}"; do
+    case "${run##*/}" in llama-seed* | lime-seed*) analyzed+=("$run") ;; esac
+  done
+  for run in "${analyzed[@]}"; do report analysis.json lime-dist analyze "$run" "${text[@]}" --json; done
+  [ ${#analyzed[@]} -eq 0 ] || python launch/mean_analyses.py "${analyzed[@]}"
 fi
 lime-dist compare "${runs[@]}" --svg "runs/evidence/$part.svg" --html "runs/evidence/$part.html"
 lime-dist compare "${runs[@]}" --json > "runs/evidence/$part.json"
