@@ -21,7 +21,7 @@ from lime_dist.errors import PlanError
 from lime_dist.lime.microbatch import count_targets
 from lime_dist.lime.model import LimeChunk, model_loss
 from lime_dist.lime.summed import Router
-from lime_dist.plan.selection import EdgeWeights, select_budget, select_top_p
+from lime_dist.plan.selection import EdgeWeights, kept_share, select_budget, select_top_p
 from lime_dist.plan.shape import plan_shape
 from lime_dist.plan.transfer import plan_transfer
 
@@ -109,12 +109,6 @@ def _keeping(pattern: Pattern, edges: set[tuple[int, int]]) -> Pattern:
         for reader, known in enumerate(pattern.sources)
     )
     return replace(pattern, sources=sources)
-
-
-def kept_share(weights: EdgeWeights, pattern: Pattern) -> float:
-    """Of the sum of all weights."""
-    kept = sum(weights[reader, source] for reader, sources in pattern.edges.items() for source in sources)
-    return kept / (sum(weights.values()) or 1.0)
 
 
 def largest_bundle(config: Config, pattern: Pattern) -> int | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,38 @@ from lime_dist.depth.routing import router_name
 from lime_dist.errors import CheckpointError, ConfigError, PlanError, shown
 from lime_dist.formats import parse_bytes
 from lime_dist.plan.checker import check_run
+from lime_dist.plan.choice import EdgeChoice
 from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p
 from lime_dist.plan.shape import plan_shape
 
-_Weights = Callable[[], EdgeWeights | None]  # read when asked for: they may be large, and are not always needed
+_Chosen = tuple[
+    Config, EdgeChoice | None
+]  # with its edges, and how they were chosen where they were by routers or bytes
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Of the edges that may be chosen: those of the routers of `trained`, a checkpoint that goes on, or of `depth.weights_from`."""
+
+    config: Config
+    trained: Path | None
+
+    @property
+    def how(self) -> str:
+        folder = self.trained or self.config.depth.weights_from
+        return f"by the routers of {folder}" if folder else "by nearness, as depth.weights_from names no checkpoint"
+
+    @cached_property
+    def of_routers(self) -> EdgeWeights | None:
+        """None where nothing was trained. Read when asked for: they may be large, and are not always needed."""
+        if self.trained is not None:
+            return router_weights(self.trained, self.config)
+        if self.config.depth.weights_from:
+            unread = dict.fromkeys(prior_weights(self.config.model.num_layers), 0.0)
+            return unread | dict(router_weights(Path(self.config.depth.weights_from), self.config))
+        return None
 
 
 def ready_plan(config: Config, world_size: int | None = None) -> RunPlan:
@@ -38,11 +65,12 @@ def ready_plan(config: Config, world_size: int | None = None) -> RunPlan:
     config = check_config(config, world_size)
     _check_folders(config)
     folder = resume_folder(config)
-    started = resolve_pattern(config) if folder is None else resumed_config(config, folder)
+    started, choice = _choose(config) if folder is None else _go_on(config, folder)
     if folder is None:
         _check_first_weights(started)
     check_switches(config, started.pattern if folder is None else None)
-    return _checked_plan(started)  # raises what is left: patterns, costs and memory that do not fit the stages
+    plan = _checked_plan(started)  # raises what is left: patterns, costs and memory that do not fit the stages
+    return replace(plan, choice=choice)
 
 
 def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoint: Path | None = None) -> RunPlan:
@@ -153,6 +181,11 @@ def resumed_config(config: Config, folder: Path) -> Config:
     the stages or the routers are now. A run loses edges at a step of `depth.switch_at` only.
     Raises: CheckpointError where it would lose others; PlanError, ConfigError.
     """
+    return _go_on(config, folder)[0]
+
+
+def _go_on(config: Config, folder: Path) -> _Chosen:
+    """See `resumed_config`."""
     reader = CheckpointReader(folder)
     saved, step = saved_config(reader), reader.meta.step
     check_same_model(folder, saved, config)
@@ -160,15 +193,15 @@ def resumed_config(config: Config, folder: Path) -> Config:
     due = config.at_step(step)
     is_switch = step in config.depth.switch_at
     if due.depth.name == saved.depth.name and due.depth.is_chosen and not is_switch:
-        return due.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
-    due = resolve_pattern(due, folder)
+        return _chosen_before(due.with_pattern(saved.depth.pattern, saved.depth.pattern_name), f"checkpoint {folder}")
+    due, choice = _choose(due, folder)
     lost = lost_edges(saved.pattern, due.pattern)
     if lost and not is_switch:
         raise CheckpointError(
             f"depth.pattern: {due.depth.name} lacks {lost} of the {saved.pattern.num_edges} edges of checkpoint {folder} "
             f"({saved.depth.name}); set depth.pattern={saved.depth.name}, or depth.switch_at={{{step}: {due.depth.name}}} to drop them"
         )
-    return due
+    return due, choice
 
 
 def check_same_model(folder: Path, saved: Config, config: Config, instead: str = "run.dir") -> None:
@@ -224,27 +257,31 @@ def resolve_pattern(config: Config, trained: Path | None = None) -> Config:
 
     trained: the checkpoint that goes on, whose routers choose among its edges, in place of `depth.weights_from`.
     """
+    return _choose(config, trained)[0]
+
+
+def _choose(config: Config, trained: Path | None = None) -> _Chosen:
+    """See `resolve_pattern`."""
     text = config.depth.pattern
-    if config.depth.router == "none" or not isinstance(text, str):
-        return config
+    if config.depth.router == "none":
+        return config, None
+    if not isinstance(text, str):
+        return _chosen_before(config, "the config")
     kind, _, argument = text.partition(":")
-    if kind in _KINDS:
-        return config.with_pattern(_KINDS[kind](config, argument, _weights(config, trained)).edges, text)
-    return config.with_pattern(config.pattern.edges, text) if config.depth.is_chosen else config
+    if kind not in _KINDS:
+        return (config.with_pattern(config.pattern.edges, text) if config.depth.is_chosen else config), None
+    weights = _Weights(config, trained)
+    chosen = config.with_pattern(_KINDS[kind](config, argument, weights).edges, text)
+    if not chosen.depth.chosen_by_routers:
+        return chosen, None
+    return chosen, EdgeChoice(pattern=chosen.pattern, weights=weights.of_routers, how=weights.how)
 
 
-def _weights(config: Config, trained: Path | None) -> _Weights:
-    """Of the edges that may be chosen; None where nothing was trained."""
-
-    def read() -> EdgeWeights | None:
-        if trained is not None:
-            return router_weights(trained, config)
-        if config.depth.weights_from:
-            unread = dict.fromkeys(prior_weights(config.model.num_layers), 0.0)
-            return unread | dict(router_weights(Path(config.depth.weights_from), config))
-        return None
-
-    return read
+def _chosen_before(config: Config, holder: str) -> _Chosen:
+    """Its edges are there already; by what they were chosen is told no more."""
+    if not config.depth.chosen_by_routers:
+        return config, None
+    return config, EdgeChoice(pattern=config.pattern, weights=None, how=f"at an earlier start, as {holder} has them")
 
 
 def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
@@ -299,7 +336,7 @@ def _share(argument: str) -> float:
 def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
     budget_bytes = _budget_bytes(argument)
     return select_budget(
-        weights() or prior_weights(config.model.num_layers),
+        weights.of_routers or prior_weights(config.model.num_layers),
         config.chunks,
         num_stages=config.parallel.pp,
         policy=config.depth.policy if config.depth.routing.presummable else "relay",
@@ -310,7 +347,7 @@ def _budget(config: Config, argument: str, weights: _Weights) -> Pattern:
 
 def _top_p(config: Config, argument: str, weights: _Weights) -> Pattern:
     top_p = _share(argument)
-    known = weights()
+    known = weights.of_routers
     if known is None:
         raise PlanError("depth.weights_from: top_p chooses by trained routers; name a checkpoint")
     return select_top_p(known, config.model.num_layers, top_p)

@@ -14,6 +14,7 @@ from lime_dist.config import Config
 from lime_dist.errors import LayoutError
 from lime_dist.formats import format_bytes
 from lime_dist.layout import Layout
+from lime_dist.plan.choice import EdgeChoice
 from lime_dist.plan.flops import STEP_FACTOR
 from lime_dist.plan.memory import MemoryEstimate, StageMemory
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
@@ -27,7 +28,8 @@ class RunPlan:
     """The whole plan of a run.
 
     config: checked, and what the plan follows from. warmup: forwards of the first stage before its first backward, None for
-    the schedule's own number. stages, memory (of one rank of each): by pipeline rank.
+    the schedule's own number. stages, memory (of one rank of each): by pipeline rank. choice: where routers or a budget chose
+    the edges that the config holds, what they kept; for people, as nothing follows from it.
     """
 
     config: Config = field(compare=False)  # two may come out as the same plan
@@ -35,6 +37,7 @@ class RunPlan:
     transfer: TransferPlan
     stages: tuple[StagePlan, ...]
     memory: tuple[StageMemory, ...]
+    choice: EdgeChoice | None = field(default=None, compare=False)
 
     @property
     def layout(self) -> Layout:

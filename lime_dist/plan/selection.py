@@ -100,6 +100,12 @@ def _last_true(holds: Callable[[int], bool], highest: int) -> int:
     return low
 
 
+def kept_share(weights: EdgeWeights, pattern: Pattern) -> float:
+    """Of the sum of all weights, that of the pattern's edges."""
+    kept = sum(weight for (reader, source), weight in weights.items() if source in pattern.sources[reader])
+    return kept / (sum(weights.values()) or 1.0)
+
+
 def mean_magnitudes(
     routers: Mapping[int, numpy.ndarray], sources: Mapping[int, Sequence[int]]
 ) -> dict[tuple[int, int], float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lime_dist.analysis.edge_cuts import cuts, edges_cut, heaviest, kept_share, largest_bundle, mean_loss, measure_cuts
+from lime_dist.analysis.edge_cuts import cuts, edges_cut, heaviest, largest_bundle, mean_loss, measure_cuts
 from lime_dist.analysis.routers import map_of_routers
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.depth.hidden import HIDDEN_STATIC
@@ -15,7 +15,7 @@ from lime_dist.depth.pattern import parse_pattern, pattern_of_edges
 from lime_dist.depth.routing import router_name
 from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.values import gather_logical, load, specified_parameters
-from lime_dist.plan.selection import mean_magnitudes
+from lime_dist.plan.selection import kept_share, mean_magnitudes
 from lime_dist.plan.tensors import LogicalTensor, Role
 
 BASE = {
