@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.checkpoint import commands as checkpoint_commands
-from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate
+from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate, resolve_pattern, resume_folder
 from lime_dist.cli.given_paths import writing
 from lime_dist.config import Config, check_config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
+from lime_dist.config.reading import is_override, shown_key
 from lime_dist.data.commands import add_special_tokens
-from lime_dist.errors import ConfigError, LimeDistError, one_line
+from lime_dist.errors import CheckpointError, ConfigError, LimeDistError, one_line
 from lime_dist.hugging_face import commands as hugging_face_commands
 from lime_dist.lifecycle.ending import FAILED, NEVER_RESTART, write_outcome
 from lime_dist.lifecycle.launcher import (
@@ -74,7 +75,12 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = subparsers.add_parser("plan", help="what each stage holds and what crosses each boundary")
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--compare", action="store_true", help="what each pattern would cost, side by side")
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="PATTERN",
+        help="what each pattern would cost over LLaMA, side by side: first:2, top_p:0.9, first:1+stride:3 (default: a choice)",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: an .svg file")
     parser.add_argument(
         "--predict",
@@ -201,20 +207,47 @@ def _count(text: str) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from lime_dist.plan.table import compare_report, compare_table, plan_report, stage_table
+    from lime_dist.plan.pattern_costs import compare_table
+    from lime_dist.plan.table import plan_report, stage_table
 
     if args.predict is not None:
         return _predict(args)
     if args.sweep is not None:
         raise ConfigError("--sweep: is part of a prediction; add --predict")
-    plan = _ready_to_train(load_config(args.config, args.overrides))
+    words = args.compare or []
+    overrides = [*args.overrides, *filter(is_override, words)]
+    plan = _ready_to_train(load_config(args.config, overrides))
+    patterns = [word for word in words if not is_override(word)]
+    costs = [] if args.compare is None else _pattern_costs(plan, patterns)
     if args.plot is not None:
         _plot(plan, args.plot)
     if args.json:
-        print(json.dumps(plan_report(plan) | ({"compare": compare_report(plan.config)} if args.compare else {})))
+        print(json.dumps(plan_report(plan) | ({"compare": costs} if costs else {})))
     else:
-        print(stage_table(plan) + (f"\n\n{compare_table(plan.config)}" if args.compare else ""))
+        print(stage_table(plan) + (f"\n\n{compare_table(costs)}" if costs else ""))
     return 0
+
+
+def _pattern_costs(plan: RunPlan, patterns: list[str]) -> list[dict[str, Any]]:
+    """Of each, with the edges that the run would choose now: by `depth.weights_from`, or by its own checkpoint.
+
+    Raises: ConfigError for a pattern that it cannot have.
+    """
+    from lime_dist.plan.pattern_costs import compared_configs
+
+    depth = plan.config.depth
+    trained = None if depth.weights_from or depth.router == "none" else resume_folder(plan.config)
+    return [_pattern_cost(config, trained) for config in compared_configs(plan, patterns)]
+
+
+def _pattern_cost(config: Config, trained: Path | None) -> dict[str, Any]:
+    from lime_dist.plan.pattern_costs import pattern_cost
+
+    try:
+        return pattern_cost(resolve_pattern(check_config(config), trained))
+    except (ConfigError, CheckpointError) as error:
+        problem = str(error).removeprefix("depth.pattern: ")
+        raise ConfigError(f"--compare {shown_key(config.depth.name)}: {problem}") from None
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -222,7 +255,7 @@ def _predict(args: argparse.Namespace) -> int:
     from lime_dist.plan.sweep import sweep, sweep_report, sweep_table
 
     for option in ("compare", "plot"):
-        if getattr(args, option):
+        if getattr(args, option) is not None:
             raise ConfigError(f"--{option}: is of the plan, which --predict does not show; give one of them")
     words = read_words(args.predict)
     loaded = load_config(args.config, [*args.overrides, *words.overrides])

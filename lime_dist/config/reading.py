@@ -83,6 +83,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
+def is_override(word: str) -> bool:
+    """Whether it sets a key, among words of an option that takes others: no name of a pattern or folder looks so."""
+    return re.match(r"[^:/=]+\.[^:/=]+=", word) is not None
+
+
 def build_section(cls: Any, values: Any, prefix: str) -> Any:
     """The dataclass `cls` from a mapping; `prefix` stands before its keys in errors. Raises: ConfigError."""
     if not isinstance(values, Mapping):

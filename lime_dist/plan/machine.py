@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 
-from lime_dist.config.reading import nearest
+from lime_dist.config.reading import is_override, nearest
 from lime_dist.errors import ConfigError, shown
 from lime_dist.plan.costs import LinkSpeed, Rates
 from lime_dist.plan.schedule import Kind
@@ -84,7 +84,7 @@ class Words:
 
 def read_words(words: Sequence[str]) -> Words:
     """Raises: ConfigError for a word that is none, and for a value without its unit."""
-    overrides = [word for word in words if "." in word.partition("=")[0] and "=" in word]
+    overrides = [word for word in words if is_override(word)]
     rest = [word for word in words if word not in overrides]
     profiles = [word for word in rest if "=" not in word]
     if len(profiles) > 1:

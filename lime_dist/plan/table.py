@@ -6,19 +6,15 @@ Bytes are those of one microbatch on one tensor rank, forward, unless a name say
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from math import prod
-from textwrap import fill
+from textwrap import fill, wrap
 from typing import Any
 
-from lime_dist.config import Config, ModelConfig
-from lime_dist.depth.kinds import routers_of
-from lime_dist.depth.pattern import Pattern
+from lime_dist.config import Config
 from lime_dist.formats import format_bytes, format_si
+from lime_dist.plan.choice import EdgeChoice
 from lime_dist.plan.memory import StageMemory
 from lime_dist.plan.parameters import (
     count_parameters,
-    logical_tensors,
     padded_vocab_size,
     plan_parameters,
     total_parameters,
@@ -26,25 +22,11 @@ from lime_dist.plan.parameters import (
 from lime_dist.plan.record import plan_record
 from lime_dist.plan.run_plan import RunPlan, replan_warmups
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
-from lime_dist.plan.shape import plan_shape
 from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
-from lime_dist.plan.tensors import Role
 from lime_dist.plan.transfer import HopPlan, TransferPlan, plan_transfer
 
-MAX_WIDTH, MAX_LAYERS_WIDTH = 120, 22  # of a line; of a column, so that lines stay within it
+MAX_WIDTH, MAX_LAYERS_WIDTH, MAX_SOURCES_WIDTH = 120, 22, 60  # of a line; of columns, so that lines stay within it
 POLICIES = ("least", "relay")
-COMPARED_PATTERNS = (
-    "full",
-    "first:2",
-    "first:4",
-    "last:2",
-    "last:4",
-    "first:2+last:2",
-    "stride:2",
-    "stride:4",
-    "within_stage",
-    "within_stage+first:2",
-)
 
 
 def plan_report(plan: RunPlan) -> dict[str, Any]:
@@ -73,6 +55,7 @@ def _table_report(plan: RunPlan) -> dict[str, Any]:
         "totals": {policy: _transfer_by(plan, policy).num_crossings for policy in POLICIES},
         "proven_minimum": fewest.num_crossings,
         "warmups": _warmup_reports(plan),
+        "chosen_edges": None if plan.choice is None else plan.choice.report(),
     }
 
 
@@ -164,42 +147,6 @@ def _num_tensors(hop: HopPlan) -> int:
     return 1 + len(hop.raw_entries) + len(hop.partial_sums)
 
 
-# ---- other patterns, side by side
-
-
-def compare_report(config: Config) -> list[dict[str, Any]]:
-    """What each pattern would cost on the same model and layout under each policy; the config's own pattern too."""
-    own = config.depth.pattern
-    known = own in COMPARED_PATTERNS or config.depth.router == "none"
-    patterns = COMPARED_PATTERNS if known else (*COMPARED_PATTERNS, own)
-    return [_cost_report(_with_depth(config, pattern, policy)) for pattern in patterns for policy in POLICIES]
-
-
-def _with_depth(config: Config, pattern: Any, policy: str) -> Config:
-    router = routers_of(config.depth.entry)[0] if config.depth.router == "none" else config.depth.router
-    return replace(config, depth=replace(config.depth, router=router, pattern=pattern, policy=policy))
-
-
-def _cost_report(config: Config) -> dict[str, Any]:
-    transfer, shape = plan_transfer_of(config), plan_shape(config)
-    bundles_bytes = [shape.bundle_bytes(hop) for hop in transfer.hops]
-    largest = max(bundles_bytes, default=0)
-    return {
-        "pattern": transfer.pattern.name,
-        "policy": config.depth.policy,
-        "crossings": transfer.num_crossings,
-        "largest_bundle_bytes": largest,
-        "ratio_to_residual": largest / shape.residual_bytes,
-        "bytes_per_microbatch": sum(bundles_bytes),
-        "router_parameters": _router_parameters(config.model, transfer.pattern),
-    }
-
-
-def _router_parameters(model: ModelConfig, pattern: Pattern) -> int:
-    tensors = logical_tensors(model, pattern).values()
-    return sum(prod(tensor.shape) for tensor in tensors if tensor.role is Role.ROUTER)
-
-
 # ---- text
 
 
@@ -220,7 +167,9 @@ def stage_table(plan: RunPlan) -> str:
         lines += ["", *_hop_lines(report)]
     lines += ["", _totals_line(report)]
     lines += [_warmups_line(report["warmups"])] if report["warmups"] else []
-    return "\n".join([*lines, *_staged_lines(plan)])
+    lines += _staged_lines(plan)
+    lines += ["", *_choice_lines(plan.choice)] if plan.choice is not None else []
+    return "\n".join(lines)
 
 
 def _layout(config: Config) -> str:
@@ -321,22 +270,27 @@ def _warmup_text(one: dict[str, Any], in_flight: str = "", a_rank: str = "") -> 
     return f"{one['warmup']} ({said}): {one['microbatches_in_flight']}{in_flight}, {format_bytes(one['memory_bytes'])}{a_rank}"
 
 
-def compare_table(config: Config) -> str:
-    """For people: a line for each pattern and policy."""
-    head = "pattern", "policy", "crossings", "largest bundle", "x residual", "a microbatch", "router parameters"
+def _choice_lines(choice: EdgeChoice) -> list[str]:
+    """A line a reader; where there are many, a line for several neighbouring ones."""
+    total, is_weighed = choice.total, choice.weights is not None
+    said = f"edges of {choice.pattern.name}, chosen {choice.how}: {total.num_kept} of {total.num_edges} kept"
+    said += f", with {_percent(total.weight_share)} of their weight" if is_weighed else ""
+    head = "readers", "sources kept", "kept", "of", *(("share of weight",) if is_weighed else ())
     rows = [
         (
-            cost["pattern"],
-            cost["policy"],
-            str(cost["crossings"]),
-            format_bytes(cost["largest_bundle_bytes"]),
-            f"{cost['ratio_to_residual']:.2f}",
-            format_bytes(cost["bytes_per_microbatch"]),
-            f"{cost['router_parameters']:,}",
+            format_layers(kept.readers),
+            _shortened(kept.sources, MAX_SOURCES_WIDTH),
+            str(kept.num_kept),
+            str(kept.num_edges),
+            *((_percent(kept.weight_share),) if is_weighed else ()),
         )
-        for cost in compare_report(config)
+        for kept in choice.groups()
     ]
-    return "\n".join(align_columns(head, rows))
+    return [*wrap(said, width=MAX_WIDTH, subsequent_indent="  "), *align_columns(head, rows)]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def align_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -355,12 +309,12 @@ def format_layers(layers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
 
 
-def _shortened(layers: Sequence[int]) -> str:
+def _shortened(layers: Sequence[int], most: int = MAX_LAYERS_WIDTH) -> str:
     """As `format_layers`, without runs in the middle where there are many: 0-1, 8-9, ..., 24-25."""
     text = format_layers(layers)
-    if len(text) <= MAX_LAYERS_WIDTH:
+    if len(text) <= most:
         return text
     *first, last = text.split(", ")
-    while len(first) > 1 and len(", ".join((*first, "...", last))) > MAX_LAYERS_WIDTH:
+    while len(first) > 1 and len(", ".join((*first, "...", last))) > most:
         first.pop()
     return ", ".join((*first, "...", last))

@@ -73,7 +73,7 @@ def test_text_has_the_comparison_on_request(capsys: pytest.CaptureFixture[str]) 
     table = capsys.readouterr().out
     assert main(["plan", QUICKSTART, "--compare"]) == 0
     both = capsys.readouterr().out
-    assert both.startswith(table) and "router parameters" in both and "router parameters" not in table
+    assert both.startswith(table) and "x LLaMA" in both and "x LLaMA" not in table
 
 
 @pytest.mark.parametrize(

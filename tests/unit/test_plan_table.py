@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from itertools import product
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,9 @@ from lime_dist.config import Config, check_config, load_config
 from lime_dist.depth.pattern import Pattern
 from lime_dist.formats import format_bytes
 from lime_dist.plan.flops import routing_flops_per_token
-from lime_dist.plan.parameters import logical_tensors
 from lime_dist.plan.run_plan import plan_run
 from lime_dist.plan.stages import plan_transfer_of
-from lime_dist.plan.table import (
-    COMPARED_PATTERNS,
-    POLICIES,
-    compare_report,
-    compare_table,
-    plan_report,
-    stage_table,
-)
-from lime_dist.plan.tensors import Role
+from lime_dist.plan.table import POLICIES, plan_report, stage_table
 from lime_dist.plan.transfer import plan_transfer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -131,7 +121,7 @@ def test_table_of_virtual_stages() -> None:
 )
 def test_lines_are_at_most_120_wide(overrides: list[str]) -> None:
     config = make_config("model.num_layers=128", *overrides)
-    assert max(map(len, (*stage_table(plan_run(config)).splitlines(), *compare_table(config).splitlines()))) <= 120
+    assert max(map(len, stage_table(plan_run(config)).splitlines())) <= 120
 
 
 def test_long_lists_of_layers_are_shortened() -> None:
@@ -237,33 +227,3 @@ def test_the_minimum_of_virtual_stages_counts_tensors(costs: list[str]) -> None:
     """Whatever `least` weighs; hop costs make it take more tensors here."""
     report = plan_report(plan_run(make_virtual(4, 4, *costs)))
     assert report["proven_minimum"] == 78 <= report["totals"]["least"]
-
-
-def test_compare_covers_each_pattern_and_policy() -> None:
-    config = make_config("parallel.pp=4", "depth.pattern=last:3")
-    costs = compare_report(config)
-    assert [(cost["pattern"], cost["policy"]) for cost in costs] == [
-        (pattern, policy) for pattern in (*COMPARED_PATTERNS, "last:3") for policy in POLICIES
-    ]
-    lines = compare_table(config).splitlines()
-    assert [tuple(line.split()[:2]) for line in lines[1:]] == [(cost["pattern"], cost["policy"]) for cost in costs]
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("virtual_stages", (1, 2))
-def test_compare_agrees_with_the_report(virtual_stages: int, policy: str) -> None:
-    config = make_virtual(4, virtual_stages, "depth.pattern=stride:2", f"depth.policy={policy}")
-    (cost,) = (cost for cost in compare_report(config) if (cost["pattern"], cost["policy"]) == ("stride:2", policy))
-    report = plan_report(plan_run(config))
-    bundles = [boundary["bundle_bytes"] for boundary in report["hops"]]
-    assert cost["crossings"] == report["totals"][policy]
-    assert (cost["largest_bundle_bytes"], cost["bytes_per_microbatch"]) == (max(bundles), sum(bundles))
-    assert cost["ratio_to_residual"] == max(boundary["ratio_to_residual"] for boundary in report["hops"])
-    tensors = logical_tensors(config.model, config.pattern).values()
-    assert cost["router_parameters"] == sum(prod(each.shape) for each in tensors if each.role is Role.ROUTER)
-
-
-def test_compare_without_a_router_and_with_one_stage() -> None:
-    patterns = [cost["pattern"] for cost in compare_report(make_config("parallel.pp=2", "depth.router=none"))]
-    assert patterns == [pattern for pattern in COMPARED_PATTERNS for _ in POLICIES]
-    assert all(cost["largest_bundle_bytes"] == 0 for cost in compare_report(make_config("parallel.pp=1")))
