@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
@@ -51,7 +52,7 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run, or the run's folder")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, such as parallel.pp=4")
 
 
@@ -113,7 +114,7 @@ def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--harness",
         metavar="TASKS",
-        help="tasks of EleutherAI's lm-eval, such as hellaswag,arc_easy, on one device; CONFIG may be a run's folder then",
+        help="tasks of EleutherAI's lm-eval, such as hellaswag,arc_easy, on one device; CONFIG may be a step_N folder then",
     )
     of_both = parser.add_argument_group("with --task or --harness")
     of_both.add_argument("--limit", type=_positive, metavar="N", help="the first N examples only (default: all)")
@@ -375,6 +376,8 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if os.path.isdir(args.config):  # that run's own checkpoint, whatever it began from
+        args.overrides.insert(0, "checkpoint.resume=auto")
     if args.harness is not None:
         return _eval_harness(args)
     _refuse_options(args, "--harness", "harness_path", "num_fewshot", "add_bos")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lime_dist.config import Config, check_config, parse_config
-from lime_dist.config.reading import apply_override, read_yaml
+from lime_dist.config.reading import apply_override, read_config
 from lime_dist.depth.kinds import OPTIONS
 from lime_dist.errors import ConfigError, shown
 
@@ -20,7 +20,7 @@ _WORD = re.compile(r"(?<![a-z])lime(?![a-z])", re.IGNORECASE)
 
 def llama_twin(path: Path, overrides: Sequence[str] = ()) -> str:
     """YAML of the keys that the file and the overrides set, and of no other. Raises: ConfigError."""
-    tree = read_yaml(path, "config", "sections such as `model:` and `run:`")
+    tree = read_config(path)
     for override in overrides:
         apply_override(tree, override)
     config = check_config(parse_config(tree))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -22,11 +23,28 @@ _KNOWN_SHOWN = 10
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `section.key=value` overrides (values are YAML). Does not `check_config`.
+    """Read a YAML file or a run's folder and apply `section.key=value` overrides (values are YAML). Does not `check_config`.
 
     Raises: ConfigError.
     """
-    return parse_config(read_yaml(path, "config", "sections such as `model:` and `run:`"), overrides)
+    return parse_config(read_config(path), overrides)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The sections that a YAML file sets, or the `config.yaml` of a run's folder, which is `run.dir` wherever it lies by now.
+
+    Raises: ConfigError.
+    """
+    content = "sections such as `model:` and `run:`"
+    if not os.path.isdir(path):
+        return read_yaml(path, "config", content)
+    if not os.path.isfile(file := Path(path, "config.yaml")):
+        raise ConfigError(
+            f"config {path}: a folder without config.yaml; give a YAML file, or the folder of a run that began"
+        )
+    tree = read_yaml(file, "config", content)
+    run = tree.get("run") or {}
+    return tree | ({"run": {**run, "dir": str(Path(path))}} if isinstance(run, Mapping) else {})
 
 
 def read_yaml(path: str | Path, what: str, content: str) -> dict[str, Any]:

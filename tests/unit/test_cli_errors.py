@@ -205,7 +205,7 @@ OTHERS = {
     "train laughs.yaml --dry-run": r"config laughs\.yaml: line \d+: more than 300000 values",
     "train list.yaml": r"config list\.yaml: must hold sections such as `model:`",
     "train no_model.yaml": r"model\.hidden_size: missing; add it",
-    "train . --dry-run": r"config \.: Is a directory; give the path of a YAML file",
+    "train . --dry-run": r"config \.: a folder without config\.yaml; give a YAML file, or the folder of a run that began",
     "plan run.yaml parallel.pp=9": r"parallel\.pp: 9 stages .* use at most 4",
     "eval run.yaml data.valid=[] --checkpoint step_000001": r"data\.valid: no held-out text; name a token file",
     "eval run.yaml": r"run\.dir: no checkpoint under run/checkpoints; train first or give --checkpoint",
