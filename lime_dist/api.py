@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lime_dist.checkpoint.edges import ready_plan, resolve_pattern
+from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config import load_config as read_config
 from lime_dist.data.tokenizer import Tokenizer
@@ -24,8 +25,6 @@ from lime_dist.generate import (
     checkpoint_folder,
     continue_ids,
     encode_prompt,
-    load_tokenizer_of,
-    own_tokenizer,
     single_device,
     whole_model,
 )
@@ -74,7 +73,7 @@ class Model:
     """The whole model on one device.
 
     network: the torch module, with the usual parameters, gradients and state.
-    tokenizer: None where the config names no file that is there.
+    tokenizer: None where there is none: the run's folder has no copy, and the config names no file that is here.
     """
 
     network: LimeChunk

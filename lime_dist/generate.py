@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lime_dist.checkpoint.checking import read_meta
 from lime_dist.checkpoint.edges import no_checkpoint, resume_folder, saved_config
+from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import Config
-from lime_dist.data.meta import require_tokenizer
 from lime_dist.data.special_tokens import AS_THE_FILE_SAYS, SpecialTokens
-from lime_dist.data.tokenizer import Tokenizer, load_tokenizer, require_bos
-from lime_dist.errors import CheckpointError, ConfigError, DataError
+from lime_dist.data.tokenizer import Tokenizer, require_bos
+from lime_dist.errors import CheckpointError, ConfigError
 from lime_dist.lime.layers import KeyValueCache
 from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.parts import PlainParts
@@ -72,27 +71,6 @@ def generate_text(
     tokenizer = load_tokenizer_of(config, path, prompt.named)
     ids = encode_prompt(tokenizer, prompt.text, add_bos=prompt.add_bos)
     yield from continue_ids(model, tokenizer, ids, sampling, max_new_tokens)
-
-
-def own_tokenizer(folder: Path, config: Config) -> Path | None:
-    """The run's, as the checkpoint's config names it. Raises: DataError where another file than made its text lies there."""
-    if config.data.tokenizer is None:
-        return None
-    path = Path(config.data.tokenizer)
-    if path.is_file():
-        made = f"the text that checkpoint {folder} was trained on"
-        require_tokenizer(path, read_meta(folder).origin.tokenizer, key="data.tokenizer", made=made)
-    return path
-
-
-def load_tokenizer_of(config: Config, path: Path, named: SpecialTokens = AS_THE_FILE_SAYS) -> Tokenizer:
-    """Raises: DataError when it is no tokenizer, or has another number of ids than the model."""
-    tokenizer = load_tokenizer(path, named)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise DataError(
-            f"--tokenizer: {path} has {tokenizer.vocab_size} ids, the model {config.model.vocab_size}; give the run's own"
-        )
-    return tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool) -> list[int]:

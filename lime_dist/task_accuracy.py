@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lime_dist.checkpoint.edges import evaluated_config
+from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
 from lime_dist.config import Config, check_config
 from lime_dist.data.indexed import TokenFiles, check_files, open_mask, open_tokens
 from lime_dist.data.meta import require_tokenizer
@@ -19,7 +20,7 @@ from lime_dist.data.tasks.catalog import task_named
 from lime_dist.data.tasks.examples import Task
 from lime_dist.data.tokenizer import Tokenizer, require_eos
 from lime_dist.errors import ConfigError, DataError
-from lime_dist.generate import continue_all, evaluated_checkpoint, load_model, load_tokenizer_of, single_device
+from lime_dist.generate import continue_all, evaluated_checkpoint, load_model, single_device
 
 _SHOWN = 3
 
@@ -138,8 +139,8 @@ def judge_checkpoint(config: Config, request: TaskRequest) -> TaskAccuracy:
     prefix, key = _examples_of(config, request)
     files = check_files(prefix, key=key)
     task = task_named(files.task, key=key, prefix=prefix)
-    tokenizer = _tokenizer_of(config, files, key)
     folder = evaluated_checkpoint(config, request.checkpoint)
+    tokenizer = _tokenizer_of(folder, config, files, key)
     _ = evaluated_config(config, folder)  # raises where the config is of another model
     model, _ = load_model(folder, single_device(config.run.device, "run.device"))
     questions = read_questions(files)[: request.limit]
@@ -159,10 +160,10 @@ def _examples_of(config: Config, request: TaskRequest) -> tuple[str, str]:
     return config.data.valid[0].path, "data.valid"
 
 
-def _tokenizer_of(config: Config, files: TokenFiles, key: str) -> Tokenizer:
-    if config.data.tokenizer is None:
+def _tokenizer_of(checkpoint: Path, config: Config, files: TokenFiles, key: str) -> Tokenizer:
+    path = own_tokenizer(checkpoint, config)
+    if path is None:
         raise ConfigError("data.tokenizer: not set; name the tokenizer.model beside the task's files")
-    path = Path(config.data.tokenizer)
     require_tokenizer(path, files.tokenizer_sha256, key="data.tokenizer", made=f"{key} {files.prefix}")
     return load_tokenizer_of(config, path)
 

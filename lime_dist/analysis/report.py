@@ -28,12 +28,13 @@ from lime_dist.analysis.routers import RouterMap, map_of_magnitudes, map_of_rout
 from lime_dist.analysis.sentences import describe
 from lime_dist.analysis.spectra import ALPHA, Spectrum, Spread, measure_spectra
 from lime_dist.analysis.text import SEQUENCES_AT_ONCE, Text, open_text
+from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.config import Config
 from lime_dist.data.marks import token_ids
 from lime_dist.data.tokenizer import Tokenizer
 from lime_dist.depth.routing import router_name
-from lime_dist.generate import checkpoint_folder, load_model, load_tokenizer_of, own_tokenizer, single_device
+from lime_dist.generate import checkpoint_folder, load_model, single_device
 from lime_dist.lime.model import LimeChunk
 from lime_dist.plan.parameters import logical_tensors
 

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from lime_dist.checkpoint.checking import FORMAT, Meta, Origin
 from lime_dist.checkpoint.staging import Staged, Staging, stage
 from lime_dist.checkpoint.writing import Agreement, Unwritten, write_checkpoint
-from lime_dist.config import to_dict
+from lime_dist.config import recorded
 from lime_dist.lifecycle.pulse import Pulse
 from lime_dist.training.agreement import gather
 from lime_dist.training.rank import Rank
@@ -140,7 +140,7 @@ class Saver:
                 format=FORMAT,
                 step=progress.step,
                 samples_seen=progress.samples_seen,
-                config=to_dict(rank.config),
+                config=recorded(rank.config),
                 files={},
                 spikes=progress.spikes,
                 origin=self._origin,

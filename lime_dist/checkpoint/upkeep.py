@@ -12,9 +12,9 @@ import numpy
 
 from lime_dist.checkpoint.chunk_files import tensor_path
 from lime_dist.checkpoint.edges import check_same_model
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
+from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_run
 from lime_dist.checkpoint.whole_writer import write_whole
-from lime_dist.config import to_dict
+from lime_dist.config import recorded, to_dict
 from lime_dist.depth.pattern import lost_edges
 from lime_dist.errors import CheckpointError
 from lime_dist.formats import format_bytes
@@ -46,7 +46,7 @@ def description(reader: CheckpointReader) -> dict[str, Any]:
     return {
         "checkpoint": str(reader.folder),
         "format": meta.format,
-        "run": config.run.dir,
+        "run": str(find_run(reader.folder) or config.run.dir),
         "step": meta.step,
         "samples_seen": meta.samples_seen,
         "tokens_seen": meta.samples_seen * config.data.seq_length,
@@ -121,7 +121,7 @@ class Difference:
 
 def config_differences(left: CheckpointReader, right: CheckpointReader) -> list[str]:
     """A line for each key."""
-    ours, theirs = to_dict(left.config), to_dict(right.config)
+    ours, theirs = recorded(left.config), recorded(right.config)
     return [
         f"{section}.{key}: {value} | {theirs[section].get(key)}"
         for section, keys in ours.items()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.checkpoint.reader import find_latest, step_of
-from lime_dist.config import Config, load_config
+from lime_dist.config import RUN_CONFIG, Config, load_config
 from lime_dist.errors import ConfigError
 from lime_dist.formats import RECENT_STEPS
 from lime_dist.training.records import RECENT_BYTES, read_records
@@ -18,7 +18,7 @@ def find_config(run_dir: Path) -> Config:
     """The run's resolved config, or what was submitted. Raises: ConfigError where there is no run."""
     if not run_dir.is_dir():
         raise ConfigError(f"RUN: {run_dir} is no folder; name a run's folder (its run.dir)")
-    for path in (run_dir / "config.yaml", run_dir / "slurm" / "config.yaml"):
+    for path in (run_dir / RUN_CONFIG, run_dir / "slurm" / RUN_CONFIG):
         if path.is_file():
             return load_config(path)
     raise ConfigError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.comparison.curves import Curve, trailing_means
-from lime_dist.config import Config, check_config, load_config
+from lime_dist.config import RUN_CONFIG, Config, check_config, load_config
 from lime_dist.errors import ConfigError
 from lime_dist.plan.parameters import total_parameters
 from lime_dist.plan.run_plan import plan_run
@@ -84,12 +84,12 @@ class RecordedRun:
 
 def read_run(folder: Path) -> RecordedRun:
     """Raises: RunFolderError."""
-    if not (folder / "config.yaml").is_file():
+    if not (folder / RUN_CONFIG).is_file():
         raise RunFolderError(
             f"{folder}: has no config.yaml; name the folder of a run (run.dir) that has begun to train"
         )
     try:
-        config = check_config(load_config(folder / "config.yaml"))
+        config = check_config(load_config(folder / RUN_CONFIG))
     except ConfigError as error:
         raise RunFolderError(f"{folder}: its config.yaml cannot be read: {error}") from None
     records = read_records(folder / "metrics.jsonl")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lime_dist.comparison.run_folders import RecordedRun, RunFolderError
-from lime_dist.config import Config, DepthConfig, to_dict
+from lime_dist.config import Config, DepthConfig, recorded
+from lime_dist.config.paths import from_here
 from lime_dist.depth.kinds import ROUTINGS, options_of
 from lime_dist.errors import shown
 
@@ -62,7 +63,7 @@ def group_runs(runs: Sequence[RecordedRun]) -> tuple[Variant, ...]:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What is trained, by `section.key`: without what changes no number, and without what LLaMA does not have."""
-    tree = to_dict(config)
+    tree = recorded(config)
     flat = {
         f"{section}.{name}": value
         for section, values in tree.items()
@@ -83,7 +84,11 @@ def settings_of(config: Config) -> dict[str, Any]:
 def show_setting(key: str, value: Any) -> str:
     """A value on one line, shortened where it is long."""
     if key in ("data.train", "data.valid"):
-        value = " ".join(one["path"] if len(value) == 1 else f"{one['weight']:g} {one['path']}" for one in value)
+        paths = [from_here(one["path"]) for one in value]
+        shares = [f"{one['weight']:g} {path}" for one, path in zip(value, paths, strict=True)]
+        value = " ".join(shares if len(value) > 1 else paths)
+    elif key in ("data.tokenizer", "checkpoint.weights_from") and value is not None:
+        value = from_here(value)
     return "none" if value is None else shown(value).strip("'")
 
 

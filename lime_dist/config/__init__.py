@@ -4,7 +4,7 @@ Knows no framework: it answers on a login node in milliseconds.
 """
 
 from lime_dist.config.checking import check_config, find_warnings
-from lime_dist.config.reading import dump_yaml, load_config, parse_config, to_dict
+from lime_dist.config.reading import RUN_CONFIG, dump_yaml, load_config, parse_config, recorded, to_dict
 from lime_dist.config.schema import (
     CheckpointConfig,
     Config,
@@ -28,6 +28,7 @@ __all__ = [
     "EvalConfig",
     "ModelConfig",
     "OptimConfig",
+    "RUN_CONFIG",
     "ParallelConfig",
     "PipelineConfig",
     "RunConfig",
@@ -38,5 +39,6 @@ __all__ = [
     "find_warnings",
     "load_config",
     "parse_config",
+    "recorded",
     "to_dict",
 ]

@@ -14,12 +14,15 @@ from typing import Any
 
 import yaml
 
+from lime_dist.config.paths import with_absolute_paths
 from lime_dist.config.schema import Config, Source
 from lime_dist.config.yaml_text import MAX_TEXT_BYTES, parse_yaml
 from lime_dist.errors import ConfigError, shown
+from lime_dist.lifecycle.ownership import OWNER_FILE
 
 _MAX_SECTIONS = 10  # of an override
 _KNOWN_SHOWN = 10
+RUN_CONFIG = "config.yaml"  # in a run's folder: the resolved one
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,16 +38,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises: ConfigError.
     """
-    content = "sections such as `model:` and `run:`"
-    if not os.path.isdir(path):
-        return read_yaml(path, "config", content)
-    if not os.path.isfile(file := Path(path, "config.yaml")):
+    is_folder = os.path.isdir(path)
+    if is_folder and not os.path.isfile(Path(path, RUN_CONFIG)):
         raise ConfigError(
-            f"config {path}: a folder without config.yaml; give a YAML file, or the folder of a run that began"
+            f"config {path}: a folder without {RUN_CONFIG}; give a YAML file, or the folder of a run that began"
         )
-    tree = read_yaml(file, "config", content)
+    file = Path(path, RUN_CONFIG) if is_folder else Path(path)
+    tree = read_yaml(file, "config", "sections such as `model:` and `run:`")
+    is_of_run = is_folder or (file.name == RUN_CONFIG and os.path.isfile(file.parent / OWNER_FILE))
     run = tree.get("run") or {}
-    return tree | ({"run": {**run, "dir": str(Path(path))}} if isinstance(run, Mapping) else {})
+    return tree | {"run": {**run, "dir": str(file.parent)}} if is_of_run and isinstance(run, Mapping) else tree
 
 
 def read_yaml(path: str | Path, what: str, content: str) -> dict[str, Any]:
@@ -75,9 +78,14 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def recorded(config: Config) -> dict[str, Any]:
+    """As it is written down: with absolute paths."""
+    return to_dict(with_absolute_paths(config))
+
+
 def dump_yaml(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to the same `Config`."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    """The resolved config as YAML that `load_config` reads back to the same `Config`, but for paths, which are absolute."""
+    return yaml.safe_dump(recorded(config), sort_keys=False)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -87,7 +95,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {shown(override)}: write section.key=value")
     if key.count(".") > _MAX_SECTIONS:
         raise ConfigError(f"override {shown(key)}: more than {_MAX_SECTIONS} sections; write section.key=value")
-    value = parse_yaml(text, f"override {key}")
+    _set_key(tree, key, parse_yaml(text, f"override {key}"))
+
+
+def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     node = tree
     for section in sections:

@@ -140,7 +140,7 @@ class DataConfig:
     train: list[Source] = field(default_factory=list)
     valid: list[Source] = field(default_factory=list)  # empty: the last valid_fraction of train's documents
     valid_fraction: float = 0.0
-    tokenizer: str | None = None
+    tokenizer: str | None = None  # a .model or tokenizer.json, of which the run keeps a copy in its folder
     seq_length: int = 2048
     samples: str = (
         "stream"  # documents joined and cut: stream | one whole document each: padded | as many as fit: packed

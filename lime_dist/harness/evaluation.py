@@ -64,7 +64,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, request: HarnessReques
     """Raises: ConfigError, DataError, CheckpointError; whatever can be found out before, before the model is loaded."""
     _ = evaluated_config(config, checkpoint)  # raises where the config is of another model
     device = single_device(config.run.device, "run.device")
-    encoder = prompt_encoder(config, add_bos=request.add_bos)
+    encoder = prompt_encoder(checkpoint, config, add_bos=request.add_bos)
     room = Room(max_length=config.data.seq_length, max_new_tokens=request.max_new_tokens)
     choice = TaskChoice(names=request.names, folder=request.folder, num_fewshot=request.num_fewshot)
     with redirect_stdout(sys.stderr):  # tasks print as they like

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
 from lime_dist.config import Config
 from lime_dist.data.meta import TokenMeta, find_meta, require_tokenizer
 from lime_dist.data.tokenizer import Tokenizer, require_bos, require_eos
 from lime_dist.errors import ConfigError
-from lime_dist.generate import load_tokenizer_of
 from lime_dist.lifecycle.launcher import warn
 
 
@@ -31,11 +31,11 @@ class PromptEncoder:
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
 
-def prompt_encoder(config: Config, *, add_bos: bool) -> PromptEncoder:
-    """add_bos: whatever the meta files of `data.train` say, which may be elsewhere by now. Raises: ConfigError, DataError."""
-    if config.data.tokenizer is None:
+def prompt_encoder(checkpoint: Path, config: Config, *, add_bos: bool) -> PromptEncoder:
+    """Of a checkpoint's run. add_bos: whatever the meta files of `data.train` say, which may be elsewhere by now. Raises: ConfigError, DataError."""
+    path = own_tokenizer(checkpoint, config)
+    if path is None:
         raise ConfigError("data.tokenizer: the run names none; add data.tokenizer=FILE")
-    path = Path(config.data.tokenizer)
     tokenizer = load_tokenizer_of(config, path)
     metas = _train_metas(config)
     for prefix, meta in metas.items():

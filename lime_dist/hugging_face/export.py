@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lime_dist.checkpoint.edges import saved_config
+from lime_dist.checkpoint.own_tokenizer import own_tokenizer
 from lime_dist.checkpoint.reader import CheckpointReader
 from lime_dist.checkpoint.upkeep import open_checkpoint
 from lime_dist.config import Config
@@ -37,7 +38,7 @@ TOKENIZER_MODEL = "tokenizer.model"
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """checkpoint: a step_N folder, or a run's for its newest. tokenizer: instead of data.tokenizer; none: without."""
+    """checkpoint: a step_N folder, or a run's for its newest. tokenizer: instead of the run's own; none: without."""
 
     checkpoint: Path
     out: Path
@@ -54,7 +55,7 @@ def export_checkpoint(export: Export) -> Config:
     max_bytes = _shard_bytes(export.max_shard_size)
     reader = open_checkpoint(export.checkpoint)
     config = saved_config(reader)
-    tokenizer = _find_tokenizer(config, export.tokenizer)
+    tokenizer = _find_tokenizer(reader.folder, config, export.tokenizer)
     files = _small_files(config, export.dtype, tokenizer)
     with new_folder("--out", export.out) as partial:
         for name, values in files.items():
@@ -74,11 +75,13 @@ def _shard_bytes(text: str) -> int:
     return found
 
 
-def _find_tokenizer(config: Config, given: str | None) -> Path | None:
+def _find_tokenizer(checkpoint: Path, config: Config, given: str | None) -> Path | None:
     """Raises: DataError where it is missing or has another number of ids than the model."""
-    if given == NO_TOKENIZER or (given is None and config.data.tokenizer is None):
+    if given == NO_TOKENIZER:
         return None
-    path = Path(given or str(config.data.tokenizer))
+    path = own_tokenizer(checkpoint, config) if given is None else Path(given)
+    if path is None:
+        return None
     if not path.is_file():
         raise DataError(f"--tokenizer: {path} does not exist; give the run's own, or none to leave it out")
     from lime_dist.data.tokenizer import load_tokenizer

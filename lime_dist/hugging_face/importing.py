@@ -62,7 +62,7 @@ def import_model(folder: Path, out: Path, as_lime: str | None = None) -> Path:
         raise type(error)(str(error) if str(folder) in str(error) else f"{folder}/{error}") from None
     tokenizer = _find_tokenizer(folder, config)
     if tokenizer is not None:
-        config = replace(config, data=replace(config.data, tokenizer=str(out / tokenizer.name)))
+        config = replace(config, data=replace(config.data, tokenizer=str((out / tokenizer.name).absolute())))
     with new_folder("--out", out) as partial:
         values = (("weight", tensor, _values(tensor, places[name], weights)) for name, tensor in tensors.items())
         write_whole(step_folder(partial / "checkpoints", 0), config, values, step=0, samples_seen=0)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from lime_dist.errors import LimeDistError
 
+OWNER_FILE = "owner"  # is in every folder that a run has begun in
+
 
 class RunTaken(LimeDistError):
     """Another start has taken over the run's folder."""
@@ -23,7 +25,7 @@ class Ownership:
 
     def __init__(self, run_dir: Path):
         """Take the run over from whoever had it."""
-        self._path = run_dir / "owner"
+        self._path = run_dir / OWNER_FILE
         job = os.environ.get("SLURM_JOB_ID", "no job")
         self._claim = f"process {os.getpid()} on {socket.gethostname()}, job {job}, since {time.time_ns()}"
         replacement = self._path.with_name(f".owner-{os.getpid()}-{time.time_ns()}")

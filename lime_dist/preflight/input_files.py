@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lime_dist.checkpoint.checking import read_meta
 from lime_dist.checkpoint.edges import first_weights, resume_folder
+from lime_dist.checkpoint.own_tokenizer import tokenizer_file
 from lime_dist.config import Config
 from lime_dist.data.indexed import TokenFiles
 from lime_dist.data.indexed import check_files as check_token_files
@@ -57,9 +58,9 @@ def _read_source(config: Config, key: str, prefix: str) -> _Source:
 
 
 def _check_tokenizers(config: Config, sources: Sequence[_Source]) -> None:
-    """One tokenizer made all sources, and it is data.tokenizer where that is given."""
-    if config.data.tokenizer is not None:
-        path = Path(config.data.tokenizer)
+    """One tokenizer made all sources, and it is the run's where that has one."""
+    path = tokenizer_file(config)
+    if path is not None:
         _check_vocabulary(config, path)
         for source in sources:
             require_tokenizer(path, source.files.tokenizer_sha256, key="data.tokenizer", made=str(source))

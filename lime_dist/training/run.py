@@ -31,6 +31,7 @@ from lime_dist.checkpoint.edges import (
 )
 from lime_dist.checkpoint.full_disk import FULL_DISK, FullDisk, naming_full_disk
 from lime_dist.checkpoint.loading import load_checkpoint, load_weights
+from lime_dist.checkpoint.own_tokenizer import tokenizer_file
 from lime_dist.checkpoint.reader import (
     CheckpointReader,
     find_before,
@@ -41,8 +42,9 @@ from lime_dist.checkpoint.reader import (
 )
 from lime_dist.checkpoint.safe_files import flush_to_disk
 from lime_dist.checkpoint.saving import Progress, Saver
-from lime_dist.config import Config, dump_yaml
+from lime_dist.config import RUN_CONFIG, Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
+from lime_dist.data.kept_tokenizer import keep_tokenizer
 from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
 from lime_dist.lifecycle.heartbeat import side_heartbeat_folder
@@ -614,7 +616,9 @@ class TrainingRun:
         run_dir = Path(self.config.run.dir)
         self._owner = _take_run(run_dir, checkpoints_of(self.config))
         self._set_later_ones_aside()
-        (run_dir / "config.yaml").write_text(dump_yaml(self.config))
+        if (tokenizer := tokenizer_file(self.config)) is not None:
+            keep_tokenizer(tokenizer, run_dir)
+        (run_dir / RUN_CONFIG).write_text(dump_yaml(self.config))
         self._write_plan()
         if resumed_from is not None:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from lime_dist.checkpoint.own_tokenizer import tokenizer_file
 from lime_dist.config import Config
 from lime_dist.data.checksums import file_digest
 from lime_dist.data.dataset import TokenSamples
@@ -18,8 +19,8 @@ def training_tokenizer(config: Config) -> str | None:
     """SHA-256 of the tokenizer that made the training text; None where nothing says so."""
     metas = (find_meta(Path(f"{source.path}.meta.json"), key="data.train") for source in config.data.train)
     known = (meta.tokenizer_sha256 for meta in metas if meta is not None and meta.tokenizer_sha256 is not None)
-    own = config.data.tokenizer
-    return next(known, None) or (file_digest(Path(own)) if own is not None else None)
+    own = tokenizer_file(config)
+    return next(known, None) or (file_digest(own) if own is not None else None)
 
 
 def open_training_data(config: Config, between: Between = lambda: None) -> TokenSamples:

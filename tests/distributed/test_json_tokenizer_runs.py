@@ -101,13 +101,14 @@ def test_another_tokenizer_than_the_files_were_made_with(
     assert f"data.tokenizer: {other} is not the tokenizer that made data.train tokens" in line
     assert main(["generate", "run", "--prompt", "a", "--eos", "<nope>"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == "lime-dist: --eos: tokenizer.json has no token '<nope>'; name one of its own"
+    assert line == f"lime-dist: --eos: {folder}/run/tokenizer.json has no token '<nope>'; name one of its own"
 
 
 def test_a_checkpoint_knows_the_tokenizer_of_its_text(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Another one of as many ids is refused where the run goes on, where its weights are taken, and where it writes text."""
+    """Another one of as many ids is refused where the run goes on, where its weights are taken, and, without the run's own
+    copy, where it writes text."""
     shutil.copytree(folder, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     lime("data", "tokenize", "--input", "text.txt", "--tokenizer", "tokenizer.json", "--out", "tokens", "--overwrite")
@@ -127,9 +128,12 @@ def test_a_checkpoint_knows_the_tokenizer_of_its_text(
         assert main(["train", "run.yaml", *more]) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith(f"lime-dist: {made}; name token files of that tokenizer")
+    lime("generate", "own", "--prompt", "layers")
+    Path("own/tokenizer.json").unlink()
+    capfd.readouterr()
     assert main(["generate", "own", "--prompt", "layers"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(
-        "lime-dist: data.tokenizer: tokenizer.json is not the tokenizer that made the text that checkpoint own"
+        f"lime-dist: data.tokenizer: {Path.cwd()}/tokenizer.json is not the tokenizer that made the text that checkpoint own"
     )
     lime("generate", "own", "--prompt", "layers", "--tokenizer", "tokenizer.json")  # asked for by name

@@ -20,8 +20,10 @@ from lime_dist.config import (
     find_warnings,
     load_config,
     parse_config,
+    recorded,
     to_dict,
 )
+from lime_dist.config.paths import with_absolute_paths
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LayoutError, PlanError
 
@@ -163,8 +165,36 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
     )  # fmt: skip
     path = tmp_path / "resolved.yaml"
     path.write_text(dump_yaml(config))
-    assert load_config(path) == config
-    assert to_dict(load_config(path)) == to_dict(config)
+    assert load_config(path) == with_absolute_paths(config)
+    assert to_dict(load_config(path)) == recorded(config)
+
+
+def test_paths_are_written_as_they_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        "data.train=data/a", "data.valid=[{path: ../b, weight: 2}]", "data.tokenizer=/elsewhere/t.model", "run.dir=runs/x",
+        "checkpoint.weights_from=runs/y", "depth.weights_from=runs/z",
+        "depth.switch_at={1: 'edges:e.yaml', 2: 'first:2', 3: {4: [0]}}",
+    )  # fmt: skip
+    written = with_absolute_paths(config)
+    assert written.data.train[0].path == f"{tmp_path}/data/a" and written.data.valid[0].path == f"{tmp_path}/../b"
+    assert (written.data.tokenizer, written.run.dir) == ("/elsewhere/t.model", f"{tmp_path}/runs/x")
+    assert (written.checkpoint.weights_from, written.depth.weights_from) == (f"{tmp_path}/runs/y", f"{tmp_path}/runs/z")
+    assert written.depth.switch_at == {1: f"edges:{tmp_path}/e.yaml", 2: "first:2", 3: {4: [0]}}
+    assert (written.checkpoint.resume, written.data.valid[0].weight) == ("auto", 2.0)
+    assert with_absolute_paths(make_config("checkpoint.resume=runs/y")).checkpoint.resume == f"{tmp_path}/runs/y"
+    assert with_absolute_paths(written) == written
+
+
+def test_a_runs_config_is_of_the_folder_that_it_lies_in(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(make_config("run.dir=/where/it/was")))
+    assert load_config(path).run.dir == "/where/it/was"
+    (tmp_path / "owner").write_text("a start that has begun here")
+    assert load_config(path).run.dir == str(tmp_path)
+    assert load_config(path, ["run.dir=other"]).run.dir == "other"
+    path.rename(tmp_path / "mine.yaml")
+    assert load_config(tmp_path / "mine.yaml").run.dir == "/where/it/was"
 
 
 def test_every_key_is_keyword_only_and_frozen() -> None:

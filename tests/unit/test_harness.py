@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -26,7 +27,9 @@ from lm_eval.tasks import TaskManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lime_dist.api import Model, load_model
+from lime_dist.checkpoint.checking import meta_text
 from lime_dist.cli.command_line import main
+from lime_dist.data.checksums import file_digest
 from lime_dist.data.meta import find_meta
 from lime_dist.data.tasks.arithmetic import Arithmetic
 from lime_dist.data.tasks.build import build_task
@@ -241,18 +244,41 @@ def test_settings_of_a_task() -> None:
 
 def test_bos_is_what_the_token_files_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = find_evaluated(Path("run.yaml"), [], None)
-    assert prompt_encoder(config, add_bos=False).bos is None and prompt_encoder(config, add_bos=True).bos == 1
+    assert (
+        prompt_encoder(CHECKPOINT, config, add_bos=False).bos is None
+        and prompt_encoder(CHECKPOINT, config, add_bos=True).bos == 1
+    )
     meta = json.loads(Path("task/train.meta.json").read_text())
     (tmp_path / "begun.meta.json").write_text(json.dumps({**meta, "bos_id": 1}))
     begun, _ = find_evaluated(Path("run"), [f"data.train={tmp_path}/begun"], None)
-    assert prompt_encoder(begun, add_bos=False).prefix == 1 and capsys.readouterr().err == ""
+    assert prompt_encoder(CHECKPOINT, begun, add_bos=False).prefix == 1 and capsys.readouterr().err == ""
     mixed, _ = find_evaluated(Path("run"), [f"data.train=[task/train, {tmp_path}/begun]"], None)
-    assert prompt_encoder(mixed, add_bos=False).prefix == 2
+    assert prompt_encoder(CHECKPOINT, mixed, add_bos=False).prefix == 2
     away, _ = find_evaluated(Path("run"), ["data.train=elsewhere/train"], None)
-    assert prompt_encoder(away, add_bos=False).bos is None and "add --add-bos" in capsys.readouterr().err
+    assert prompt_encoder(CHECKPOINT, away, add_bos=False).bos is None and "add --add-bos" in capsys.readouterr().err
     (tmp_path / "wrong.meta.json").write_text(json.dumps({**meta, "bos_id": "1"}))
     with pytest.raises(DataError, match=r"^data\.train: .*wrong\.meta\.json has no usable bos_id"):
         find_meta(tmp_path / "wrong.meta.json", key="data.train")
+
+
+def test_the_tokenizer_is_the_checkpoints_own(tmp_path: Path) -> None:
+    """The one that made its text, by name and by the copy in the run's folder."""
+    run = shutil.copytree("run", tmp_path / "run")
+    checkpoint, tokenizer = run / "checkpoints" / CHECKPOINT.name, Path("task/tokenizer.model")
+    config, _ = find_evaluated(run, [], None)
+    for sha256 in (file_digest(tokenizer), "0" * 64):
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        del meta["sha256"]
+        (checkpoint / "meta.json").write_bytes(meta_text(meta | {"origin": {"tokenizer": sha256}}))
+        if sha256 == "0" * 64:
+            with pytest.raises(
+                DataError, match=r"^data\.tokenizer: task/tokenizer\.model is not the tokenizer that made"
+            ):
+                prompt_encoder(checkpoint, config, add_bos=False)
+        else:
+            shutil.copyfile(tokenizer, run / "tokenizer.model")
+            away, _ = find_evaluated(run, ["data.tokenizer=nowhere.model"], None)
+            assert prompt_encoder(checkpoint, away, add_bos=False).tokenizer.path == run / "tokenizer.model"
 
 
 def test_the_command(own: Model, capsys: pytest.CaptureFixture[str]) -> None:
