@@ -158,7 +158,7 @@ class ZeroOptimizer:
             joint_backward(roots, gradients)
             return
         self._microbatches_done += 1
-        is_last = self._microbatches_done == self._config.pipeline.num_microbatches
+        is_last = self._microbatches_done == self._config.num_microbatches
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(roots[0])
 

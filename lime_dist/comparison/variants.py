@@ -16,7 +16,7 @@ from lime_dist.errors import shown
 _SECTIONS_WITHOUT_EFFECT = ("parallel", "pipeline", "profile", "analysis", "deepspeed")
 _WITHOUT_EFFECT = {
     "run.seed", "run.dir", "run.log_every", "run.timeout_seconds", "run.memory", "run.peak_tflops", "run.device",
-    "depth.policy", "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
+    "depth.policy", "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "data.micro_batch_size",
 }  # fmt: skip
 # Of a pattern that has been resolved: by what its edges were chosen, and what they are called.
 _SETTLED = {"depth.weights_from", "depth.pattern_name"}

@@ -18,7 +18,7 @@ from lime_dist.config.deepspeed_keys import (
     ZERO_SECTIONS,
     ZERO_WHOLE_NUMBERS,
 )
-from lime_dist.config.ranges import MAX_WORLD_SIZE, RANGES, numbers_of
+from lime_dist.config.ranges import MAX_MICROBATCHES, MAX_WORLD_SIZE, RANGES, numbers_of
 from lime_dist.config.reading import nearest, shown_key
 from lime_dist.config.schema import Config, DepthConfig, ModelConfig
 from lime_dist.depth.key_value import ROUTER_INITS
@@ -40,9 +40,9 @@ def check_config(config: Config, world_size: int | None = None) -> Config:
     config = _settle_dp(config, world_size)
     _check_tensor_parallel(config)
     _ = config.chunks  # raises on its own keys
+    _check_batch(config)
     _check_pipeline(config)
     _check_switches(config)
-    _check_batch(config)
     _check_spikes(config)
     _check_profile(config)
     _check_deepspeed(config)
@@ -270,13 +270,27 @@ def _check_pipeline(config: Config) -> None:
         pipeline.min_message_bytes is not None,
         f"pipeline.min_message: {shown(pipeline.min_message)} is no size; write 256KiB",
     )
-    check_schedule(
-        pipeline.schedule,
-        num_stages=parallel.pp,
-        num_microbatches=pipeline.num_microbatches,
-        virtual_stages=parallel.virtual_stages,
-        warmup=pipeline.warmup if isinstance(pipeline.warmup, int) else None,
-    )
+    try:
+        check_schedule(
+            pipeline.schedule,
+            num_stages=parallel.pp,
+            num_microbatches=config.num_microbatches,
+            virtual_stages=parallel.virtual_stages,
+            warmup=pipeline.warmup if isinstance(pipeline.warmup, int) else None,
+        )
+    except ConfigError as error:
+        if pipeline.num_microbatches is not None:
+            raise
+        raise type(error)(_of_microbatch_size(str(error), config)) from None
+
+
+def _of_microbatch_size(message: str, config: Config) -> str:
+    """A message on a number of microbatches that nobody set, but the size of one."""
+    key, number = f"pipeline.num_microbatches: {config.num_microbatches} ", config.num_microbatches
+    if config.data.micro_batch_size is None or not message.startswith(key):
+        return message
+    message = message.removeprefix(key).replace("; use ", "; make ")
+    return f"data.micro_batch_size: {config.data.micro_batch_size} makes {number} microbatches, which {message}"
 
 
 def _check_switches(config: Config) -> None:
@@ -303,10 +317,28 @@ def _check_profile(config: Config) -> None:
 
 
 def _check_batch(config: Config) -> None:
-    dp, microbatches, batch = config.layout.dp, config.pipeline.num_microbatches, config.data.global_batch_size
+    """The batch is cut evenly, by replicas and by `data.micro_batch_size` or else by `pipeline.num_microbatches`."""
+    dp, batch, size, number = (
+        config.layout.dp, config.data.global_batch_size, config.data.micro_batch_size, config.pipeline.num_microbatches,
+    )  # fmt: skip
+    key, unit = ("pipeline.num_microbatches", number or 1) if size is None else ("data.micro_batch_size", size)
+    below = batch // (dp * unit) * dp * unit
+    near = f"{below} or {below + dp * unit}" if below else str(dp * unit)
     _require(
-        batch % (dp * microbatches) == 0,
-        f"data.global_batch_size: {batch} must be a multiple of parallel.dp={dp} x pipeline.num_microbatches={microbatches}",
+        below == batch,
+        f"data.global_batch_size: {batch} must be a multiple of parallel.dp={dp} x {key}={unit}; use {near}",
+    )
+    if size is None:
+        return
+    makes = batch // (dp * size)
+    _require(
+        number in (None, makes),
+        f"pipeline.num_microbatches: {number}, but data.micro_batch_size={size} makes {makes} with data.global_batch_size={batch} "
+        f"and parallel.dp={dp}; leave it out, or set data.micro_batch_size=null",
+    )
+    _require(
+        makes <= MAX_MICROBATCHES,
+        f"data.micro_batch_size: {size} makes {makes} microbatches; at most {MAX_MICROBATCHES} are planned, so raise it",
     )
 
 
@@ -351,7 +383,7 @@ def _check_deepspeed(config: Config) -> None:
         + (" (2 and 3 need parallel.pp=1)" if highest == 1 else ""),
     )
     _require(
-        stage < 3 or config.pipeline.schedule != "gpipe" or config.pipeline.num_microbatches == 1,
+        stage < 3 or config.pipeline.schedule != "gpipe" or config.num_microbatches == 1,
         "pipeline.schedule: gpipe under ZeRO 3 would keep the last microbatch's gradient only; use 1f1b",
     )
 

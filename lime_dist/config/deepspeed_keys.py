@@ -7,7 +7,7 @@ DEEPSPEED_VERSION = "0.19"
 # Keys that follow from this project's own; each with the key that sets it.
 OWNED = {
     "train_batch_size": "data.global_batch_size",
-    "train_micro_batch_size_per_gpu": "data.global_batch_size and pipeline.num_microbatches",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_size",
     "gradient_accumulation_steps": "pipeline.num_microbatches",
     "managed_gradient_accumulation": "pipeline.num_microbatches",
     "gradient_clipping": "optim.max_grad_norm",

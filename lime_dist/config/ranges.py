@@ -9,6 +9,7 @@ from lime_dist.errors import shown
 
 LARGEST_FLOAT = 1.7976931348623157e308
 MAX_WORLD_SIZE = 1_000_000
+MAX_MICROBATCHES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ RANGES: dict[str, Range] = {
     "parallel.pp": _whole(1, 512),
     "parallel.dp": _whole(1, MAX_WORLD_SIZE),
     "parallel.virtual_stages": _whole(1, 1024),
-    "pipeline.num_microbatches": _whole(1, 8192),
+    "pipeline.num_microbatches": _whole(1, MAX_MICROBATCHES),
     "pipeline.warmup": _whole(1, 8192),
     "pipeline.min_message": _whole(0, 2**40),
     "pipeline.receives_ahead": _whole(1, 64),
@@ -82,6 +83,7 @@ RANGES: dict[str, Range] = {
     "data.valid_fraction": Range(low=0, high=1, below=True),
     "data.seq_length": _whole(1, 2**22),
     "data.global_batch_size": _whole(1, 2**22),
+    "data.micro_batch_size": _whole(1, 2**22),
     "eval.every": _whole(0, 10**9),
     "eval.batches": _whole(1, 10**6),
     "checkpoint.every": _whole(0, 10**9),

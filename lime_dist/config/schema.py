@@ -94,7 +94,7 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
     schedule: str = "1f1b"
-    num_microbatches: int = 1
+    num_microbatches: int | None = None  # of a replica in a step; None: as many as data.micro_batch_size makes, or 1
     # Forwards of the first stage before its first backward. None: the schedule's own number; auto: as many as hide transfers.
     warmup: int | str | None = None
     min_message: int | str = (
@@ -146,6 +146,8 @@ class DataConfig:
         "stream"  # documents joined and cut: stream | one whole document each: padded | as many as fit: packed
     )
     global_batch_size: int = 1  # sequences a step, over all replicas
+    # Sequences that a replica puts through the stages at a time, whatever dp is; None: pipeline.num_microbatches says how many.
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,9 +240,17 @@ class Config:
         return Layout(tp=self.parallel.tp, pp=self.parallel.pp, dp=self.parallel.dp or 1)
 
     @property
+    def num_microbatches(self) -> int:
+        """Of one replica in a step."""
+        number, size = self.pipeline.num_microbatches, self.data.micro_batch_size
+        if number is None:
+            number = 1 if size is None else self.data.global_batch_size // (self.layout.dp * size)
+        return number
+
+    @property
     def microbatch_size(self) -> int:
         """Sequences that one replica puts through the stages at a time."""
-        return self.data.global_batch_size // (self.layout.dp * self.pipeline.num_microbatches)
+        return self.data.global_batch_size // (self.layout.dp * self.num_microbatches)
 
     @property
     def pattern(self) -> Pattern:

@@ -245,7 +245,7 @@ class _StageEstimate:
 
     def _received(self, actions_ahead: int, num_in_flight: int) -> int:
         """Of the actions ahead: depth memories and residuals of forwards to come, gradients of what was sent for backwards."""
-        passes = self._config.pipeline.num_microbatches * len(self._chunks)
+        passes = self._config.num_microbatches * len(self._chunks)
         ahead = max(
             self._held[chunk.chunk] + self._sums[chunk.chunk] + (0 if chunk.is_first else self._shape.residual_bytes)
             for chunk in self._chunks
@@ -261,7 +261,7 @@ class _StageEstimate:
         sent = [self._sent_of(chunk) for chunk in self._chunks]
         if self._on_gpu:
             return max(map(sum, sent))
-        forwards = backwards = self._config.pipeline.num_microbatches
+        forwards = backwards = self._config.num_microbatches
         return sum(
             forwards * forward + (backwards - in_flight[chunk.chunk]) * backward
             for chunk, (forward, backward) in zip(self._chunks, sent)

@@ -130,7 +130,7 @@ def options(config: Config, rates: Rates) -> Iterator[tuple[str, Setting]]:
         yield from (("depth", Setting(changes={"depth.pattern": one}, keeps_model=False)) for one in others)
         yield "depth", Setting(changes={"depth.router": "none"}, keeps_model=False)
     for number in _microbatch_numbers(config):
-        yield "microbatches", Setting(changes={"pipeline.num_microbatches": str(number)})
+        yield "microbatches", Setting(changes=microbatches(config, number, config.layout.dp))
     if parallel.pp == 1:
         return
     if depth.router != "none":
@@ -144,9 +144,17 @@ def options(config: Config, rates: Rates) -> Iterator[tuple[str, Setting]]:
     yield from _partitions(config, rates)
 
 
+def microbatches(config: Config, number: int, dp: int) -> dict[str, str]:
+    """Changes with which each of `dp` replicas has `number` of them, by the key that `config` says it with."""
+    if config.data.micro_batch_size is None:
+        return {"pipeline.num_microbatches": str(number)}
+    changes = {"data.micro_batch_size": str(config.data.global_batch_size // (dp * number))}
+    return changes if config.pipeline.num_microbatches is None else changes | {"pipeline.num_microbatches": "null"}
+
+
 def _microbatch_numbers(config: Config) -> Iterator[int]:
     """Half, twice and four times as many, where the batch can be cut so."""
-    number, sequences = config.pipeline.num_microbatches, config.data.global_batch_size // config.layout.dp
+    number, sequences = config.num_microbatches, config.data.global_batch_size // config.layout.dp
     for other in (number // 2, 2 * number, 4 * number):
         if other and sequences % other == 0 and number % 2 * (other < number) == 0:
             yield other

@@ -49,7 +49,7 @@ class RunPlan:
 
     @property
     def num_microbatches(self) -> int:
-        return self.config.pipeline.num_microbatches
+        return self.config.num_microbatches
 
     @property
     def virtual_stages(self) -> int:
@@ -94,7 +94,7 @@ def plan_run(config: Config) -> RunPlan:
     worst = needs.index(max(needs))
     raise LayoutError(
         f"run.memory: {config.run.memory}, but a rank of stage {worst} needs about {format_bytes(needs[worst])}; lower "
-        "data.seq_length or data.global_batch_size, or raise pipeline.num_microbatches, parallel.pp, parallel.tp or run.memory"
+        "data.micro_batch_size (or raise pipeline.num_microbatches) or data.seq_length, or raise parallel.pp, parallel.tp or run.memory"
     )
 
 
@@ -122,7 +122,7 @@ def _warmups(config: Config) -> list[int | None]:
         return [None]
     sizes = {
         "num_stages": parallel.pp,
-        "num_microbatches": pipeline.num_microbatches,
+        "num_microbatches": config.num_microbatches,
         "virtual_stages": parallel.virtual_stages,
     }
     return [*range(eager_warmup(**sizes), plain_warmup(**sizes), -1), None]

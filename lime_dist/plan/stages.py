@@ -163,13 +163,13 @@ def plan_stages(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | Non
 def _plan_stage(config: Config, chunks: tuple[ChunkPlan, ...], warmup: int | None, stage_index: int) -> StagePlan:
     pipeline, num_stages, virtual_stages = config.pipeline, config.parallel.pp, config.parallel.virtual_stages
     place = {"stage_index": stage_index, "num_stages": num_stages, "virtual_stages": virtual_stages}
-    step = plan_schedule(pipeline.schedule, num_microbatches=pipeline.num_microbatches, warmup=warmup, **place)
+    step = plan_schedule(pipeline.schedule, num_microbatches=config.num_microbatches, warmup=warmup, **place)
     return StagePlan(
         stage_index=stage_index,
         num_stages=num_stages,
         chunks=chunks[stage_index::num_stages],
         actions=step,
-        evaluation=plan_forward_only(pipeline.num_microbatches, **place),
+        evaluation=plan_forward_only(config.num_microbatches, **place),
         moments=step.peaks(),
         receives_ahead=pipeline.receives_ahead or (1 if warmup is None else 2),
     )

@@ -20,7 +20,16 @@ from lime_dist.formats import format_bytes, format_si
 from lime_dist.plan.costs import Costs, Rates, costs_of
 from lime_dist.plan.flops import BACKWARD_FACTOR, layer_flops_per_token
 from lime_dist.plan.partition import plan_partition
-from lime_dist.plan.predict import Prediction, Progress, Setting, format_seconds, plan_unlimited, predict_plan, wrapped
+from lime_dist.plan.predict import (
+    Prediction,
+    Progress,
+    Setting,
+    format_seconds,
+    microbatches,
+    plan_unlimited,
+    predict_plan,
+    wrapped,
+)
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Kind
 from lime_dist.plan.shape import DTYPE_BYTES
@@ -106,7 +115,7 @@ class _Sizes:
             "parallel.pp": str(self.pp),
             "parallel.dp": str(self.dp),
             "parallel.virtual_stages": str(self.virtual_stages),
-            "pipeline.num_microbatches": str(self.num_microbatches),
+            **microbatches(config, self.num_microbatches, self.dp),
         }
         is_sequence_parallel = self.tp > 1 and (config.parallel.sequence_parallel or config.parallel.tp == 1)
         if is_sequence_parallel != config.parallel.sequence_parallel:

@@ -158,7 +158,7 @@ def stage_table(plan: RunPlan) -> str:
     lines = [
         f"{_layout(config)}, pattern {report['pattern']}, policy {config.depth.policy}",
         _model_line(report),
-        f"schedule {pipeline.schedule}, {pipeline.num_microbatches} microbatches of {tokens}",
+        f"schedule {pipeline.schedule}, {config.num_microbatches} microbatches of {tokens}",
         f"bytes are of one microbatch on one tensor rank, forward{_sizes(report['hops'])}",
         "",
         *_stage_lines(report["stages"]),

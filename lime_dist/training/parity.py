@@ -193,7 +193,7 @@ def run_parity(folder: Path, overrides: Sequence[str], timeout: timedelta) -> di
     layout = {
         **asdict(config.parallel),
         "schedule": config.pipeline.schedule,
-        "num_microbatches": config.pipeline.num_microbatches,
+        "num_microbatches": config.num_microbatches,
         "partition": [len(layers) for layers in config.chunks],
         "zero_stage": config.zero_stage,
         "dtype": config.run.dtype,

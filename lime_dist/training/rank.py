@@ -146,9 +146,7 @@ class Rank:
     def rows(self) -> list[slice]:
         """Of a global batch this replica's, by microbatch: every dp-th block."""
         config, size = self.config, self.config.microbatch_size
-        blocks = range(
-            self.groups.coordinate.dp_rank, config.layout.dp * config.pipeline.num_microbatches, config.layout.dp
-        )
+        blocks = range(self.groups.coordinate.dp_rank, config.layout.dp * config.num_microbatches, config.layout.dp)
         return [slice(block * size, (block + 1) * size) for block in blocks]
 
     def microbatches(self, batch: Batch) -> list[Microbatch]:
@@ -166,7 +164,7 @@ class Rank:
         """num_targets: of the global batch, so that an example with more of them counts no more in one layout than in another."""
         if num_targets is None:
             return Microbatch(tokens=values)
-        return read_microbatch(values, num_targets / (self.config.pipeline.num_microbatches * self.config.layout.dp))
+        return read_microbatch(values, num_targets / (self.config.num_microbatches * self.config.layout.dp))
 
     def _num_targets(self, batch: Batch) -> int:
         num_targets = _known_targets(batch)

@@ -47,6 +47,7 @@ SHORT = {
     "batch": "data.global_batch_size",
     "split": "pipeline.partition",
     "micro": "pipeline.num_microbatches",
+    "size": "data.micro_batch_size",
     "pattern": "depth.pattern",
     "relay": "depth.policy=relay",
     "cost": "pipeline.boundary_cost",
@@ -214,7 +215,7 @@ def assert_equals_the_single_process(
     assert_close(actual.gradients, expected.gradients, tolerance)
     assert_close(actual.weights, expected.weights, tolerance)
 
-    planned = [config.pipeline.num_microbatches * count for count in plan_run(config).boundary_bytes]
+    planned = [config.num_microbatches * count for count in plan_run(config).boundary_bytes]
     for rank in ranks:
         assert (rank.losses, rank.grad_norms) == (actual.losses, actual.grad_norms), "ranks disagree"
         assert rank.boundary_bytes == [planned] * len(rank.losses)

@@ -63,6 +63,7 @@ LAYOUTS = (
     "pp=3 tp=2 sp layers=6 split=[3,2,1] micro=6 recompute",
     "pp=3 tp=2 layers=6 micro=4 pattern=last:2 seq=5 batch=4 heads=4 kv=2",
     "pp=3 dp=2 layers=6 micro=3 zero=0 untied pattern=stride:2",
+    "pp=3 dp=2 layers=5 size=2",  # three microbatches, as their size says
     "pp=3 layers=8 split=[3,3,2] micro=2 pattern=block:3+first:1 tp=2 recompute",
     "pp=2 layers=6 split=[2,4] micro=3 pattern=block:2 relay heads=4 kv=2",
     # small messages together

@@ -72,7 +72,7 @@ def test_the_first_steps_of_a_run_that_goes_on_once(text: str, device: str) -> N
     for name in ("loss", "grad_norm"):
         assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=TOLERANCE)
     config = ready_plan(load_config(Path("run/config.yaml"), [])).config
-    planned = [config.pipeline.num_microbatches * count for count in plan_run(config).boundary_bytes]
+    planned = [config.num_microbatches * count for count in plan_run(config).boundary_bytes]
     assert all(step["boundary_bytes"] == planned for step in found)
     checkpoint = find_latest(Path("run/checkpoints"))
     assert checkpoint is not None and read_meta(checkpoint).step == 6

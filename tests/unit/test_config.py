@@ -26,6 +26,7 @@ from lime_dist.config import (
 from lime_dist.config.paths import with_absolute_paths
 from lime_dist.config.ranges import RANGES
 from lime_dist.errors import ConfigError, LayoutError, PlanError
+from lime_dist.plan.run_plan import plan_run
 
 MODEL = {
     "num_layers": 8,
@@ -197,6 +198,25 @@ def test_a_runs_config_is_of_the_folder_that_it_lies_in(tmp_path: Path) -> None:
     assert load_config(tmp_path / "mine.yaml").run.dir == "/where/it/was"
 
 
+# ---- microbatches
+
+
+def test_the_size_of_microbatches_says_how_many(tmp_path: Path) -> None:
+    """For any number of replicas, from what a run wrote too."""
+    words = "data.global_batch_size=96", "data.micro_batch_size=4"
+    for dp in (1, 2, 8):
+        config = check_config(make_config(*words), dp)
+        assert (config.num_microbatches, config.microbatch_size) == (24 // dp, 4)
+        path = tmp_path / "resolved.yaml"
+        path.write_text(dump_yaml(config))
+        again = check_config(load_config(path, ["parallel.dp=3"]), 3)
+        assert (again.num_microbatches, again.microbatch_size) == (8, 4)
+        assert plan_run(again).num_microbatches == 8
+    both = check_config(make_config(*words, "pipeline.num_microbatches=24"))
+    assert (both.num_microbatches, both.microbatch_size) == (24, 4)
+    assert check_config(make_config("data.global_batch_size=96")).microbatch_size == 96
+
+
 def test_every_key_is_keyword_only_and_frozen() -> None:
     def walk(value: Any) -> None:
         if is_dataclass(value):
@@ -243,7 +263,13 @@ REFUSED = [  # overrides, error, how the message begins
     ("parallel.pp=2 pipeline.boundary_cost=[-1]", ConfigError, "pipeline.boundary_cost: -1.0 must be above 0"),
     ("data.seq_length=0", ConfigError, "data.seq_length: 0 must be at least 1"),
     ("data.global_batch_size=3 pipeline.num_microbatches=2", ConfigError, "data.global_batch_size: 3 must be a multiple of parallel.dp=1 x pipeline.num_microbatches=2"),
-    ("data.global_batch_size=4 parallel.dp=3", ConfigError, "data.global_batch_size: 4 must be a multiple of parallel.dp=3"),
+    ("data.global_batch_size=4 parallel.dp=3", ConfigError, "data.global_batch_size: 4 must be a multiple of parallel.dp=3 x pipeline.num_microbatches=1; use 3 or 6"),
+    ("data.global_batch_size=50 parallel.dp=3 data.micro_batch_size=4", ConfigError, "data.global_batch_size: 50 must be a multiple of parallel.dp=3 x data.micro_batch_size=4; use 48 or 60"),
+    ("data.global_batch_size=3 data.micro_batch_size=4", ConfigError, "data.global_batch_size: 3 must be a multiple of parallel.dp=1 x data.micro_batch_size=4; use 4"),
+    ("data.global_batch_size=48 parallel.dp=3 data.micro_batch_size=4 pipeline.num_microbatches=8", ConfigError, "pipeline.num_microbatches: 8, but data.micro_batch_size=4 makes 4 with data.global_batch_size=48 and parallel.dp=3; leave it out, or set data.micro_batch_size=null"),
+    ("data.global_batch_size=16384 data.micro_batch_size=1", ConfigError, "data.micro_batch_size: 1 makes 16384 microbatches; at most 8192"),
+    ("data.micro_batch_size=0", ConfigError, "data.micro_batch_size: 0 must be at least 1"),
+    ("parallel.pp=4 parallel.virtual_stages=2 data.global_batch_size=36 data.micro_batch_size=4", ConfigError, "data.micro_batch_size: 4 makes 9 microbatches, which cannot be split into 2 equal rounds, as parallel.virtual_stages=2 over 4 stages asks; make 8 or 10"),
     ("data.valid_fraction=0.1 data.valid=v", ConfigError, "data.valid_fraction: has no effect beside data.valid; remove"),
     ("data.valid_fraction=1", ConfigError, "data.valid_fraction: 1.0 must be below 1"),
     ('data.train=[{"path":"a","weight":0}]', ConfigError, "data.train[0].weight: 0.0 must be above 0"),
@@ -279,6 +305,7 @@ REFUSED = [  # overrides, error, how the message begins
     ("deepspeed.log_level={a:1}", ConfigError, "deepspeed.log_level: {'a:1': None} is unknown; use debug or info"),
     ("deepspeed.zero_optimization=2", ConfigError, "deepspeed.zero_optimization: must be a section"),
     ("deepspeed.train_batch_size=8", ConfigError, "deepspeed.train_batch_size: is set from data.global_batch_size"),
+    ("deepspeed.train_micro_batch_size_per_gpu=8", ConfigError, "deepspeed.train_micro_batch_size_per_gpu: is set from data.micro_batch_size"),
     ("deepspeed.gradient_accumulation_steps=8", ConfigError, "deepspeed.gradient_accumulation_steps: is set from pipeline.num_microbatches"),
     ("deepspeed.gradient_clipping=1", ConfigError, "deepspeed.gradient_clipping: is set from optim.max_grad_norm"),
     ("deepspeed.zero_optimization.compute_grad_norm=true", ConfigError, "deepspeed.zero_optimization.compute_grad_norm: is set from optim.max_grad_norm"),

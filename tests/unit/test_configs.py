@@ -54,8 +54,9 @@ def test_config_can_be_planned(path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_more_ranks_make_more_replicas(size: str) -> None:
     config = load_config(CONFIGS / f"lime_{size}.yaml")
-    for dp in (1, 2, 4):
-        assert check_config(config, dp * config.layout.world_size).layout.dp == dp
+    for dp in (1, 2, 4, 16):
+        settled = check_config(config, dp * config.layout.world_size)
+        assert (settled.layout.dp, settled.microbatch_size) == (dp, config.data.micro_batch_size)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -286,13 +286,30 @@ def test_the_sweep_finds_the_fastest_that_fit(machine: Machine, memory: str) -> 
     limit = config.run.memory_bytes
     assert limit is not None
     for one in found.best:
-        parallel, pipeline = one.plan.config.parallel, one.plan.config.pipeline
+        parallel = one.plan.config.parallel
         assert one.memory_bytes <= limit
         assert parallel.tp * parallel.pp * (parallel.dp or 0) == 8
-        assert 4 % parallel.tp == 0 and 32 % ((parallel.dp or 0) * pipeline.num_microbatches) == 0
+        assert 4 % parallel.tp == 0 and 32 % ((parallel.dp or 0) * one.plan.num_microbatches) == 0
         assert one.plan.config.tokens_per_step == config.tokens_per_step
         assert set(one.plan.transfer.pattern.edges) == set(config.pattern.edges)
     assert found.num_simulated < found.num_layouts
+
+
+def test_microbatches_are_said_as_the_config_says_them() -> None:
+    """By their size, where that is set: the same times, for the same settings."""
+    by_number = make_config("run.memory=1GiB")
+    size = by_number.microbatch_size
+    by_size = make_config("run.memory=1GiB", "pipeline.num_microbatches=null", f"data.micro_batch_size={size}")
+    assert by_size.num_microbatches == by_number.num_microbatches
+    both = make_config("run.memory=1GiB", f"data.micro_batch_size={size}")
+    found = [sweep(config, QUICK.rates(), 8).best for config in (by_number, by_size, both)]
+    times = [[one.step_seconds for one in best] for best in found]
+    assert times[0] == times[1] == times[2]
+    assert all("pipeline.num_microbatches" not in one.setting.changes for one in found[1])
+    assert all("data.micro_batch_size" in one.setting.changes for one in (*found[1], *found[2]))
+    assert {one.setting.changes["pipeline.num_microbatches"] for one in found[2]} == {"null"}
+    singles = compare_settings(by_size, QUICK.rates()).singles
+    assert any(one.setting.changes.get("data.micro_batch_size") == str(size // 2) for one in singles)
 
 
 def test_the_sweep_as_it_is_printed(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

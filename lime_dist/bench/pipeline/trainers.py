@@ -42,7 +42,7 @@ class TorchTupleTrainer:
         pipeline = PipelineStage(
             self._stage, groups.coordinate.pp_rank, groups.layout.pp, device, group=groups.pp_forward
         )
-        self._schedule = Schedule1F1B(pipeline, config.pipeline.num_microbatches, self._stage.loss)
+        self._schedule = Schedule1F1B(pipeline, config.num_microbatches, self._stage.loss)
         self._last_rank = groups.layout.pp - 1
 
     def step(self, batch: Tensor) -> float:
@@ -68,7 +68,7 @@ class DeepSpeedTupleTrainer:
             stages,
             lambda logits, targets: parts.cross_entropy(logits, targets.flatten()).mean(),
             lambda stage: build_optimizer(stage.chunk, config),  # type: ignore[arg-type]
-            num_microbatches=config.pipeline.num_microbatches,
+            num_microbatches=config.num_microbatches,
             device=device,
         )
 
