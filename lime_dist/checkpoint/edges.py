@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_dist.checkpoint.changes import require_same_run
+from lime_dist.checkpoint.checking import read_meta
 from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_latest, find_sound
 from lime_dist.config import Config, check_config
 from lime_dist.config.reading import read_yaml, shown_key
@@ -68,8 +69,8 @@ def ready_plan(config: Config, world_size: int | None = None) -> RunPlan:
     started, choice = _choose(config) if folder is None else _go_on(config, folder)
     if folder is None:
         _check_first_weights(started)
-    check_switches(config, started.pattern if folder is None else None)
     plan = _checked_plan(started)  # raises what is left: patterns, costs and memory that do not fit the stages
+    check_switches(config, started.pattern, step=0 if folder is None else read_meta(folder).step)
     return replace(plan, choice=choice)
 
 
@@ -228,28 +229,37 @@ def evaluated_config(config: Config, folder: Path) -> Config:
     return config.with_pattern(saved.depth.pattern, saved.depth.pattern_name)
 
 
-def check_switches(config: Config, before: Pattern | None) -> None:
-    """Raises: PlanError for a pattern of `depth.switch_at` that cannot be read or reads what the one before it does not.
+def check_switches(config: Config, before: Pattern, *, step: int) -> None:
+    """See that the run can make the switches to come. before: the pattern of the update after `step`.
 
-    before: the pattern of the first step; None where the run is past it, so that the checkpoint's edges count.
+    Raises: ConfigError, which names the switch, for a pattern that cannot be read, does not fit the stages, or reads what the
+    one before it does not.
     """
-    for step, pattern in sorted(config.depth.switch_at.items()):
-        after = config.at_step(step)
+    for at, pattern in sorted(config.depth.switch_at.items()):
         try:
-            if after.depth.chosen_by_routers:
-                check_argument(str(pattern))
-                continue  # which edges is not known yet; they are among those that are there
-            resolved = resolve_pattern(after)
-            known = resolved.pattern
-            _checked_plan(resolved)
-        except PlanError as error:
-            raise PlanError(str(error).replace("depth.pattern", f"depth.switch_at.{step}", 1)) from None
-        added = lost_edges(known, before) if before else 0
-        if added:
+            after = _switched_pattern(config.at_step(at))
+        except ConfigError as error:
+            own, told = f"depth.switch_at.{at}", str(error)
+            is_named = told.startswith("depth.pattern")
+            raise type(error)(told.replace("depth.pattern", own, 1) if is_named else f"{own}: {told}") from None
+        if after is None or at <= step:
+            continue
+        if (added := lost_edges(after, before)) > 0:
             raise PlanError(
-                f"depth.switch_at.{step}: {shown(pattern)} has {added} edges that the pattern before it lacks; edges can only be dropped"
+                f"depth.switch_at.{at}: {shown(pattern)} has {added} edges that the pattern before it lacks; edges can only be dropped"
             )
-        before = known
+        before = after
+
+
+def _switched_pattern(config: Config) -> Pattern | None:
+    """None where trained routers will choose among the edges that are there. Raises: ConfigError."""
+    if config.depth.chosen_by_routers:
+        kind, _, argument = config.depth.name.partition(":")
+        _ = _share(argument) if kind == "top_p" else _budget(config, argument, lambda: None)
+        return None
+    resolved = resolve_pattern(config)
+    _checked_plan(resolved)
+    return resolved.pattern
 
 
 def resolve_pattern(config: Config, trained: Path | None = None) -> Config:
@@ -304,12 +314,6 @@ def _edges(config: Config, argument: str, _: _Weights) -> Pattern:
             f"depth.pattern: edges file {argument}: must map each reader to a list of layers, such as 3: [0, 2]"
         )
     return pattern_of_edges(edges, config.model.num_layers)
-
-
-def check_argument(text: str) -> None:
-    """Raises: PlanError for `budget:` without bytes or `top_p:` without a share."""
-    kind, _, argument = text.partition(":")
-    _ = _budget_bytes(argument) if kind == "budget" else _share(argument)
 
 
 def _budget_bytes(argument: str) -> int:

@@ -74,7 +74,7 @@ def find_warnings(config: Config) -> list[str]:
         warnings += [f"analysis.every: has no effect {reason}; set it to 0"]
     warnings += [
         f"depth.{key}: has no effect with depth.router=none; leave it out"
-        for key in OPTIONS
+        for key in (*OPTIONS, "switch_at")
         if config.depth.router == "none" and getattr(config.depth, key) != getattr(DepthConfig(), key)
     ]
     return warnings
@@ -174,11 +174,18 @@ def _check_depth(depth: DepthConfig) -> None:
     _check_options(depth)
     if depth.routing.ranks_edges:
         return
-    for key, pattern in (("pattern", depth.pattern), *((f"switch_at.{at}", p) for at, p in depth.switch_at.items())):
-        _require(
-            not str(pattern).startswith("top_p"),
-            f"depth.{key}: {pattern} with depth.router={depth.router}, whose weights cannot rank edges; use another pattern",
-        )
+    _require_ranked(depth, "pattern", depth.pattern, "top_p")
+    for step, pattern in depth.switch_at.items():
+        _require_ranked(
+            depth, f"switch_at.{step}", pattern, "top_p", "budget"
+        )  # a new run's budget goes without weights
+
+
+def _require_ranked(depth: DepthConfig, key: str, pattern: str | dict[int, list[int]], *by_weights: str) -> None:
+    _require(
+        not str(pattern).startswith(by_weights),
+        f"depth.{key}: {pattern} with depth.router={depth.router}, whose weights cannot rank edges; use another pattern",
+    )
 
 
 def _check_options(depth: DepthConfig) -> None:
@@ -297,7 +304,7 @@ def _check_switches(config: Config) -> None:
     for step in config.depth.switch_at:
         _require(
             0 < step < config.run.steps,
-            f"depth.switch_at: {step} must be a number of updates below run.steps={config.run.steps}",
+            f"depth.switch_at: {step} must be a number of updates, at least 1 and below run.steps={config.run.steps}",
         )
 
 

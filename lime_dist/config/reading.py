@@ -156,11 +156,26 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     section = next(filter(dataclasses.is_dataclass, _options(hint)), None)
     if section is not None and value is not None:
         return build_section(section, value, f"{key}.")
+    if typing.get_origin(hint) is dict and typing.get_args(hint)[0] is int and isinstance(value, Mapping):
+        return _convert_numbered(typing.get_args(hint)[1], value, key)
     if hint == list[Source]:
         return [_source(item, f"{key}[{index}]") for index, item in enumerate(_as_list(value))]
-    converted = _convert_any(_options(hint), value)
+    converted = {} if value is None and typing.get_origin(hint) is dict else _convert_any(_options(hint), value)
     if converted is _MISMATCH:
         raise ConfigError(f"{key}: {shown(value)} is not {' or '.join(map(_type_name, _options(hint)))}")
+    return converted
+
+
+def _convert_numbered(hint: Any, values: Mapping[Any, Any], key: str) -> dict[int, Any]:
+    """Entries by whole numbers, each named by its own in errors. JSON makes text of such keys."""
+    converted: dict[int, Any] = {}
+    for name, value in values.items():
+        number = int(name) if _is_number(name) else name
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ConfigError(f"{key}: {shown(name)} is not a whole number; correct it")
+        if number in converted:
+            raise ConfigError(f"{key}.{number}: appears twice; remove one of them")
+        converted[number] = _convert(hint, value, f"{key}.{number}")
     return converted
 
 
@@ -199,11 +214,14 @@ def _convert_plain(option: Any, value: Any) -> Any:
 
 def _convert_mapping(types_: tuple[Any, Any], value: Any) -> Any:
     """A mapping whose keys and values fit; JSON makes text of whole-number keys, so these are turned back."""
-    if value is None or not isinstance(value, Mapping):
-        return {} if value is None else _MISMATCH
+    if not isinstance(value, Mapping):
+        return _MISMATCH
     key_type, value_type = types_
     if key_type is int:
-        value = {int(key) if _is_number(key) else key: item for key, item in value.items()}
+        numbered = {int(key) if _is_number(key) else key: item for key, item in value.items()}
+        if len(numbered) < len(value):  # such as 5 and '5'
+            return _MISMATCH
+        value = numbered
     if value_type is Any:
         return dict(value)
     items = {key: _convert_any(_options(value_type), item) for key, item in value.items()}
@@ -213,10 +231,18 @@ def _convert_mapping(types_: tuple[Any, Any], value: Any) -> Any:
 
 
 def _is_number(key: Any) -> bool:
-    return isinstance(key, str) and bool(re.fullmatch(r"\d{1,18}", key, re.ASCII))
+    return isinstance(key, str) and bool(re.fullmatch(r"-?\d{1,18}", key, re.ASCII))
+
+
+_MAPPINGS = {
+    dict[int, list[int]]: "readers with their earlier layers, such as {3: [0, 2]}",
+    dict[int, str | dict[int, list[int]]]: "steps with a pattern each, such as {10000: first:2}",
+}
 
 
 def _type_name(option: Any) -> str:
+    if typing.get_origin(option) is dict:
+        return _MAPPINGS.get(option, "a section with keys")
     if typing.get_origin(option) is not None:
         return str(option)
     return {

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from checkpoint_stand_ins import MODEL as CHECKPOINT
+from checkpoint_stand_ins import write_checkpoint
 
 from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.cluster.schema import load_cluster
@@ -354,7 +356,19 @@ REFUSED = [  # overrides, error, how the message begins
     ("depth.pattern=first:1 depth.switch_at={'5':'first:2'}", PlanError, "depth.switch_at.5: 'first:2' has 5 edges that the pattern before it lacks"),
     ("depth.pattern=first:1 depth.switch_at={'5':'top_p:0.9','6':'first:2'}", PlanError, "depth.switch_at.6: 'first:2' has 5 edges"),
     ("parallel.pp=2 depth.switch_at={'5':'block:3'}", PlanError, "depth.switch_at.5: the block of layers 3 to 5 spans a stage boundary"),
-    ("depth.switch_at={'100':'first:2'}", ConfigError, "depth.switch_at: 100 must be a number of updates below run.steps=100"),
+    ("depth.switch_at={'100':'first:2'}", ConfigError, "depth.switch_at: 100 must be a number of updates, at least 1 and below run.steps=100"),
+    ("depth.switch_at={'-5':'first:2'}", ConfigError, "depth.switch_at: -5 must be a number of updates, at least 1"),
+    ("depth.switch_at={'5x':'first:2'}", ConfigError, "depth.switch_at: '5x' is not a whole number"),
+    ("depth.switch_at={'5.5':'first:2'}", ConfigError, "depth.switch_at: '5.5' is not a whole number"),
+    ("depth.switch_at={'05':'first:2','5':'first:1'}", ConfigError, "depth.switch_at.5: appears twice; remove one of them"),
+    ("depth.switch_at=first:2", ConfigError, "depth.switch_at: 'first:2' is not steps with a pattern each, such as {10000: first:2}"),
+    ("depth.switch_at={'5':3}", ConfigError, "depth.switch_at.5: 3 is not a text or readers with their earlier layers, such as {3: [0, 2]}"),
+    ("depth.switch_at.5=", ConfigError, "depth.switch_at.5: None is not a text or readers with their earlier layers"),
+    ("depth.switch_at={'5':{'3':['x']}}", ConfigError, "depth.switch_at.5: {'3': ['x']} is not a text or readers"),
+    ("depth.switch_at={'5':{'3':[0],'03':[1]}}", ConfigError, "depth.switch_at.5: {'03': [1], '3': [0]} is not a text or readers"),
+    ("depth.pattern=", ConfigError, "depth.pattern: None is not a text or readers with their earlier layers"),
+    ("parallel.pp=2 depth.switch_at={'5':'budget:1'}", PlanError, "depth.switch_at.5: budget of 1 bytes is below the residual's"),
+    ("depth.router=average depth.switch_at={'5':'budget:1MiB'}", ConfigError, "depth.switch_at.5: budget:1MiB with depth.router=average, whose weights cannot rank edges"),
 ]  # fmt: skip
 
 
@@ -431,6 +445,24 @@ def test_kernels_of_no_steps_are_warned_of() -> None:
     (warning,) = find_warnings(make_config("profile.kernels=true", "optim.warmup_steps=0"))
     assert warning.startswith("profile.kernels: has no effect without profile.steps")
     assert find_warnings(make_config("profile.kernels=true", "profile.steps=[10, 19]", "optim.warmup_steps=0")) == []
+
+
+def test_switches_of_a_model_without_routers_are_warned_of() -> None:
+    config = check_config(make_config("depth.router=none", "depth.switch_at={'5':'first:2'}", "optim.warmup_steps=0"))
+    assert find_warnings(config) == ["depth.switch_at: has no effect with depth.router=none; leave it out"]
+
+
+def test_switches_to_come_are_checked_against_the_edges_of_the_checkpoint(tmp_path: Path) -> None:
+    """Not against what the run once began with, and not those that are behind it."""
+    write_checkpoint(tmp_path / "checkpoints" / "step_000007", tree=CHECKPOINT | {"depth": {"pattern": "last:1"}})
+
+    def start(*overrides: str) -> None:
+        ready_plan(parse_config(CHECKPOINT, [f"run.dir={tmp_path}", "depth.pattern=last:1", *overrides]))
+
+    start("depth.switch_at={'8':{'2':[1]}}")
+    start("depth.pattern=full", "depth.switch_at={'3':'last:1'}")
+    with pytest.raises(PlanError, match=r"^depth\.switch_at\.8: 'full' has 1 edges that the pattern before it lacks"):
+        start("depth.switch_at={'8':'full'}")
 
 
 def test_rules_of_no_effect_are_warned_of() -> None:
