@@ -112,7 +112,7 @@ def check_memory(plan: RunPlan, cluster: ClusterConfig) -> None:
     if needs[worst] > cluster.gpu_memory_bytes:
         raise LayoutError(
             f"cluster.gpu_memory: {cluster.gpu_memory}, but a rank of stage {worst} needs about {format_bytes(needs[worst])}; "
-            "lower data.micro_batch_size (or raise pipeline.num_microbatches), raise parallel.pp or parallel.tp, or set parallel.recompute=layer"
+            "raise parallel.pp or parallel.tp, lower data.micro_batch_size (or raise pipeline.num_microbatches), or set parallel.recompute=layer"
         )
 
 

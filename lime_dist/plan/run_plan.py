@@ -94,7 +94,7 @@ def plan_run(config: Config) -> RunPlan:
     worst = needs.index(max(needs))
     raise LayoutError(
         f"run.memory: {config.run.memory}, but a rank of stage {worst} needs about {format_bytes(needs[worst])}; lower "
-        "data.micro_batch_size (or raise pipeline.num_microbatches) or data.seq_length, or raise parallel.pp, parallel.tp or run.memory"
+        "data.seq_length or data.micro_batch_size (or raise pipeline.num_microbatches), or raise parallel.pp, parallel.tp or run.memory"
     )
 
 

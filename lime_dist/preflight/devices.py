@@ -14,7 +14,7 @@ from lime_dist.formats import format_bytes
 from lime_dist.plan.memory import MemoryEstimate
 from lime_dist.plan.run_plan import RunPlan
 
-_SMALLER = "lower data.micro_batch_size (or raise pipeline.num_microbatches) or data.seq_length, or raise parallel.pp or parallel.tp"
+_SMALLER = "lower data.seq_length or data.micro_batch_size (or raise pipeline.num_microbatches), or raise parallel.pp or parallel.tp"
 
 
 def count_gpus() -> int:

@@ -32,6 +32,7 @@ from lime_dist.checkpoint.edges import ready_plan
 from lime_dist.checkpoint.reader import CheckpointReader, find_latest, read_meta
 from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
+from lime_dist.config.paths import with_absolute_paths
 from lime_dist.lifecycle.ending import DONE, FAILED, NEVER_RESTART, OUTCOME_VARIABLE, REQUEUE, read_outcome
 from lime_dist.lifecycle.ownership import Ownership
 from lime_dist.lifecycle.stopping import REPEAT_WINDOW_SECONDS, STOP_SIGNALS
@@ -269,7 +270,7 @@ def test_config_reads_back(whole: Callable[[str], Path]) -> None:
     layout = "pp=3 zero=1 tp=2 relay"
     run_dir = whole(layout)
     started = ready_plan(load_config("run.yaml", [*overrides(layout), f"run.dir={run_dir}"]), 6).config
-    assert load_config(run_dir / "config.yaml") == started
+    assert load_config(run_dir / "config.yaml") == with_absolute_paths(started)
     assert (started.parallel.dp, started.depth.policy, started.zero_stage) == (1, "relay", 1)
 
 

@@ -14,6 +14,7 @@ from cluster_stand_ins import Bash, Ended, Run
 
 from lime_dist.cluster.schema import ClusterConfig, ContainerConfig, check_cluster
 from lime_dist.config import load_config, parse_config, to_dict
+from lime_dist.config.paths import with_absolute_paths
 from lime_dist.config.reading import build_section, dump_yaml
 from lime_dist.errors import ConfigError
 
@@ -264,4 +265,4 @@ def check_config_values(text: str, folder: Path) -> None:
             assert str(error).startswith(key), key
             continue
         (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        assert load_config(folder / "config.yaml") == config
+        assert load_config(folder / "config.yaml") == with_absolute_paths(config)
