@@ -1,4 +1,4 @@
-"""`python -m lime_dist.cli`: for scripts that know their Python and not where it puts commands."""
+"""`python -m lime_dist.cli`, as the scripts of jobs say it: the same as `python -m lime_dist`."""
 
 from lime_dist.cli.command_line import run
 

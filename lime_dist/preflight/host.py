@@ -139,11 +139,11 @@ def _is_watched(process: psutil.Process) -> bool:
 
 
 def is_training(arguments: Sequence[str]) -> bool:
-    """`python .../lime-dist train ...` or `python -m lime_dist.cli train ...`, also below torchrun."""
+    """`python .../lime-dist train ...` or `python -m lime_dist train ...`, also below torchrun."""
     if not arguments or not Path(arguments[0]).name.startswith("python"):
         return False  # srun and shells have these words too
     return any(
-        action == "train" and (Path(command).name == "lime-dist" or command.startswith("lime_dist."))
+        action == "train" and (Path(command).name == "lime-dist" or command in ("lime_dist", "lime_dist.cli"))
         for command, action in zip(arguments, arguments[1:])
     )
 

@@ -127,6 +127,7 @@ def test_when_nobody_else_came_it_is_rank_0s_host() -> None:
 COMMANDS = [
     ("/env/bin/python3 /env/bin/lime-dist train run.yaml", True),
     ("python -m lime_dist.cli train run.yaml", True),
+    ("python -m lime_dist train run.yaml", True),
     ("python /env/bin/torchrun --nnodes 2 /env/bin/lime-dist train run.yaml", True),
     ("python /env/bin/lime-dist preflight run.yaml", False),
     ("python /env/bin/lime-dist plan train", False),
