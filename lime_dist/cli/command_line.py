@@ -19,7 +19,7 @@ from lime_dist.cluster import watching
 from lime_dist.comparison import commands as comparison_commands
 from lime_dist.data import commands as data_commands
 from lime_dist.errors import ConfigError, LimeDistError, one_line, shown
-from lime_dist.lifecycle.ending import FAILED, INTERRUPTED, NEVER_RESTART, REQUEUE, write_outcome
+from lime_dist.lifecycle.ending import FAILED, INTERRUPTED, NEVER_RESTART, READER_GONE, REQUEUE, write_outcome
 from lime_dist.lifecycle.local import RankFailed, StoppedEarly
 from lime_dist.lifecycle.stopping import STOP_SIGNALS
 from lime_dist.preflight import commands as preflight_commands
@@ -59,35 +59,45 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    try:
+        try:
+            return _run_command(arguments)
+        finally:
+            print(end="", flush=True)  # here, as at the interpreter's end a reader that has gone costs a stack trace
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return READER_GONE
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # ranks that share cores must not spin for one another
     args = _parse(arguments)
     try:
         return args.run(args)
     except LimeDistError as error:
         return _refuse(error)
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except OSError as error:
         if error.filename is None or error.errno not in _USERS_PATHS:
             raise
         return _refuse(ConfigError(f"{shown(error.filename)}: {error.strerror}; give a path that can be used"))
     except StoppedEarly as error:
-        print(f"lime-dist: {error}", file=sys.stderr)
         write_outcome(REQUEUE, error)
+        print(f"lime-dist: {error}", file=sys.stderr)
         return REQUEUE
     except KeyboardInterrupt:
         print("lime-dist: interrupted", file=sys.stderr)
         return INTERRUPTED
     except RankFailed as error:
-        print(f"{error.detail}\nlime-dist: {one_line(error)}".lstrip(), file=sys.stderr)
         write_outcome(FAILED, error)
+        print(f"{error.detail}\nlime-dist: {one_line(error)}".lstrip(), file=sys.stderr)
         return FAILED
 
 
 def _refuse(error: LimeDistError) -> int:
-    print(f"lime-dist: {one_line(error)}", file=sys.stderr)
     write_outcome(NEVER_RESTART, error)
+    print(f"lime-dist: {one_line(error)}", file=sys.stderr)
     return NEVER_RESTART
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -66,13 +65,11 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _print(pieces: Iterable[bytes]) -> int:
-    """Until there are no more, an interrupt, or a reader such as `head` that has had enough."""
+    """Until there are no more, or an interrupt."""
     try:
         for piece in pieces:
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails as well
     return 0

@@ -16,6 +16,7 @@ DONE = 0  # all steps done
 NEVER_RESTART = USER_ERROR_EXIT_CODE  # it would end the same way again
 REQUEUE = 75  # stopped on request, after saving a complete checkpoint (sysexits.h: EX_TEMPFAIL)
 INTERRUPTED = 130  # by Ctrl-C, as shells number it: 128 + SIGINT
+READER_GONE = 141  # whoever read its output, as shells number it: 128 + SIGPIPE
 FAILED = 1  # as any other code: worth another try, within the launcher's bound
 
 OUTCOME_VARIABLE = "LIME_DIST_OUTCOME_FILE"

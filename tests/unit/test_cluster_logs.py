@@ -175,5 +175,5 @@ def test_a_reader_that_has_had_enough(run: Path) -> None:
     process = command(run)
     assert process.stdout.readline() == b"step 1\n"
     process.stdout.close()
-    assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
+    assert process.wait(timeout=60) == 141 and process.stderr.read() == b""
     process.stderr.close()
