@@ -19,15 +19,15 @@ from lime_dist.plan.partition import layers_of_stages, plan_partition
 class ModelConfig:
     """Sizes of the decoder; the names are those of Hugging Face's LLaMA where it has one."""
 
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    vocab_size: int
-    num_kv_heads: int | None = None  # None: as many as num_heads (MHA)
-    tie_embeddings: bool = True
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
+    num_layers: int  # decoder layers, each of attention and MLP
+    hidden_size: int  # width of the residual stream; num_heads must divide it
+    intermediate_size: int  # width of the MLP
+    num_heads: int  # query heads of a layer; the head dimension is hidden_size / num_heads
+    vocab_size: int  # token ids, as many as the tokenizer has
+    num_kv_heads: int | None = None  # None: as many as num_heads (MHA); fewer, which divide them: GQA
+    tie_embeddings: bool = True  # true: the output layer is the embedding's transpose; false: weights of its own
+    rope_theta: float = 10000.0  # base of the rotary angles
+    rms_norm_eps: float = 1e-6  # added to the mean square before the root, in every norm
 
     @property
     def kv_heads(self) -> int:
@@ -48,13 +48,12 @@ class DepthConfig:
     # Of v2: how its routers begin, on the own layer and on the others | uniform: at random on all. See depth/key_value.py.
     router_init: str = "identity_uniform"  # identity_uniform (the paper's) | uniform | identity_zero
     heads: str = "all"  # of v2: all: a head reads all heads of its sources | same: the same heads only
-    head_top_p: float | None = (
-        None  # of v1: each head's largest weights up to this share, and no others; see depth/hidden.py
-    )
+    # Of v1: each head's largest weights up to this share, and no others; None: all. See depth/hidden.py.
+    head_top_p: float | None = None
     pattern: str | dict[int, list[int]] = "full"  # see depth/pattern.py; or reader: [earlier layers]
     pattern_name: str | None = None  # what edges in `pattern` are called; set when a text is resolved to them
     switch_at: dict[int, str | dict[int, list[int]]] = field(default_factory=dict)  # updates done: pattern from then on
-    weights_from: str | None = None  # a checkpoint whose routers choose the edges of budget and top_p
+    weights_from: str | None = None  # a step_N folder or a run's, whose routers choose the edges of budget and top_p
     policy: str = "least"  # least: the fewest tensors cross | relay: raw entries only
     partial_sum_dtype: str = "bundle"  # bundle: run.dtype | fp32
 
@@ -83,25 +82,26 @@ class DepthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    tp: int = 1
-    pp: int = 1
+    tp: int = 1  # tensor ranks, which share each layer's heads and MLP; divides model.num_kv_heads
+    pp: int = 1  # pipeline stages
     dp: int | None = None  # None: as many replicas as the ranks allow, one when started alone
     virtual_stages: int = 1  # chunks of layers a stage: stage r of pp holds chunks r, r + pp, ...
-    sequence_parallel: bool = False
-    recompute: str = "none"  # none | layer
+    sequence_parallel: bool = False  # true: tensor ranks share the tokens between layers too; needs tp above 1
+    recompute: str = "none"  # none: activations are kept | layer: each layer's are computed again in its backward
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    schedule: str = "1f1b"
-    num_microbatches: int | None = None  # of a replica in a step; None: as many as data.micro_batch_size makes, or 1
+    schedule: str = "1f1b"  # 1f1b (interleaved with virtual_stages above 1) | gpipe
+    # Parts of a replica's share of the global batch. None: as many as data.micro_batch_size makes, or 1.
+    num_microbatches: int | None = None
     # Forwards of the first stage before its first backward. None: the schedule's own number; auto: as many as hide transfers.
     warmup: int | str | None = None
-    min_message: int | str = (
-        "256KiB"  # smaller messages travel with the next of their kind; 0: each as soon as it is made
-    )
+    # Bytes, or a text such as 256KiB: smaller messages travel with the next of their kind; 0: each as soon as it is made.
+    min_message: int | str = "256KiB"
     receives_ahead: int | None = None  # passes ahead of the running one; None: 1, where a warm-up is set 2
-    partition: str | list[int] = "auto"  # or the number of layers of each chunk
+    # auto: as many layers in each, a remainder in the middle; or the number of layers of each chunk
+    partition: str | list[int] = "auto"
     boundary_cost: list[float] | None = None  # what a byte over each boundary counts; None: the same everywhere
 
     @property
@@ -114,16 +114,16 @@ class PipelineConfig:
 class OptimConfig:
     """AdamW; the defaults are the paper's (arXiv 2502.09245, appendix)."""
 
-    lr: float = 1e-3
-    router_lr: float = 1e-2
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0  # 0: no clipping
-    lr_schedule: str = "cosine"  # cosine | linear (to 0 after the last step) | constant | wsd
+    lr: float = 1e-3  # the largest rate of all weights but the routers'
+    router_lr: float = 1e-2  # the largest rate of the routers
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the two moments' running means
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # times the rate; of projections, and of routers where their kind has it (depth/)
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it; 0: no clipping
+    lr_schedule: str = "cosine"  # cosine | linear (to 0 after the last step) | constant | wsd (see cooldown_steps)
     decay_steps: int | None = None  # the step at which the schedule is at its end; None: run.steps
     cooldown_steps: int = 0  # of wsd (warm-up, stable, decay): the last ones, in which rates fall linearly
-    warmup_steps: int = 200
+    warmup_steps: int = 200  # the first ones, in which rates rise linearly from 0; 0: none
     min_lr: float = 1e-6  # the least share of lr and router_lr that a schedule comes down to
 
 
@@ -131,20 +131,21 @@ class OptimConfig:
 class Source:
     """One token file (the prefix of a .bin/.idx pair) and its weight in the blend."""
 
-    path: str
-    weight: float = 1.0
+    path: str  # without .bin or .idx
+    weight: float = 1.0  # share of the samples, of the sum of all weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: list[Source] = field(default_factory=list)
+    train: list[Source] = field(default_factory=list)  # a prefix, or a list of {path: prefix, weight: number}
     valid: list[Source] = field(default_factory=list)  # empty: the last valid_fraction of train's documents
-    valid_fraction: float = 0.0
-    tokenizer: str | None = None  # a .model or tokenizer.json, of which the run keeps a copy in its folder
-    seq_length: int = 2048
-    samples: str = (
-        "stream"  # documents joined and cut: stream | one whole document each: padded | as many as fit: packed
+    valid_fraction: float = 0.0  # of train's documents, the last ones, held out where valid is empty; 0: none
+    tokenizer: str | None = (
+        None  # a .model or tokenizer.json, of which the run keeps a copy in its folder; None: none is known
     )
+    seq_length: int = 2048  # tokens that the model reads of a sample
+    # Documents joined and cut: stream | one whole document each: padded | as many as fit: packed
+    samples: str = "stream"
     global_batch_size: int = 1  # sequences a step, over all replicas
     # Sequences that a replica puts through the stages at a time, whatever dp is; None: pipeline.num_microbatches says how many.
     micro_batch_size: int | None = None
@@ -163,12 +164,11 @@ class CheckpointConfig:
     keep_every: int = 0  # steps; those of every so many are never removed; 0: none
     on_full_disk: str = "stop"  # stop: with the checkpoints that are there | go_on: without saving, until there is room
     asynchronous: bool = False  # written behind training, which waits for a copy in host memory only
-    resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a checkpoint's folder
+    resume: str = "auto"  # auto: the newest whole one in the run's folder | never | a step_N folder or a run's
     # Keys that may differ from the checkpoint's, though the run is another from there: see `checkpoint/changes.py`.
     allow_changes: list[str] = field(default_factory=list)
-    weights_from: str | None = (
-        None  # a step_N folder or a run's: where a new run's weights come from, without its optimiser
-    )
+    # A step_N folder or a run's: where a new run's weights come from, without its optimiser; None: initial ones.
+    weights_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +178,8 @@ class SpikesConfig:
     The defaults stop the run at the first bad step.
     """
 
-    loss_sigma: float | None = (
-        None  # bad: so many standard deviations over the mean of the last good steps; None: never
-    )
+    # Bad: so many standard deviations over the mean of the last good steps; None: never.
+    loss_sigma: float | None = None
     grad_norm_sigma: float | None = None  # likewise, of the gradient norm before clipping
     window: int = 128  # good steps whose mean and deviation count, once there are half as many
     max_skips: int = 0  # bad steps within `window` that make no update; at the next one the run goes back
@@ -200,18 +199,17 @@ class AnalysisConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    # The run's folder: checkpoints, metrics, resolved config; on storage that all nodes share
     dir: str = "runs/default"
-    steps: int = 100
-    seed: int = 0
-    dtype: str = "fp32"  # fp32 | bf16
-    device: str = "auto"  # auto | cpu | cuda
-    memory: int | str | None = (
-        None  # what a rank may take of its device, such as 70GiB; a plan that needs more is refused
-    )
+    steps: int = 100  # updates, those before a checkpoint included
+    seed: int = 0  # of the initial weights and the order of the samples
+    dtype: str = "fp32"  # fp32 | bf16: of weights and activations in a pass; the optimiser's are fp32
+    device: str = "auto"  # auto: GPUs where there are | cpu | cuda
+    # What a rank may take of its device, such as 70GiB; a plan that needs more is refused. None: no bound.
+    memory: int | str | None = None
     timeout_seconds: float = 600.0  # a rank that waits longer for another ends the job
-    peak_tflops: float | None = (
-        None  # of a device in run.dtype, dense; None: by its name (training/peak_flops.py), for MFU
-    )
+    # Of a device in run.dtype, dense, for MFU; None: by its name (training/peak_flops.py).
+    peak_tflops: float | None = None
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
 
     @property
