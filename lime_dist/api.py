@@ -16,16 +16,18 @@ from torch import Tensor
 
 from lime_dist.checkpoint.edges import ready_plan, resolve_pattern
 from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
+from lime_dist.checkpoint.reader import get_checkpoint
 from lime_dist.config import Config, check_config, parse_config
 from lime_dist.config import load_config as read_config
 from lime_dist.data.tokenizer import Tokenizer
 from lime_dist.errors import ConfigError
 from lime_dist.generate import (
     Sampling,
-    checkpoint_folder,
     continue_ids,
     encode_prompt,
+    require_new_tokens,
     single_device,
+    warn_of_length,
     whole_model,
 )
 from lime_dist.generate import load_model as load_checkpoint
@@ -107,7 +109,9 @@ class Model:
         if self.tokenizer is None:
             raise ConfigError("data.tokenizer: the model has none; give load_model(..., tokenizer=FILE)")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        require_new_tokens(max_new_tokens)
         ids = encode_prompt(self.tokenizer, prompt, add_bos=add_bos)
+        warn_of_length(self.config, len(ids), max_new_tokens)
         return "".join(continue_ids(self.network, self.tokenizer, ids, sampling, max_new_tokens))
 
     def _on_device(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -131,7 +135,7 @@ def load_model(path: str | Path, *, device: str = "auto", tokenizer: str | Path 
 
     device: auto, cpu or cuda. tokenizer: instead of the run's own. Raises: LimeDistError.
     """
-    folder = checkpoint_folder(Path(path))
+    folder = get_checkpoint(Path(path))
     network, config = load_checkpoint(folder, single_device(device))
     own = own_tokenizer(folder, config)
     return Model(network=network, config=config, tokenizer=_find_tokenizer(config, tokenizer, own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lime_dist.checkpoint.edges import no_checkpoint, resume_folder, saved_config
+from lime_dist.checkpoint.edges import saved_config
 from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint
+from lime_dist.checkpoint.reader import CheckpointReader, get_checkpoint
 from lime_dist.checkpoint.saved_weights import SavedWeights
 from lime_dist.config import Config
+from lime_dist.config.ranges import RANGES
 from lime_dist.data.special_tokens import AS_THE_FILE_SAYS, SpecialTokens
 from lime_dist.data.tokenizer import Tokenizer, require_bos
-from lime_dist.errors import CheckpointError, ConfigError
+from lime_dist.errors import ConfigError, DataError
+from lime_dist.lifecycle.launcher import warn
 from lime_dist.lime.layers import KeyValueCache
 from lime_dist.lime.model import LimeChunk, plain_model
 from lime_dist.lime.parts import PlainParts
@@ -38,9 +41,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, holds, fix in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
             ("top-k", self.top_k >= 0, "at least 0"),
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", RANGES["run.seed"].problem(self.seed) is None, "from 0 to 2^32 - 1, as run.seed"),
         ):
             if not holds:
                 raise ConfigError(f"--{name}: must be {fix}")
@@ -55,6 +59,12 @@ class Prompt:
     named: SpecialTokens = AS_THE_FILE_SAYS
     add_bos: bool = False
 
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:  # the command line's bytes come so
+            raise DataError("--prompt: is no text in UTF-8; convert it, or set the terminal to UTF-8") from None
+
 
 def generate_text(
     checkpoint: Path, prompt: Prompt, sampling: Sampling, *, max_new_tokens: int, device: str
@@ -63,14 +73,35 @@ def generate_text(
 
     checkpoint: a step_N folder, or a run's folder for its newest. Raises: CheckpointError, DataError, ConfigError.
     """
-    folder = checkpoint_folder(checkpoint)
+    require_new_tokens(max_new_tokens)
+    folder = get_checkpoint(checkpoint)
     model, config = load_model(folder, single_device(device))
     path = prompt.tokenizer or own_tokenizer(folder, config)
     if path is None:
         raise ConfigError("data.tokenizer: the run names none; give --tokenizer")
     tokenizer = load_tokenizer_of(config, path, prompt.named)
     ids = encode_prompt(tokenizer, prompt.text, add_bos=prompt.add_bos)
+    warn_of_length(config, len(ids), max_new_tokens)
     yield from continue_ids(model, tokenizer, ids, sampling, max_new_tokens)
+
+
+def require_new_tokens(max_new_tokens: int) -> None:
+    """Raises: ConfigError."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens: {max_new_tokens} must be at least 1")
+
+
+def warn_of_length(config: Config, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """A line where the model may have to read more tokens than it ever did in training."""
+    trained, longest = config.data.seq_length, num_prompt_tokens + max_new_tokens - 1
+    if longest > trained:
+        key = "--prompt" if num_prompt_tokens > trained else "--max-new-tokens"
+        warn(
+            [
+                f"{key}: the text may reach {longest} tokens, but the model was trained on {trained} at most (data.seq_length); "
+                "what lies beyond may make no sense"
+            ]
+        )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool) -> list[int]:
@@ -220,24 +251,6 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     before = ordered.cumsum(-1) - ordered
     kept = ordered.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(0, order, kept)
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """A step_N folder itself, or the newest one of a run's folder. Raises: CheckpointError."""
-    found = find_checkpoint(path)
-    if found is None:
-        raise CheckpointError(f"checkpoint {path}: neither a step_N folder nor a run's folder with one; train first")
-    return found
-
-
-def evaluated_checkpoint(config: Config, given: Path | None) -> Path:
-    """The one that is given, or the one that the run would go on from. Raises: CheckpointError."""
-    if given is not None:
-        return checkpoint_folder(given)
-    folder = resume_folder(config)
-    if folder is None:
-        raise no_checkpoint(config)
-    return folder
 
 
 def single_device(name: str, key: str = "--device") -> torch.device:

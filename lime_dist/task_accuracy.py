@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lime_dist.checkpoint.edges import evaluated_config
+from lime_dist.checkpoint.edges import evaluated_checkpoint, evaluated_config
 from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
 from lime_dist.config import Config, check_config
 from lime_dist.data.indexed import TokenFiles, check_files, open_mask, open_tokens
@@ -20,7 +20,7 @@ from lime_dist.data.tasks.catalog import task_named
 from lime_dist.data.tasks.examples import Task
 from lime_dist.data.tokenizer import Tokenizer, require_eos
 from lime_dist.errors import ConfigError, DataError
-from lime_dist.generate import continue_all, evaluated_checkpoint, load_model, single_device
+from lime_dist.generate import continue_all, load_model, single_device
 
 _SHOWN = 3
 

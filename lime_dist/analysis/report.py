@@ -29,12 +29,12 @@ from lime_dist.analysis.sentences import describe
 from lime_dist.analysis.spectra import ALPHA, Spectrum, Spread, measure_spectra
 from lime_dist.analysis.text import SEQUENCES_AT_ONCE, Text, open_text
 from lime_dist.checkpoint.own_tokenizer import load_tokenizer_of, own_tokenizer
-from lime_dist.checkpoint.reader import CheckpointReader
+from lime_dist.checkpoint.reader import CheckpointReader, get_checkpoint
 from lime_dist.config import Config
 from lime_dist.data.marks import token_ids
 from lime_dist.data.tokenizer import Tokenizer
 from lime_dist.depth.routing import router_name
-from lime_dist.generate import checkpoint_folder, load_model, single_device
+from lime_dist.generate import load_model, single_device
 from lime_dist.lime.model import LimeChunk
 from lime_dist.plan.parameters import logical_tensors
 
@@ -54,7 +54,7 @@ class Options:
 
 def analyze(path: Path, options: Options) -> dict[str, Any]:
     """path: a run's folder, for its newest checkpoint, or a step_N folder. Raises: LimeDistError."""
-    folder = checkpoint_folder(path)
+    folder = get_checkpoint(path)
     model, config = load_model(folder, single_device(options.device))
     tokenizer = _find_tokenizer(folder, config, options.tokenizer)
     text = open_text(config, options.text, tokenizer)

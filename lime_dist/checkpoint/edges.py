@@ -16,7 +16,7 @@ from typing import Any
 
 from lime_dist.checkpoint.changes import require_same_run
 from lime_dist.checkpoint.checking import read_meta
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_latest, find_sound
+from lime_dist.checkpoint.reader import CheckpointReader, find_latest, find_sound, get_checkpoint
 from lime_dist.config import Config, check_config
 from lime_dist.config.reading import read_yaml, shown_key
 from lime_dist.depth.pattern import Pattern, lost_edges, pattern_of_edges
@@ -30,9 +30,8 @@ from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.selection import EdgeWeights, mean_magnitudes, prior_weights, select_budget, select_top_p
 from lime_dist.plan.shape import plan_shape
 
-_Chosen = tuple[
-    Config, EdgeChoice | None
-]  # with its edges, and how they were chosen where they were by routers or bytes
+# With its edges, and how they were chosen where they were by routers or bytes.
+_Chosen = tuple[Config, EdgeChoice | None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class _Weights:
             return router_weights(self.trained, self.config)
         if self.config.depth.weights_from:
             unread = dict.fromkeys(prior_weights(self.config.model.num_layers), 0.0)
-            return unread | dict(router_weights(Path(self.config.depth.weights_from), self.config))
+            folder = get_checkpoint(Path(self.config.depth.weights_from), "depth.weights_from:")
+            return unread | dict(router_weights(folder, self.config))
         return None
 
 
@@ -81,10 +81,19 @@ def ready_to_evaluate(config: Config, world_size: int | None = None, *, checkpoi
     """
     config = check_config(config, world_size)
     _check_folders(config)
-    folder = checkpoint or resume_folder(config)
+    return _checked_plan(evaluated_config(config, evaluated_checkpoint(config, checkpoint)))
+
+
+def evaluated_checkpoint(config: Config, given: Path | None) -> Path:
+    """Of the folder that is given, a step_N or a run's, or the one that the run would go on from. Raises: CheckpointError."""
+    if given is not None:
+        return get_checkpoint(given)
+    folder = resume_folder(config)
     if folder is None:
-        raise no_checkpoint(config)
-    return _checked_plan(evaluated_config(config, folder))
+        raise CheckpointError(
+            f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint"
+        )
+    return folder
 
 
 def _checked_plan(config: Config) -> RunPlan:
@@ -97,22 +106,16 @@ def checkpoints_of(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def no_checkpoint(config: Config) -> CheckpointError:
-    return CheckpointError(f"run.dir: no checkpoint under {checkpoints_of(config)}; train first or give --checkpoint")
-
-
 def _check_folders(config: Config) -> None:
     """Before ranks start: checkpoints can be made and found. A link to a folder, such as scratch storage, is as good."""
-    path, resume = checkpoints_of(config), config.checkpoint.resume
+    path = checkpoints_of(config)
     with _naming_path("run.dir", config.run.dir):
         is_folder = path.is_dir() or not os.path.lexists(path)
     if not is_folder:
         problem = "a link that leads to no folder" if path.is_symlink() else "a file"
         raise CheckpointError(f"checkpoint {path}: is {problem}; remove it or name another run.dir")
-    with _naming_path("checkpoint.resume", resume):
-        is_known = resume in ("auto", "never") or (Path(resume) / "meta.json").is_file()
-    if not is_known:
-        raise CheckpointError(f"checkpoint.resume: {resume} is no checkpoint; name a step_N folder, auto or never")
+    with _naming_path("checkpoint.resume", config.checkpoint.resume):
+        _ = _named_to_resume(config)
 
 
 @contextmanager
@@ -128,11 +131,13 @@ def resume_folder(config: Config) -> Path | None:
 
     Raises: CheckpointError where all are damaged.
     """
-    if config.checkpoint.resume == "never":
-        return None
-    if config.checkpoint.resume == "auto":
-        return find_sound(checkpoints_of(config))
-    return Path(config.checkpoint.resume)
+    return find_sound(checkpoints_of(config)) if config.checkpoint.resume == "auto" else _named_to_resume(config)
+
+
+def _named_to_resume(config: Config) -> Path | None:
+    """Raises: CheckpointError where `checkpoint.resume` names a folder without a checkpoint."""
+    resume = config.checkpoint.resume
+    return None if resume in ("auto", "never") else get_checkpoint(Path(resume), "checkpoint.resume:")
 
 
 def resumes(config: Config) -> bool:
@@ -150,12 +155,7 @@ def first_weights(config: Config) -> Path | None:
     given = config.checkpoint.weights_from
     if given is None:
         return None
-    found = find_checkpoint(Path(given))
-    if found is None:
-        raise CheckpointError(
-            f"checkpoint.weights_from: {shown(given)} is neither a step_N folder nor a run's folder with one; correct the path"
-        )
-    return found
+    return get_checkpoint(Path(given), "checkpoint.weights_from:")
 
 
 def _check_first_weights(config: Config) -> None:
@@ -255,7 +255,8 @@ def _switched_pattern(config: Config) -> Pattern | None:
     """None where trained routers will choose among the edges that are there. Raises: ConfigError."""
     if config.depth.chosen_by_routers:
         kind, _, argument = config.depth.name.partition(":")
-        _ = _share(argument) if kind == "top_p" else _budget(config, argument, lambda: None)
+        untrained = replace(config, depth=replace(config.depth, weights_from=None))
+        _ = _share(argument) if kind == "top_p" else _budget(config, argument, _Weights(untrained, trained=None))
         return None
     resolved = resolve_pattern(config)
     _checked_plan(resolved)

@@ -76,6 +76,16 @@ def find_checkpoint(path: Path) -> Path | None:
     return find_latest(path / "checkpoints") or find_latest(path)
 
 
+def get_checkpoint(path: Path, given_as: str = "checkpoint") -> Path:
+    """As `find_checkpoint`; given_as: the key or the words before the path in a message. Raises: CheckpointError where there is none."""
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(
+            f"{given_as} {path}: neither a step_N folder nor a run's folder with one; train first, or correct the path"
+        )
+    return found
+
+
 def find_sound(checkpoints: Path) -> Path | None:
     """The newest checkpoint whose files agree with one another, as far as shows without reading its tensors.
 

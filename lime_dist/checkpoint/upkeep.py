@@ -12,7 +12,7 @@ import numpy
 
 from lime_dist.checkpoint.chunk_files import tensor_path
 from lime_dist.checkpoint.edges import check_same_model
-from lime_dist.checkpoint.reader import CheckpointReader, find_checkpoint, find_run
+from lime_dist.checkpoint.reader import CheckpointReader, find_run, get_checkpoint
 from lime_dist.checkpoint.whole_writer import write_whole
 from lime_dist.config import recorded, to_dict
 from lime_dist.depth.pattern import lost_edges
@@ -24,12 +24,7 @@ Done = Callable[[int], Any]  # told of bytes as they are read
 
 def open_checkpoint(path: Path) -> CheckpointReader:
     """path: a step_N folder, or a run's, for its newest. Raises: CheckpointError."""
-    folder = find_checkpoint(path)
-    if folder is None:
-        raise CheckpointError(
-            f"checkpoint {path}: neither a step_N folder nor a run's folder with one; correct the path"
-        )
-    return CheckpointReader(folder)
+    return CheckpointReader(get_checkpoint(path))
 
 
 def tensor_bytes(reader: CheckpointReader) -> int:

@@ -14,11 +14,11 @@ import numpy
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 
-from lime_dist.checkpoint.edges import evaluated_config
-from lime_dist.checkpoint.reader import CheckpointReader, find_run
+from lime_dist.checkpoint.edges import evaluated_checkpoint, evaluated_config
+from lime_dist.checkpoint.reader import CheckpointReader, find_run, get_checkpoint
 from lime_dist.config import Config, check_config, load_config, parse_config, to_dict
 from lime_dist.errors import ConfigError
-from lime_dist.generate import checkpoint_folder, evaluated_checkpoint, load_model, single_device
+from lime_dist.generate import load_model, single_device
 from lime_dist.harness.decoding import Room
 from lime_dist.harness.harness_report import HarnessReport, chart_report, save_report
 from lime_dist.harness.language_model import CheckpointModel
@@ -53,7 +53,7 @@ class HarnessRequest:
 def find_evaluated(source: Path, overrides: list[str], checkpoint: Path | None) -> tuple[Config, Path]:
     """The config, and the checkpoint: of a config's file, of a run's folder or of a step_N folder. Raises: LimeDistError."""
     if source.is_dir():
-        folder = checkpoint_folder(checkpoint or source)
+        folder = get_checkpoint(checkpoint or source)
         saved = CheckpointReader(folder).config
         return check_config(parse_config(to_dict(saved), overrides)), folder
     config = check_config(load_config(source, overrides))

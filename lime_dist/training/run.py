@@ -23,10 +23,9 @@ from lime_dist.checkpoint.changes import find_changes
 from lime_dist.checkpoint.checking import Origin
 from lime_dist.checkpoint.edges import (
     checkpoints_of,
+    evaluated_checkpoint,
     evaluated_config,
     first_weights,
-    no_checkpoint,
-    resume_folder,
     resumed_config,
 )
 from lime_dist.checkpoint.full_disk import FULL_DISK, FullDisk, naming_full_disk
@@ -184,9 +183,8 @@ def _evaluate_checkpoint(
     held_out = open_held_out_data(config, _between(stop, pulse))
     if held_out is None:
         raise ConfigError("data.valid: no held-out text; name a token file there or set data.valid_fraction")
-    start = decide_start(config, device, lambda: checkpoint or resume_folder(config), evaluated_config)
-    if start.folder is None:
-        raise no_checkpoint(config)
+    start = decide_start(config, device, lambda: evaluated_checkpoint(config, checkpoint), evaluated_config)
+    assert start.folder is not None
     rank = Rank(_plan_of(start.config, plan), groups, device, pulse)
     meta = load_checkpoint(rank, start.folder)
     loss = evaluate_batches(rank, held_out, stop)

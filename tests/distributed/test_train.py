@@ -198,7 +198,7 @@ def test_a_run_begins_with_the_weights_of_another(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["checkpoint.weights_from=nowhere"], "checkpoint.weights_from: 'nowhere' is neither a step_N folder nor a run's folder"),
+        (["checkpoint.weights_from=nowhere"], "checkpoint.weights_from: nowhere: neither a step_N folder nor a run's folder"),
         (["checkpoint.weights_from={source}", "model.hidden_size=64"], "saved with model.hidden_size=32, the run has 64"),
         (["checkpoint.weights_from={source}", "depth.router=none"], "saved with depth.router=static, the run has none"),
         (["checkpoint.weights_from={narrow}"], "checkpoint.weights_from: full has 3 edges that"),

@@ -113,5 +113,5 @@ def test_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert checkpoint("inspect", tmp_path) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"lime-dist: checkpoint {tmp_path}: neither a step_N folder nor a run's folder with one; correct the path"
+        f"lime-dist: checkpoint {tmp_path}: neither a step_N folder nor a run's folder with one; train first, or correct the path"
     ]

@@ -77,3 +77,18 @@ def test_a_reader_that_has_enough(folder: Path, line: str) -> None:
     finally:
         os.close(writer)
     assert done.stderr == "" and done.returncode in ((0, 141) if "--help" in line else (141,))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "key"),
+    [("line", 5, ""), ("", 8, ""), ("line", 9, "--max-new-tokens"), ("line " * 20, 1, "--prompt")],
+)
+def test_text_beyond_the_trained_length_is_told_once(folder: Path, prompt: str, count: int, key: str) -> None:
+    """The model has seen 8 tokens (data.seq_length) at a time; an empty prompt begins with BOS."""
+    options = ("--max-new-tokens", str(count), "--device", "cpu")
+    done = start(folder, "generate", "run", "--prompt", prompt, *options, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stdout.startswith(prompt.strip())
+    lines = done.stderr.splitlines()
+    assert len(lines) == bool(key) and all(
+        line.startswith(f"lime-dist: warning: {key}: the text may reach") for line in lines
+    )
