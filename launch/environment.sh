@@ -6,6 +6,7 @@ VENV="$(realpath -m "${VENV:-.venv}")"
 if [ pyproject.toml -nt "$VENV/.lime_dist_installed" ]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
+  echo "Installing PyTorch and lime_dist into $VENV; this takes some minutes." >&2
   "${PYTHON:-python3}" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[test]"
