@@ -20,6 +20,7 @@ from typing import Any
 from lime_dist.checkpoint import commands as checkpoint_commands
 from lime_dist.checkpoint.edges import ready_plan, ready_to_evaluate, resolve_pattern, resume_folder
 from lime_dist.cli.given_paths import writing
+from lime_dist.cli.samples import find_reference, reference_names
 from lime_dist.config import Config, check_config, dump_yaml, find_warnings, load_config
 from lime_dist.config.ranges import RANGES
 from lime_dist.config.reading import is_override, shown_key
@@ -106,7 +107,10 @@ def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_config(parser)
     add_nproc(parser)
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="a step_N folder (default: the newest of the run's folder)"
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="a step_N folder, or a run's (default: the newest of the config's run.dir)",
     )
     parser.add_argument(
         "--task", action="store_true", help="continue each held-out example greedily, on one device; how many are right"
@@ -165,12 +169,17 @@ def _add_generate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
 def _add_parity(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("parity", help="compare this installation, under any layout, with reference numbers")
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder of reference numbers, such as tests/golden/mha4"
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="NAME",
+        help="reference numbers: mha4 or another that --list names, or a folder of your own",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="the layout, such as parallel.pp=3 parallel.tp=2"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--list", action="store_true", help="the names of the reference numbers that are here")
     parser.add_argument("--timeout", type=_seconds, default=600, metavar="SECONDS", help="give up after (default: 600)")
     parser.set_defaults(run=_parity)
 
@@ -505,9 +514,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _parity(args: argparse.Namespace) -> int:
+    if args.list:
+        print("\n".join(reference_names()))
+        return 0
+    if args.folder is None:
+        raise ConfigError(f"parity: no reference numbers named; give {' or '.join(reference_names())}, or a folder")
+    folder = find_reference(args.folder)
     from lime_dist.training.parity import TOLERANCES, run_parity
 
-    report = run_parity(args.folder, args.overrides, timedelta(seconds=args.timeout))
+    report = run_parity(folder, args.overrides, timedelta(seconds=args.timeout))
     if args.json:
         print(json.dumps(report))
         return 0 if report["passed"] else 1

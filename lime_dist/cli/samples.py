@@ -1,4 +1,5 @@
-"""`lime-dist init`: the sample configs that come with the package, copied to where they can be edited."""
+"""What comes with the package beside its code: the sample configs, which `lime-dist init` copies to where they can be edited,
+and the reference numbers of `lime-dist parity`."""
 
 from __future__ import annotations
 
@@ -7,9 +8,27 @@ import shutil
 from pathlib import Path
 
 import lime_dist
-from lime_dist.errors import ConfigError
+from lime_dist.errors import ConfigError, DataError
 
 SAMPLES = Path(lime_dist.__file__).parent / "configs"  # in a checkout a link to its configs/
+
+
+REFERENCES = SAMPLES.with_name("reference_numbers")  # in a checkout a link to tests/golden, which has more than a wheel
+
+
+def reference_names() -> list[str]:
+    return sorted(path.parent.name for path in REFERENCES.glob("*/io.safetensors"))
+
+
+def find_reference(path: Path) -> Path:
+    """A folder, or one of the package's by its name. Raises: DataError."""
+    if path.is_dir():
+        return path
+    if str(path) in reference_names():
+        return REFERENCES / path
+    raise DataError(
+        f"reference {path}: no such folder; give one of reference numbers, or {' or '.join(reference_names())}"
+    )
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

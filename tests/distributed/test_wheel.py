@@ -13,7 +13,9 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "lime_dist", "configs")
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "lime_dist", "configs", "tests/golden")
+LARGEST_BYTES = 5 << 20
+LINKED = ("configs", "reference_numbers/mha4", "reference_numbers/gqa4")
 TRAINING = """
 lime-dist init samples
 lime-dist plan samples/quickstart.yaml
@@ -24,6 +26,11 @@ lime-dist data tokenize --input small.jsonl --tokenizer tokenizer.model --out to
 lime-dist train samples/quickstart.yaml model.vocab_size=512 model.hidden_size=48 model.intermediate_size=96 \
   data.train=tokens data.valid=tokens data.tokenizer=tokenizer.model eval.batches=1 run.dir=run run.steps=2
 lime-dist generate run --prompt "The function" --max-new-tokens 4
+lime-dist parity --list
+lime-dist parity mha4 parallel.pp=2
+lime-dist submit samples/quickstart.yaml --cluster samples/clusters/quickstart.yaml model.vocab_size=512 \
+  data.train=tokens data.valid=tokens data.tokenizer=tokenizer.model --dry-run
+python -m lime_dist --version
 """
 
 
@@ -54,10 +61,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_holds_every_file_of_the_package(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lime_dist/")}
-    folders = [ROOT / "lime_dist", ROOT / "lime_dist" / "configs"]
+    folders = [ROOT / "lime_dist", *(ROOT / "lime_dist" / name for name in LINKED)]
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert packed == {path.relative_to(ROOT).as_posix() for path in files}
     assert {"lime_dist/cluster/job.sh", "lime_dist/configs/clusters/cpu.yaml"} <= packed
+    assert wheel.stat().st_size < LARGEST_BYTES
 
 
 def test_it_trains_in_another_folder(wheel: Path, tmp_path: Path) -> None:
@@ -74,3 +82,4 @@ def test_it_trains_in_another_folder(wheel: Path, tmp_path: Path) -> None:
     path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
     said = run("bash", "-euc", TRAINING, cwd=work, PATH=path, OMP_NUM_THREADS="1")
     assert "pattern full, policy least" in said and "step 2/2" in said and "The function" in said
+    assert "gqa4\nmha4\n" in said and "\npassed\n" in said

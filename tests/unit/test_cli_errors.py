@@ -65,6 +65,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer([folder / "text.txt"], folder / "wide", vocab_size=300, workers=1)
     write_checkpoint(folder / "step_000001")
     write_checkpoint(folder / "last_1", "depth.pattern=last:1")
+    (folder / "earlier" / "checkpoints").mkdir(parents=True)
+    write_checkpoint(folder / "earlier" / "checkpoints" / "step_000001")
     return folder
 
 
@@ -170,8 +172,9 @@ TRAIN = {
     "data.tokenizer=no.model": r"data\.tokenizer: no\.model does not exist; train one with",
     "data.tokenizer=wide.model": r"model\.vocab_size: 96, but data\.tokenizer wide\.model has 300 ids; set model\.vocab_size=300",
     "data.tokenizer=text.txt": r"(data\.)?tokenizer: text\.txt is not a SentencePiece model; give the \.model file",
-    "checkpoint.resume=.": r"checkpoint\.resume: \. is no checkpoint; name a step_N folder, auto or never",
-    "checkpoint.resume=step_999999": r"checkpoint\.resume: step_999999 is no checkpoint; name a step_N folder",
+    "checkpoint.resume=step_999999": r"checkpoint\.resume: step_999999: neither a step_N folder nor a run's folder",
+    "checkpoint.weights_from=nowhere": r"checkpoint\.weights_from: nowhere: neither a step_N folder nor a run's folder",
+    "depth.weights_from=nowhere depth.pattern=top_p:0.9": r"depth\.weights_from: nowhere: neither a step_N folder nor",
 }
 
 # The same, found by the ranks: what BASE's checkpoint does not fit.
@@ -209,7 +212,7 @@ OTHERS = {
     "plan run.yaml parallel.pp=9": r"parallel\.pp: 9 stages .* use at most 4",
     "eval run.yaml data.valid=[] --checkpoint step_000001": r"data\.valid: no held-out text; name a token file",
     "eval run.yaml": r"run\.dir: no checkpoint under run/checkpoints; train first or give --checkpoint",
-    "eval run.yaml --checkpoint .": r"checkpoint \.: no meta\.json in it; name a folder",
+    "eval run.yaml --checkpoint nowhere": r"checkpoint nowhere: neither a step_N folder nor a run's folder",
     "generate nowhere --prompt a": r"checkpoint nowhere: neither a step_N folder nor a run's folder .*; train first",
     "generate step_000001 --prompt a": r"data\.tokenizer: the run names none; give --tokenizer",
     "generate step_000001 --prompt a --tokenizer wide.model": (
@@ -217,15 +220,24 @@ OTHERS = {
     ),
     "generate step_000001 --prompt a --tokenizer no.model": r"tokenizer: no\.model does not exist; make it",
     "generate step_000001 --prompt a --top-p 2": r"--top-p: must be above 0 and at most 1",
+    "generate step_000001 --prompt a --top-p 0": r"--top-p: must be above 0 and at most 1",
+    "generate step_000001 --prompt a --top-k -1": r"--top-k: must be at least 0",
+    "generate step_000001 --prompt a --temperature -1": r"--temperature: must be at least 0 and finite",
+    "generate step_000001 --prompt a --temperature inf": r"--temperature: must be at least 0 and finite",
+    "generate step_000001 --prompt a --seed -1": r"--seed: must be from 0 to 2\^32 - 1, as run\.seed",
+    "generate step_000001 --prompt a --max-new-tokens -3": r"--max-new-tokens: -3 must be at least 1",
+    "generate nowhere --prompt a --max-new-tokens 0": r"--max-new-tokens: 0 must be at least 1",  # before it is looked for
+    "generate step_000001 --prompt \udcff": r"--prompt: is no text in UTF-8; convert it",
     "generate step_000001 --prompt a --device cuda": r"--device: cuda, but there is no GPU here; use cpu",
-    "parity nowhere": r"reference nowhere/.*: .*; give a folder of reference numbers",
+    "parity nowhere": r"reference nowhere: no such folder; give one of reference numbers, or gqa4 or ",
+    "parity": r"parity: no reference numbers named; give gqa4 or ",
+    "parity mha4 parallel.tp=3": r"parallel\.tp: 3 does not divide model\.num_kv_heads=4; change one",
     "parity {golden} parallel.tp=3": r"parallel\.tp: 3 does not divide model\.num_kv_heads=4; change one",
     "parity {golden} parallel.ppp=3": r"parallel\.ppp: unknown key; did you mean pp\?",
 }
 FOUND_BY_RANKS = {
     "eval run.yaml data.valid=[] --checkpoint step_000001",
     "eval run.yaml",
-    "eval run.yaml --checkpoint .",
 }
 
 
@@ -242,11 +254,25 @@ def test_checkpoint_of_another_model(override: str, capfd: pytest.CaptureFixture
     check_mistake(code, capfd, RESUME[override], ranks_may_start=True)
 
 
-@pytest.mark.parametrize("words", ["checkpoint.resume=step_000001", "checkpoint.resume=last_1 depth.pattern=last:1"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "checkpoint.resume=step_000001",
+        "checkpoint.resume=last_1 depth.pattern=last:1",
+        "checkpoint.resume=earlier",  # a run's folder: its newest
+    ],
+)
 def test_the_checkpoint_itself_is_sound(words: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Else the test above would show nothing."""
     assert main(["train", "run.yaml", *words.split(), f"run.dir={tmp_path}/run"]) == 0
     assert "step 1 of 2" in capfd.readouterr().out
+
+
+def test_a_runs_folder_is_evaluated(capfd: pytest.CaptureFixture[str]) -> None:
+    """As a step_N folder; `generate` and `analyze` take both too."""
+    for given in ("earlier", "earlier/checkpoints/step_000001"):
+        assert main(["eval", "run.yaml", "--checkpoint", given]) == 0
+        assert '"checkpoint": "earlier/checkpoints/step_000001", "step": 1' in capfd.readouterr().out
 
 
 def test_what_runs_but_is_hardly_meant_is_said(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
