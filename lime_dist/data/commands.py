@@ -142,9 +142,11 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help=".jsonl (a document a line) or .txt (a document a file), UTF-8, may be .gz",
+        help=".jsonl (a document a line) or .txt (a document a file), UTF-8, may be .gz or .zst; or .parquet (a document a row)",
     )
-    parser.add_argument("--field", default="text", help="JSON field that holds the text (default: text)")
+    parser.add_argument(
+        "--field", default="text", help="JSON field, or column of a .parquet, that holds the text (default: text)"
+    )
     parser.add_argument("--document-per-line", action="store_true", help="each line of a .txt is a document")
 
 

@@ -1,7 +1,7 @@
 """Reads documents from text files in chunks that can be parsed in any process.
 
 `.jsonl`, `.json` and `.ndjson` hold one JSON object a line; `.txt` is one document, or one a line when
-asked; each may be gzipped (`.gz`). All text is UTF-8.
+asked; each may be compressed (`.gz`, `.zst`). `.parquet` has a document a row. All text is UTF-8.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from lime_dist.data.arrow_files import ARROW_SUFFIXES, check_column, open_zstd, read_column, require_pyarrow
 from lime_dist.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFormat:
-    """The JSON `field` that holds the text, and whether each line of a `.txt` is a document."""
+    """The `field` of JSON objects, or the column, that holds the text; whether each line of a `.txt` is a document."""
 
     field: str = "text"
     document_per_line: bool = False
@@ -34,7 +36,7 @@ DEFAULT_FORMAT = TextFormat()
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some whole lines of one file, or a whole `.txt`; `file_bytes` counts what was read of the (compressed) file."""
+    """Some whole lines of one file, texts of rows, or a whole `.txt`; `file_bytes` counts what was read of the (compressed) file."""
 
     path: Path
     first_line: int
@@ -50,17 +52,42 @@ def read_chunks(paths: Sequence[Path], text_format: TextFormat) -> Iterator[Chun
     for path in paths:
         if not path.is_file():
             raise DataError(f"--input: {path} is not a file; check the path")
-        _text_suffix(path)
+        suffix = _text_suffix(path)
+        if path.suffix in ARROW_SUFFIXES:
+            require_pyarrow(path)
+        if suffix == ".parquet":
+            check_column(path, text_format.field)
     for path in paths:
-        whole_file = _text_suffix(path) == ".txt" and not text_format.document_per_line
-        try:
-            with path.open("rb") as raw:
-                stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-                yield from _cut(path, raw, stream, whole_file)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise DataError(f"--input: {path} is not a whole gzip file; compress it again") from None
-        except OSError as error:
+        if path.suffix == ".parquet":
+            yield from _read_rows(path, text_format.field)
+        else:
+            yield from _read_text(path, text_format)
+
+
+def _read_rows(path: Path, column: str) -> Iterator[Chunk]:
+    first_row, reported_bytes, size = 1, 0, path.stat().st_size
+    for rows, share in read_column(path, column):
+        position = int(size * share)
+        yield Chunk(path=path, first_line=first_row, lines=tuple(rows), file_bytes=position - reported_bytes)
+        first_row, reported_bytes = first_row + len(rows), position
+
+
+def _read_text(path: Path, text_format: TextFormat) -> Iterator[Chunk]:
+    whole_file = _text_suffix(path) == ".txt" and not text_format.document_per_line
+    try:
+        with path.open("rb") as raw:
+            yield from _cut(path, raw, _uncompressed(path, raw), whole_file)
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"--input: cannot read {path} ({error.strerror}); check its permissions") from None
+        kind = "gzip" if path.suffix == ".gz" else "zstd"
+        raise DataError(f"--input: {path} is not a whole {kind} file; compress it again") from None
+
+
+def _uncompressed(path: Path, raw: BinaryIO) -> BinaryIO | gzip.GzipFile:
+    if path.suffix == ".zst":
+        return open_zstd(raw)
+    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
 
 
 def parse_chunk(chunk: Chunk, text_format: TextFormat) -> Iterator[str]:
@@ -73,7 +100,8 @@ def parse_chunk(chunk: Chunk, text_format: TextFormat) -> Iterator[str]:
         except UnicodeEncodeError:
             raise DataError(f"{chunk.path}:{line_number}: half a surrogate pair; fix or drop the document") from None
         except UnicodeDecodeError as error:
-            line_number += error.object.count(b"\n", 0, error.start)
+            if chunk.path.suffix != ".parquet":
+                line_number += error.object.count(b"\n", 0, error.start)
             raise DataError(f"{chunk.path}:{line_number}: not UTF-8 ({error.reason}); convert the file") from None
         except ValueError as error:
             raise DataError(f"{chunk.path}:{line_number}: {error}") from None
@@ -87,9 +115,11 @@ def read_documents(paths: Sequence[Path], text_format: TextFormat) -> Iterator[s
 
 
 def _text_suffix(path: Path) -> str:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in (".txt", *_JSON_SUFFIXES):
-        raise DataError(f"--input: cannot tell what {path} holds; name it .txt or .jsonl (or .txt.gz, .jsonl.gz)")
+    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+    if suffix not in (".txt", *_JSON_SUFFIXES) and path.suffix != ".parquet":
+        raise DataError(
+            f"--input: cannot tell what {path} holds; name it .txt, .jsonl (or those with .gz or .zst) or .parquet"
+        )
     return suffix
 
 
@@ -103,7 +133,10 @@ def _cut(path: Path, raw: BinaryIO, stream: BinaryIO | gzip.GzipFile, whole_file
 
 
 def _parser(path: Path, text_format: TextFormat) -> Callable[[bytes], str]:
-    if _text_suffix(path) != ".txt":
+    suffix = _text_suffix(path)
+    if suffix == ".parquet":
+        return bytes.decode
+    if suffix != ".txt":
         return partial(_parse_json, field=text_format.field)
     return _parse_line if text_format.document_per_line else bytes.decode
 

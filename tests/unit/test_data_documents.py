@@ -88,9 +88,9 @@ def test_a_gzip_file_cut_short_is_named(tmp_path: Path) -> None:
         list(read_documents([path], DEFAULT_FORMAT))
 
 
-@pytest.mark.parametrize(("name", "said"), [("missing.jsonl", "is not a file"), ("a.parquet", "cannot tell what")])
+@pytest.mark.parametrize(("name", "said"), [("missing.jsonl", "is not a file"), ("a.parquet.gz", "cannot tell what")])
 def test_bad_files_are_found_before_any_is_read(tmp_path: Path, name: str, said: str) -> None:
     good = write_json_lines(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.parquet.gz").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=said):
         next(read_documents([good, tmp_path / name], DEFAULT_FORMAT))
