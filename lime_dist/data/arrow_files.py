@@ -69,7 +69,7 @@ def _opened(path: Path) -> Iterator[ParquetFile]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"--input: {path} is not a whole Parquet file ({one_line(error)}); write it again") from None

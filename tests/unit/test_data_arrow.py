@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ JSON_LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode
 def write(path: Path, column: str = "text") -> Path:
     """TEXTS, in the form that the name says."""
     if path.suffix == ".parquet":
-        parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), column: TEXTS}), path, row_group_size=400)
+        parquet.write_table(pyarrow.table({"id": [0] * len(TEXTS), column: TEXTS}), path, row_group_size=400)
     else:
         text = JSON_LINES if ".jsonl" in path.suffixes else "\n".join(TEXTS).encode()
         half = len(text) // 2  # two frames, as a compressor of several threads writes them
@@ -89,10 +90,10 @@ def spoil(path: Path) -> None:
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
-    ("a.parquet", cut, "is not a whole Parquet file ("),
-    ("a.parquet", spoil, "is not a whole Parquet file ("),
-    ("a.jsonl.zst", cut, "is not a whole zstd file; compress it again"),
-    ("a.jsonl.zst", spoil, "is not a whole zstd file; compress it again"),
+    ("a.parquet", cut, r" is not a whole Parquet file \("),
+    ("a.parquet", spoil, r"( is not a whole Parquet file \(|:\d+: not UTF-8)"),
+    ("a.jsonl.zst", cut, " is not a whole zstd file; compress it again"),
+    ("a.jsonl.zst", spoil, " is not a whole zstd file; compress it again"),
 ]
 
 
@@ -105,13 +106,13 @@ def test_damage_is_one_line_and_leaves_nothing(
     tokenizer: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path, before = write(tmp_path / name), None
+    path = write(tmp_path / name)
     damage(path)
     before = set(tmp_path.iterdir())
     capsys.readouterr()
     assert tokenize(tokenizer, path, tmp_path / "tokens") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"lime-dist: --input: {path} {said}")
+    assert re.match(f"lime-dist: (--input: )?{path}{said}", line), line
     assert set(tmp_path.iterdir()) == before
 
 
