@@ -21,15 +21,21 @@ def format_clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+# What is printed has binary prefixes, memory and traffic alike; what is read may have either.
+BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+DECIMAL = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "B": 1, **BINARY, **DECIMAL}
+
+
 def parse_bytes(text: str) -> int | None:
-    """Bytes of a text such as 4MiB or 4194304; None when it is none."""
-    found = re.fullmatch(r"(\d+)\s*(KiB|MiB|GiB|)", text.strip(), re.ASCII)
-    return int(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}[found[2]] if found else None
+    """Bytes of a text such as 4MiB, 4MB or 4194304; None when it is none."""
+    found = re.fullmatch(rf"(\d+)\s*({'|'.join(_UNITS)})", text.strip(), re.ASCII)
+    return int(found[1]) * _UNITS[found[2]] if found else None
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
+    for larger in BINARY:
         if value < 1024:
             break
         value, unit = value / 1024, larger
@@ -37,8 +43,4 @@ def format_bytes(count: int) -> str:
 
 
 def format_rate(bytes_per_second: float) -> str:
-    """In decimal units, as links are sold."""
-    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6)):
-        if bytes_per_second >= size:
-            return f"{bytes_per_second / size:.1f} {unit}"
-    return f"{bytes_per_second / 1e3:.1f} kB/s"
+    return f"{format_bytes(bytes_per_second)}/s"

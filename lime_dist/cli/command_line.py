@@ -20,6 +20,7 @@ from lime_dist.comparison import commands as comparison_commands
 from lime_dist.data import commands as data_commands
 from lime_dist.errors import ConfigError, LimeDistError, one_line, shown
 from lime_dist.lifecycle.ending import FAILED, INTERRUPTED, NEVER_RESTART, READER_GONE, REQUEUE, write_outcome
+from lime_dist.lifecycle.launcher import is_launched
 from lime_dist.lifecycle.local import RankFailed, StoppedEarly
 from lime_dist.lifecycle.stopping import STOP_SIGNALS
 from lime_dist.preflight import commands as preflight_commands
@@ -96,8 +97,9 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 
 def _refuse(error: LimeDistError) -> int:
-    write_outcome(NEVER_RESTART, error)
-    print(f"lime-dist: {one_line(error)}", file=sys.stderr)
+    is_news = write_outcome(NEVER_RESTART, error)
+    if is_news or not is_launched():  # ranks make the same mistake all at once
+        print(f"lime-dist: {one_line(error)}", file=sys.stderr)
     return NEVER_RESTART
 
 

@@ -68,7 +68,9 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_config(parser)
     add_nproc(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config and the stage table, and stop"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, the stage table and the size of the run, and stop",
     )
     parser.set_defaults(run=_train)
 
@@ -333,7 +335,14 @@ def _plot(plan: RunPlan, path: Path) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    return ended(ready_on_ranks(args, _ready_to_train, "train"))
+    return ended(ready_on_ranks(args, _ready_to_start, "train"))
+
+
+def _ready_to_start(config: Config, world_size: int | None) -> RunPlan:
+    from lime_dist.training.wandb_board import require_wandb
+
+    require_wandb(config)
+    return _ready_to_train(config, world_size)
 
 
 def _ready_to_train(config: Config, world_size: int | None = None) -> RunPlan:
@@ -377,10 +386,12 @@ def ended(code: int) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     from lime_dist.plan.table import stage_table
+    from lime_dist.preflight.input_files import find_training_text
+    from lime_dist.training.run_size import size_lines
 
     plan = _ready_to_train(load_config(args.config, args.overrides), args.nproc)
     print(dump_yaml(plan.config))
-    print(stage_table(plan))
+    print(stage_table(plan), "", *size_lines(plan.config, find_training_text(plan.config)), sep="\n")
     return 0
 
 
@@ -487,8 +498,8 @@ def _as_launched_rank(function: Callable[..., Any], plan: RunPlan, place: Place,
     try:
         return function(plan, place, *args)
     except LimeDistError as error:
-        print(f"lime-dist: {one_line(error)}", file=sys.stderr)
-        write_outcome(NEVER_RESTART, error)
+        if write_outcome(NEVER_RESTART, error):
+            print(f"lime-dist: {one_line(error)}", file=sys.stderr)
         leave(NEVER_RESTART)
     except Exception as error:
         traceback.print_exc()

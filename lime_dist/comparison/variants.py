@@ -13,7 +13,7 @@ from lime_dist.depth.kinds import ROUTINGS, options_of
 from lime_dist.errors import shown
 
 # What changes no number but by the order of its sums.
-_SECTIONS_WITHOUT_EFFECT = ("parallel", "pipeline", "profile", "analysis", "deepspeed")
+_SECTIONS_WITHOUT_EFFECT = ("parallel", "pipeline", "profile", "analysis", "wandb", "deepspeed")
 _WITHOUT_EFFECT = {
     "run.seed", "run.dir", "run.log_every", "run.timeout_seconds", "run.memory", "run.peak_tflops", "run.device",
     "depth.policy", "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "data.micro_batch_size",

@@ -18,6 +18,7 @@ from lime_dist.config.schema import (
     RunConfig,
     Source,
     SpikesConfig,
+    WandbConfig,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "RunConfig",
     "Source",
     "SpikesConfig",
+    "WandbConfig",
     "check_config",
     "dump_yaml",
     "find_warnings",

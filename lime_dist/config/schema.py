@@ -67,6 +67,10 @@ class DepthConfig:
         return self.name.startswith(("top_p:", "budget:"))
 
     @property
+    def learns_routers(self) -> bool:
+        return self.router not in ("none", "average")
+
+    @property
     def is_chosen(self) -> bool:
         """Whether the same text may stand for other edges at another time: for other weights, bytes or stages."""
         return self.chosen_by_routers or "within_stage" in self.name
@@ -198,6 +202,15 @@ class AnalysisConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases beside TensorBoard, with the same values; WANDB_MODE=offline keeps them for `wandb sync`."""
+
+    project: str | None = None  # None: not used
+    entity: str | None = None  # a team; None: the one that WANDB_API_KEY belongs to
+    name: str | None = None  # of the run; None: that of run.dir
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     # The run's folder: checkpoints, metrics, resolved config; on storage that all nodes share
     dir: str = "runs/default"
@@ -231,6 +244,7 @@ class Config:
     run: RunConfig = RunConfig()
     profile: ProfileConfig = ProfileConfig()
     analysis: AnalysisConfig = AnalysisConfig()
+    wandb: WandbConfig = WandbConfig()
     deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own keys, passed through
 
     @property

@@ -8,6 +8,7 @@ one left. So whoever launches names a file in `LIME_DIST_OUTCOME_FILE`, one for 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from lime_dist.errors import USER_ERROR_EXIT_CODE, one_line
@@ -20,20 +21,43 @@ READER_GONE = 141  # whoever read its output, as shells number it: 128 + SIGPIPE
 FAILED = 1  # as any other code: worth another try, within the launcher's bound
 
 OUTCOME_VARIABLE = "LIME_DIST_OUTCOME_FILE"
+_TORCHRUNS_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+_WRITING_SECONDS = 0.5
 
 
-def write_outcome(code: int, reason: str | BaseException) -> None:
-    """Tell the launcher how the run ended. The first rank that knows is the one that saw the cause; later ones are ignored."""
-    path = os.environ.get(OUTCOME_VARIABLE)
-    if not path:
-        return
-    text = one_line(reason) if isinstance(reason, BaseException) else reason
+def write_outcome(code: int, reason: str | BaseException) -> bool:
+    """Tell the launcher how the run ended. The first rank that knows is the one that saw the cause; later ones are ignored.
+
+    Whether this is news: false where another process of this start has told the very same.
+    """
+    path, text = _outcome_path(), one_line(reason) if isinstance(reason, BaseException) else reason
+    if path is None:
+        return True
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
             file.write(f"{code} {text}\n")
-    except OSError:  # another rank was first, or the disk is gone: the exit code still tells
+    except FileExistsError:
+        return _await_outcome(path) != (code, text.strip())
+    except OSError:  # the disk is gone: the exit code still tells
         pass
+    return True
+
+
+def _outcome_path() -> Path | None:
+    """Under torchrun alone, which gives each start a folder and each rank one within it, a file beside those."""
+    if named := os.environ.get(OUTCOME_VARIABLE):
+        return Path(named)
+    of_rank = os.environ.get(_TORCHRUNS_VARIABLE)
+    return Path(of_rank).parents[1] / "outcome" if of_rank else None
+
+
+def _await_outcome(path: Path) -> tuple[int, str] | None:
+    """As the process that has made the file writes it."""
+    deadline = time.monotonic() + _WRITING_SECONDS
+    while (found := read_outcome(path)) is None and time.monotonic() < deadline:
+        time.sleep(_WRITING_SECONDS / 50)
+    return found
 
 
 def read_outcome(path: Path) -> tuple[int, str] | None:

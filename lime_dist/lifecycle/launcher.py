@@ -55,6 +55,11 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return None
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process, rightly or not."""
+    return any(rank in os.environ for rank, *_ in _NAMES)
+
+
 def own_place() -> Place:
     """The place of a process that a launcher has started."""
     place = find_place()

@@ -28,6 +28,7 @@ STOP_SIGNALS = (
     signal.SIGINT,
     signal.SIGHUP,
 )  # Ctrl-C, and a terminal that goes, among them
+STOPPING = "stopping after this step or evaluation batch"
 REPEAT_WINDOW_SECONDS = 2.0  # schedulers send one wish several times over: to the process, its parent and its group
 
 
@@ -54,6 +55,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None  # the first
         self.is_alone = False  # a rank that a launcher has started, until it has met the others
+        self.says_so = True  # of several ranks one, as schedulers signal all
         self._last: tuple[int, float] = (0, 0.0)  # signal, and when
         self._terminal = Terminal()
         receiver, sender = os.pipe()
@@ -84,12 +86,13 @@ class StopRequest:
     def _begin_to_stop(self, name: str) -> None:
         if self.is_alone:
             _leave_before_the_meeting(name)
-        print(f"{name}: stopping after this step or evaluation batch", file=sys.stderr, flush=True)
+        if self.says_so:
+            print(f"{name}: {STOPPING}", file=sys.stderr, flush=True)
 
 
 def _leave_before_the_meeting(name: str) -> NoReturn:
-    print(f"{name}: leaving before the ranks have met", file=sys.stderr, flush=True)
-    write_outcome(REQUEUE, f"{name} before the ranks had met")
+    if write_outcome(REQUEUE, f"{name} before the ranks had met"):
+        print(f"{name}: leaving before the ranks have met", file=sys.stderr, flush=True)
     os._exit(REQUEUE)
 
 

@@ -72,8 +72,8 @@ class Watchdog:
             reason = (
                 f"{who(self._layout, died.global_rank)} {last_known(died)}; it has died: its connections are closed"
             )
-            print(f"lime-dist: {reason}", file=sys.stderr, flush=True)
-            write_outcome(FAILED, reason)
+            if write_outcome(FAILED, reason):
+                print(f"lime-dist: {reason}", file=sys.stderr, flush=True)
 
     def _read(self) -> list[Heartbeat | None]:
         return written_since(read_heartbeats(self._folder, self._layout.world_size), self._began)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lime_dist.config.reading import is_override, nearest
 from lime_dist.errors import ConfigError, shown
+from lime_dist.formats import BINARY, DECIMAL, format_rate
 from lime_dist.plan.costs import LinkSpeed, Rates
 from lime_dist.plan.schedule import Kind
 
@@ -46,10 +47,10 @@ class Machine:
         )
 
     def __str__(self) -> str:
-        between, within = map(_shown, self.links)
+        between, within = map(format_rate, self.links)
         return (
             f"{_shown(self.rate)}FLOP/s a device whatever the microbatch's size, routing at 1/{ROUTING_SLOWDOWN} of it; links of "
-            f"{between}B/s between nodes and {within}B/s within one of {self.node_size} ranks, {self.latency * 1e6:g} us a message; "
+            f"{between} between nodes and {within} within one of {self.node_size} ranks, {self.latency * 1e6:g} us a message; "
             "tensor collectives and the replicas' reduction by their bytes and not overlapped; nothing for data, optimiser and host"
         )
 
@@ -140,6 +141,8 @@ def _read_word(word: str) -> tuple[str, tuple[float, ...]]:
 # ---- numbers with units; None for what is none
 
 _PREFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_BITS = {prefix + unit: size / 8 for prefix, size in _PREFIXES.items() for unit in ("b", "bit")}
+_SPEEDS = {**DECIMAL, **BINARY, **_BITS}
 _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d{1,3})?)\s*"
 
 
@@ -150,9 +153,9 @@ def parse_rate(text: str) -> float | None:
 
 
 def parse_speed(text: str) -> float | None:
-    """Bytes/s of a text such as 50GB/s, or 400Gb/s or 400Gbit/s."""
-    found = re.fullmatch(_NUMBER + "([kKMGT])(B|b|bit)/s", text, re.ASCII)
-    return _positive(float(found[1]) * _PREFIXES[found[2]] / (1 if found[3] == "B" else 8)) if found else None
+    """Bytes/s of a text such as 50GB/s, 46.6GiB/s, or 400Gb/s or 400Gbit/s."""
+    found = re.fullmatch(_NUMBER + f"({'|'.join(_SPEEDS)})/s", text, re.ASCII)
+    return _positive(float(found[1]) * _SPEEDS[found[2]]) if found else None
 
 
 def parse_latency(text: str) -> float | None:
@@ -171,7 +174,7 @@ def _positive(number: float) -> float | None:
 
 
 def _shown(number: float) -> str:
-    """As `parse_rate` and `parse_speed` read it, but for the unit."""
+    """As `parse_rate` reads it, but for the unit."""
     prefix = next((one for one in "PTGM" if number >= _PREFIXES[one]), "k")
     return f"{number / _PREFIXES[prefix]:g} {prefix}"
 

@@ -6,7 +6,7 @@ Those of a reader's attention are for its kind of depth routing to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 from lime_dist.config import ModelConfig
@@ -40,6 +40,12 @@ def whole_pieces(model: ModelConfig, pattern: Pattern) -> dict[str, Piece]:
 def total_parameters(model: ModelConfig, pattern: Pattern) -> int:
     """Of the unsharded model; an embedding that is the head too counts once."""
     return sum(prod(tensor.shape) for tensor in logical_tensors(model, pattern).values())
+
+
+def router_parameters(model: ModelConfig, pattern: Pattern) -> int:
+    """Those of `total_parameters` that routers hold."""
+    tensors = logical_tensors(model, pattern).values()
+    return sum(prod(tensor.shape) for tensor in tensors if tensor.role is Role.ROUTER)
 
 
 def plan_parameters(
@@ -113,11 +119,6 @@ def _router(
         yield router
 
 
-def count_parameters(specs: tuple[ParameterSpec, ...]) -> int:
-    """Elements of the logical tensors' slices, padding and tied copies left out."""
-    return sum(
-        prod(piece.tensor.shape) // piece.tensor.shape[piece.dim] * piece.length
-        for spec in specs
-        if not spec.tied_copy
-        for piece in spec.pieces
-    )
+def count_parameters(specs: Iterable[ParameterSpec]) -> int:
+    """Elements that a rank holds of them, the vocabulary's padding and the copy of a tied embedding too."""
+    return sum(prod(spec.shape) for spec in specs)

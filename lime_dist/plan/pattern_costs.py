@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from lime_dist.config import Config
 from lime_dist.depth.kinds import routers_of
 from lime_dist.formats import format_bytes, format_si
-from lime_dist.plan.parameters import logical_tensors
+from lime_dist.plan.parameters import router_parameters, total_parameters
 from lime_dist.plan.predict import without_limit
 from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.plan.table import POLICIES, align_columns
-from lime_dist.plan.tensors import Role
 
 MAX_NAME_WIDTH = 24  # so that lines stay within the table's width
 COMPARED_PATTERNS = (
@@ -71,7 +69,6 @@ def pattern_cost(config: Config) -> dict[str, Any]:
     """
     plan = plan_run(config)
     pattern, bundles_bytes = plan.transfer.pattern, [chunk.sent_bytes for chunk in plan.chunks[:-1]]
-    tensors = logical_tensors(config.model, pattern).values()
     return {
         "pattern": pattern.name,
         "policy": None if config.depth.router == "none" else config.depth.policy,
@@ -83,8 +80,8 @@ def pattern_cost(config: Config) -> dict[str, Any]:
         "busiest_boundary_bytes": max(plan.boundary_bytes, default=0),
         "bytes_per_microbatch": sum(bundles_bytes),
         "memory_bytes": max(memory.total_bytes for memory in plan.memory),
-        "total_parameters": sum(prod(tensor.shape) for tensor in tensors),
-        "router_parameters": sum(prod(tensor.shape) for tensor in tensors if tensor.role is Role.ROUTER),
+        "total_parameters": total_parameters(config.model, pattern),
+        "router_parameters": router_parameters(config.model, pattern),
         "model_flops_per_token": plan.model_flops_per_token,
     }
 

@@ -23,6 +23,7 @@ from lime_dist.plan.record import plan_record
 from lime_dist.plan.run_plan import RunPlan, replan_warmups
 from lime_dist.plan.schedule import eager_warmup, plain_warmup
 from lime_dist.plan.stages import ChunkPlan, StagePlan, plan_transfer_of
+from lime_dist.plan.tensors import ParameterSpec
 from lime_dist.plan.transfer import HopPlan, TransferPlan, plan_transfer
 
 MAX_WIDTH, MAX_LAYERS_WIDTH, MAX_SOURCES_WIDTH = 120, 22, 60  # of a line; of columns, so that lines stay within it
@@ -96,11 +97,15 @@ def _warmup_report(plan: RunPlan, warmup: int, name: str | None, is_own: bool) -
 
 
 def _stage_report(config: Config, stage: StagePlan, memory: StageMemory) -> dict[str, Any]:
+    """parameters_per_tp_rank: as a rank holds them before ZeRO cuts them, with the copies of tied_copy_parameters, which
+    total_parameters counts once, and with the vocabulary's padding."""
+    specs = _parameters_of_first_tp_rank(config, stage)
     return {
         "stage_index": stage.stage_index,
         "layers": list(stage.layers),
         "chunks": [chunk.chunk for chunk in stage.chunks],
-        "parameters_per_tp_rank": _parameters_per_tp_rank(config, stage),
+        "parameters_per_tp_rank": count_parameters(specs),
+        "tied_copy_parameters": count_parameters(spec for spec in specs if spec.tied_copy),
         "routing_flops_per_token": stage.routing_flops_per_token,
         "received_bytes": stage.received_bytes,
         "microbatches_in_flight": stage.peak_in_flight,
@@ -109,15 +114,14 @@ def _stage_report(config: Config, stage: StagePlan, memory: StageMemory) -> dict
     }
 
 
-def _parameters_per_tp_rank(config: Config, stage: StagePlan) -> int:
+def _parameters_of_first_tp_rank(config: Config, stage: StagePlan) -> list[ParameterSpec]:
     tp = config.parallel.tp
-    vocab_rows = padded_vocab_size(config.model.vocab_size, tp)
-    return sum(
-        count_parameters(
-            plan_parameters(config.model, chunk.transfer, chunk.layers, tp=tp, tp_rank=0, vocab_rows=vocab_rows)
-        )
+    rows = padded_vocab_size(config.model.vocab_size, tp)
+    return [
+        spec
         for chunk in stage.chunks
-    )
+        for spec in plan_parameters(config.model, chunk.transfer, chunk.layers, tp=tp, tp_rank=0, vocab_rows=rows)
+    ]
 
 
 def _hop_report(plan: RunPlan, chunk: ChunkPlan, fewest: HopPlan) -> dict[str, Any]:
@@ -162,6 +166,7 @@ def stage_table(plan: RunPlan) -> str:
         f"bytes are of one microbatch on one tensor rank, forward{_sizes(report['hops'])}",
         "",
         *_stage_lines(report["stages"]),
+        *_tied_copy_lines(report["stages"]),
     ]
     if report["hops"]:
         lines += ["", *_hop_lines(report)]
@@ -214,6 +219,11 @@ def _stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
         for stage in stages
     ]
     return align_columns(head, rows)
+
+
+def _tied_copy_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
+    copied = sum(stage["tied_copy_parameters"] for stage in stages)
+    return [f"parameters/rank: the last stage's with its copy of the tied embedding, {copied:,}"] if copied else []
 
 
 def _hop_lines(report: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lime_dist.checkpoint.checking import read_meta
 from lime_dist.checkpoint.edges import first_weights, resume_folder
@@ -14,7 +15,7 @@ from lime_dist.data.indexed import TokenFiles
 from lime_dist.data.indexed import check_files as check_token_files
 from lime_dist.data.meta import require_tokenizer
 from lime_dist.data.sample_kinds import SOURCES
-from lime_dist.data.sample_source import SourceOptions
+from lime_dist.data.sample_source import SampleSource, SourceOptions
 from lime_dist.data.split import WHOLE, Split, held_out_split, require_vocabulary, train_split
 from lime_dist.data.tokenizer import load_tokenizer
 from lime_dist.errors import ConfigError, DataError
@@ -34,12 +35,37 @@ def check_files(config: Config) -> None:
     train = [_read_source(config, "data.train", source.path) for source in config.data.train]
     valid = [_read_source(config, "data.valid", source.path) for source in config.data.valid]
     _check_tokenizers(config, [*train, *valid])
-    _count_samples(config, train, train_split(config.data.valid_fraction))
+    _open_samples(config, train, train_split(config.data.valid_fraction))
     warnings = [_no_checksums(source) for source in (*train, *valid) if not source.files.has_checksums]
     if valid or config.data.valid_fraction:
         held_out = (valid, WHOLE) if valid else (train, held_out_split(config.data.valid_fraction))
-        warnings += _short_evaluation(config, _count_samples(config, *held_out))
+        warnings += _short_evaluation(config, _open_samples(config, *held_out))
     warn(warnings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingText:
+    """num_tokens: of the documents that train. samples_per_epoch: of each source, before it starts again."""
+
+    num_tokens: int
+    samples_per_epoch: tuple[int, ...]
+
+
+def find_training_text(config: Config) -> TrainingText | None:
+    """None where it cannot be read, or holds no sample."""
+    try:
+        sources = [_read_source(config, "data.train", source.path) for source in config.data.train]
+        opened = _open_samples(config, sources, train_split(config.data.valid_fraction))
+    except (DataError, OSError):
+        return None
+    return (
+        TrainingText(
+            num_tokens=sum(one.num_tokens for one in opened),
+            samples_per_epoch=tuple(one.samples_per_epoch for one in opened),
+        )
+        if opened
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -96,19 +122,21 @@ def _check_vocabulary(config: Config, path: Path) -> None:
         )
 
 
-def _count_samples(config: Config, sources: Sequence[_Source], split: Split) -> int:
-    """Of an epoch of all sources. Raises: DataError where a source has less than one, or a document that fits none."""
-    count = 0
-    for position, source in enumerate(sources):
-        options = SourceOptions(
-            seq_length=config.data.seq_length,
-            split=split,
-            entropy=(config.run.seed, position),
-            vocab_size=config.model.vocab_size,
-            key=source.key,
+def _open_samples(config: Config, sources: Sequence[_Source], split: Split) -> list[SampleSource[Any]]:
+    """Raises: DataError where a source has less than one sample, or a document that fits none."""
+    return [
+        SOURCES[config.data.samples](
+            source.files,
+            SourceOptions(
+                seq_length=config.data.seq_length,
+                split=split,
+                entropy=(config.run.seed, position),
+                vocab_size=config.model.vocab_size,
+                key=source.key,
+            ),
         )
-        count += SOURCES[config.data.samples](source.files, options).samples_per_epoch
-    return count
+        for position, source in enumerate(sources)
+    ]
 
 
 # ---- warnings
@@ -121,7 +149,8 @@ def _no_checksums(source: _Source) -> str:
     )
 
 
-def _short_evaluation(config: Config, num_held_out: int) -> list[str]:
+def _short_evaluation(config: Config, held_out: Sequence[SampleSource[Any]]) -> list[str]:
+    num_held_out = sum(source.samples_per_epoch for source in held_out)
     needed = config.eval.batches * config.data.global_batch_size
     if needed <= num_held_out:
         return []

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lime_dist.formats import RECENT_STEPS, format_bytes
+from lime_dist.formats import RECENT_STEPS, format_bytes, format_rate
 from lime_dist.layout import Layout
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.table import align_columns, format_layers
@@ -62,8 +62,8 @@ def slow_boundaries(boundaries: Sequence[Mapping[str, Any]], hosts: Mapping[int,
         if speed < SLOW_SHARE * median(speeds):
             index, (first, second) = report["boundary"], report["slowest"]
             warnings.append(
-                f"boundary {index}>{index + 1} is slow: {_rate(speed)} from host {hosts[first]} (rank {first}) "
-                f"to host {hosts[second]} (rank {second}), {_rate(median(speeds))} over the median boundary"
+                f"boundary {index}>{index + 1} is slow: {format_rate(speed)} from host {hosts[first]} (rank {first}) "
+                f"to host {hosts[second]} (rank {second}), {format_rate(median(speeds))} over the median boundary"
             )
     return warnings
 
@@ -133,15 +133,11 @@ def _boundary_row(report: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"{report['boundary']}>{report['boundary'] + 1}",
         format_bytes(report["message_bytes"]),
-        *(_rate(report[name][which]) for name in ("forward", "backward") for which in ("min", "median")),
+        *(format_rate(report[name][which]) for name in ("forward", "backward") for which in ("min", "median")),
         f"2 x {format_bytes(report['bytes_per_step'])}",
         f"{report['seconds_per_step'] * 1e3:.2f} ms",
         "-" if share is None else f"{share:.1%}",
     )
-
-
-def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e6:,.0f} MB/s" if bytes_per_second >= 1e7 else f"{bytes_per_second / 1e6:.2f} MB/s"
 
 
 def bad_lines(bad: Mapping[str, Sequence[str]]) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 
-from lime_dist.lifecycle.stopping import StopRequest
+from lime_dist.lifecycle.stopping import STOPPING, StopRequest
 
 
 class Stopped(Exception):
@@ -17,6 +19,8 @@ class JointStop:
 
     def __init__(self, request: StopRequest, device: torch.device):
         self._request, self._device = request, device
+        self._is_first = request.says_so = dist.get_rank() == 0
+        self._is_told = False
         request.is_alone = False
 
     @property
@@ -31,7 +35,14 @@ class JointStop:
         """Whether any rank was asked to stop."""
         asked = torch.tensor(int(self.asked_here()), device=self._device)
         dist.all_reduce(asked)
-        return bool(asked.item())
+        return self.heard(bool(asked.item()))
+
+    def heard(self, asked: bool) -> bool:
+        """`asked`: whether any rank was. Of one that the first rank was not asked itself, it says so here."""
+        if asked and self._is_first and not self._is_told and not self.asked_here():
+            print(f"{self.cause}: {STOPPING}", file=sys.stderr, flush=True)
+            self._is_told = True
+        return asked
 
     def check(self) -> None:
         """Raises: Stopped on all ranks when any was asked to stop."""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from types import MappingProxyType
 from typing import Any
 
@@ -18,16 +19,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lime_dist.checkpoint.safe_files import flush_to_disk
 from lime_dist.errors import one_line
-from lime_dist.formats import RECENT_STEPS, format_clock, format_si
+from lime_dist.formats import RECENT_STEPS, format_bytes, format_clock, format_si
 from lime_dist.profiling.accounting import Account, account
 from lime_dist.profiling.profile_files import ProfileError, read_profile
 from lime_dist.profiling.timeline import read_timelines
+from lime_dist.training.boards import Board, Boards
+from lime_dist.training.peak_memory import PEAKS
 from lime_dist.training.records import read_records
 from lime_dist.training.spikes import SpikeEvent
 
 MAX_WIDTH = 120  # of a progress line
 NOTHING: Mapping[str, int] = MappingProxyType({})
-CHARTED = ("loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "mfu", "step_seconds")
+CHARTED = (
+    "loss", "grad_norm", "lr", "router_lr", "tokens_per_second", "tokens_seen", "mfu", "step_seconds", *PEAKS,
+)  # fmt: skip
 
 
 MARKS_AT_ONCE = 2_000_000  # some ten seconds
@@ -37,17 +42,25 @@ class Metrics:
     """Opens the run's folder for writing, dropping what came after `first_step` in a run that is resumed before it.
 
     peak_flops: operations a second that all devices of the run can do at most; None where that is not known.
-    evaluated_step: the last one of which there is an evaluation.
+    more_boards: to be drawn on as on TensorBoard. evaluated_step: the last one of which there is an evaluation.
     """
 
     def __init__(
-        self, run_dir: Path, *, first_step: int, num_steps: int, log_every: int, peak_flops: float | None = None
+        self,
+        run_dir: Path,
+        *,
+        first_step: int,
+        num_steps: int,
+        log_every: int,
+        peak_flops: float | None = None,
+        more_boards: Sequence[Board] = (),
     ):
         self._path = run_dir / "metrics.jsonl"
         _drop_lines_after(self._path, first_step)
         self.evaluated_step = _last_evaluated(self._path)
         self._file = self._path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._board = Boards([tensorboard, *more_boards])
         self._num_steps, self._log_every, self._peak_flops = num_steps, log_every, peak_flops
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._dead_gradients = DeadGradients()
@@ -64,25 +77,29 @@ class Metrics:
         model_flops: int,
         step_seconds: float,
         boundary_bytes: Sequence[int],
+        router_lr: float | None = None,
+        peak_memory: Mapping[str, int] = NOTHING,
         spikes: Mapping[str, int] = NOTHING,
     ) -> None:
         """Record step `step` (from 1).
 
         tokens, model_flops: of this step, over all replicas. tokens_seen: of all steps so far, those of earlier starts too.
-        spikes: `SpikeState.counts`.
+        router_lr: of a model with routers. peak_memory: `StepResult.peak_bytes`, under its name. spikes: `SpikeState.counts`.
         """
         self._recent.append(step_seconds)
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": lr,
+            **({} if router_lr is None else {"router_lr": router_lr}),
             "tokens_per_second": tokens / step_seconds,
             "tokens_seen": tokens_seen,
             "model_flops": model_flops,
             **self._utilization(model_flops, step_seconds),
             "step_seconds": step_seconds,
             "boundary_bytes": list(boundary_bytes),
+            **peak_memory,
             **spikes,
         }
         self._write(record)
@@ -95,6 +112,10 @@ class Metrics:
                 self._board.add_scalar(f"train/{name}", record[name], step)
         for boundary, count in enumerate(boundary_bytes):
             self._board.add_scalar(f"boundary_bytes/{boundary}-{boundary + 1}", count, step)
+
+    def config(self, text: str, *, step: int) -> None:
+        """The resolved config of what comes after `step`, in YAML."""
+        self._board.add_text("config", indent(text, "    "), step)  # code, in Markdown
 
     def _utilization(self, model_flops: int, step_seconds: float) -> dict[str, float]:
         """Model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B), a fraction of 1."""
@@ -168,8 +189,9 @@ class Metrics:
         self._board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        """JSON has no NaN and no infinity: such a value is null."""
-        finite = {key: value if is_finite(value) else None for key, value in record.items()}
+        """With its time, in seconds since the epoch. JSON has no NaN and no infinity: such a value is null."""
+        timed = {**record, "time": round(time.time(), 3)}
+        finite = {key: value if is_finite(value) else None for key, value in timed.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def _progress(self, record: dict[str, Any]) -> str:
@@ -200,11 +222,16 @@ def _sent(boundary_bytes: Sequence[int]) -> Iterator[list[str]]:
     if boundary_bytes:
         most = max(boundary_bytes)
         busiest = boundary_bytes.index(most)
-        sent = f"sent {format_si(sum(boundary_bytes))}B"
+        sent = f"sent {_compact(sum(boundary_bytes))}"
         if len(boundary_bytes) > 1:
-            yield [f"{sent}, most {busiest}>{busiest + 1} {format_si(most)}B"]
+            yield [f"{sent}, most {busiest}>{busiest + 1} {_compact(most)}"]
         yield [sent]
     yield []
+
+
+def _compact(count: int) -> str:
+    """As other numbers of the progress line, without a space, of which there is little."""
+    return format_bytes(count).replace(" ", "")
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

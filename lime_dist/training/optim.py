@@ -75,6 +75,12 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {  # from the beginning of the
 }
 
 
+def rates(config: Config, factor: float) -> dict[str, float]:
+    """The learning rate at `factor` of its peak, and that of the routers where the model has some."""
+    router_lr = {"router_lr": config.optim.router_lr * factor} if config.depth.learns_routers else {}
+    return {"lr": config.optim.lr * factor, **router_lr}
+
+
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group at `factor` of its own peak rate."""
     for group in optimizer.param_groups:

@@ -25,6 +25,7 @@ from lime_dist.pipeline.transport import Incoming, ResidualShare, Sent, Transpor
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Action, Kind
 from lime_dist.plan.stages import StagePlan
+from lime_dist.training.peak_memory import peak_bytes
 from lime_dist.training.spikes import Action as Judged
 from lime_dist.training.spikes import Verdict, find_not_finite
 
@@ -70,11 +71,13 @@ class StepResult:
     loss: float
     grad_norm: float
     boundary_bytes: list[int]
+    peak_bytes: int  # the most that any rank has had before its update (`peak_memory.py`)
     stop_asked: bool = False  # of any rank
     verdict: Verdict = TAKEN
 
 
-_LOSS, _GRAD_NORM, _STOPS, _BYTES = range(4)  # where what ranks tell each other lies; from the last on by stage
+# Where what ranks tell each other lies; from the last on by stage, and behind the stages the peak of each rank.
+_LOSS, _GRAD_NORM, _STOPS, _BYTES = range(4)
 
 
 class Rank:
@@ -273,18 +276,20 @@ class Rank:
     def _share(self, losses: list[Tensor], forward_bytes: int) -> Tensor:
         """What this rank adds to the facts of a step: the loss is known on the last stage, bytes to their sender."""
         layout, place = self.groups.layout, self.groups.coordinate
-        share = torch.zeros(_BYTES + layout.pp, dtype=torch.float64, device=self.device)
+        share = torch.zeros(_BYTES + layout.pp + layout.world_size, dtype=torch.float64, device=self.device)
         if self.plan.is_last_stage and place.tp_rank == 0:
             share[_LOSS] = torch.stack(losses).double().mean() / layout.dp
         share[_BYTES + self.plan.stage_index] = forward_bytes / (layout.tp * layout.dp)
+        share[_BYTES + layout.pp + dist.get_rank()] = peak_bytes(self.device)
         return share
 
     def _add_up(self, share: Tensor) -> StepResult:
         """One all-reduce tells all shares to all, one copy to the host: the host waits for the device here."""
         dist.all_reduce(share)
-        loss, grad_norm, stops, *boundary_bytes = share.tolist()
-        counts = [round(count) for count in boundary_bytes[: len(self.run_plan.boundary_bytes)]]
-        return StepResult(loss, grad_norm, counts, stop_asked=stops > 0)
+        loss, grad_norm, stops, *counts = share.tolist()
+        boundary_bytes = [round(count) for count in counts[: len(self.run_plan.boundary_bytes)]]
+        peak = round(max(counts[self.groups.layout.pp :]))
+        return StepResult(loss, grad_norm, boundary_bytes, peak, stop_asked=stops > 0)
 
 
 def _known_targets(batch: Batch) -> int | None:

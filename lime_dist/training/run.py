@@ -60,13 +60,16 @@ from lime_dist.training.agreement import tell_all
 from lime_dist.training.batches import BatchReader
 from lime_dist.training.joint_stop import JointStop, Stopped
 from lime_dist.training.metrics import Metrics, Stopwatch
-from lime_dist.training.optim import lr_factor
+from lime_dist.training.optim import lr_factor, rates
 from lime_dist.training.peak_flops import find_peak_tflops
+from lime_dist.training.peak_memory import peak_name
 from lime_dist.training.rank import Rank
 from lime_dist.training.router_pictures import gather_router_map
 from lime_dist.training.run_data import Between, open_held_out_data, open_training_data, training_tokenizer
+from lime_dist.training.run_size import size_lines
 from lime_dist.training.spikes import Action, SpikeState, Verdict, judge_step, returned, skipped, stopped
 from lime_dist.training.startup import Start, agree_on_start, before_a_switch, check_alike, decide_start
+from lime_dist.training.wandb_board import WandbBoard
 from lime_dist.training.world import join_world, open_writers_group
 
 
@@ -486,12 +489,13 @@ class TrainingRun:
                 step=self.step,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
-                lr=config.optim.lr * factor,
+                **rates(config, factor),
                 tokens=config.tokens_per_step,
                 tokens_seen=(self.samples_seen - self._spikes.samples_passed_over) * config.data.seq_length,
                 model_flops=self.rank.run_plan.model_flops_per_step,
                 step_seconds=watch.lap(),
                 boundary_bytes=result.boundary_bytes,
+                peak_memory={peak_name(self._device): result.peak_bytes},
                 spikes=self._spikes.counts,
             ),
         )
@@ -502,7 +506,7 @@ class TrainingRun:
         self._end_profiled_step()
         if _is_due(self.step, config.analysis.every):
             self._picture_routers()
-        return result.stop_asked, verdict
+        return self._stop.heard(result.stop_asked), verdict
 
     def _wants_stop(self) -> bool:
         """A save that could not be written stops the run where the next one is due: at once, as if it were asked to."""
@@ -622,7 +626,9 @@ class TrainingRun:
             print(f"resumed from {resumed_from}, step {self.step} of {self.config.run.steps}", flush=True)
             if changes := find_changes(CheckpointReader(resumed_from).config, self.config):
                 print(f"changed since then: {', '.join(map(str, changes))}", flush=True)
+        print(*size_lines(self.rank.config, self._samples), sep="\n", flush=True)
         self._metrics = self._open_metrics()
+        self._metrics.config(dump_yaml(self.config), step=self.step)
 
     def _open_metrics(self) -> Metrics:
         return Metrics(
@@ -631,6 +637,7 @@ class TrainingRun:
             num_steps=self.config.run.steps,
             log_every=self.config.run.log_every,
             peak_flops=_peak_flops(self.config, self._device),
+            more_boards=[WandbBoard(self.config, Path(self.config.run.dir))] if self.config.wandb.project else [],
         )
 
 

@@ -187,7 +187,15 @@ BASE = {
     # With this seed the bad batches lie as the tests want them, which `bad_batches` shows.
     "run": {"dir": "run", "device": "cpu", "steps": 28, "seed": 343, "timeout_seconds": 60},
 }  # fmt: skip
-TIMES = ("tokens_per_second", "step_seconds", "save_seconds", "save_wait_seconds", "eval_seconds")
+TIMES = (
+    "time",
+    "peak_resident_bytes",
+    "tokens_per_second",
+    "step_seconds",
+    "save_seconds",
+    "save_wait_seconds",
+    "eval_seconds",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

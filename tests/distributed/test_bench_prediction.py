@@ -24,7 +24,7 @@ def test_each_way_at_each_rate() -> None:
         timeout=280,
     )
     assert ended.returncode == 0, ended.stderr
-    rows = re.findall(r"^\| (\S+) \| (no limit|\S+ MB/s) \| (\S+) s \| (\S+) s \|", ended.stdout, re.MULTILINE)
+    rows = re.findall(r"^\| (\S+) \| (no limit|\S+ [KM]iB/s) \| (\S+) s \| (\S+) s \|", ended.stdout, re.MULTILINE)
     assert [row[0] for row in rows] == ["LLaMA", "relay", "least", "first:2"] * 3
     assert [row[1] == "no limit" for row in rows] == [True] * 4 + [False] * 8
     for _, _, measured, predicted in rows:

@@ -131,6 +131,14 @@ def test_a_mistake_keeps_its_exit_code(folder: Path) -> None:
     _, errors = process.communicate()
     assert process.returncode == NEVER_RESTART, errors
     assert errors.splitlines()[-1].startswith("local.sh: exit code 2, data.train: ")
+    assert errors.count("lime-dist: data.train: ") == 1
+
+
+def test_torchrun_alone_repeats_no_mistake(folder: Path) -> None:
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "3", "-m", "lime_dist.cli", "train"]
+    process = start(folder, torchrun, "data.train=missing")
+    _, errors = process.communicate()
+    assert process.returncode != DONE and errors.count("lime-dist: data.train: ") == 1, errors
 
 
 @pytest.mark.slow

@@ -23,7 +23,10 @@ from lime_dist.lifecycle.local import RankFailed
 from lime_dist.lime.model import model_logits, model_loss
 from lime_dist.lime.values import gather_logical
 from lime_dist.pipeline.executor import _Passes
+from lime_dist.plan.run_plan import plan_run
+from lime_dist.plan.table import plan_report
 from lime_dist.testing import Pieces, assemble, local_pieces, run_ranks
+from lime_dist.training.peak_memory import peak_bytes
 from lime_dist.training.rank import Rank, TrafficDiffers
 
 TOLERANCE = 1e-5  # as in test_layouts: the order of fp32 sums
@@ -58,6 +61,45 @@ def test_a_run_on_the_cpu_leaves_this_machines_gpus_alone(text: str, monkeypatch
     monkeypatch.setattr(real_accelerator, "ds_accelerator", CUDA_Accelerator())
     config = make_config(text)
     assert_close(run_layout(config)[0].weights, run_plain(config).weights, TOLERANCE)
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    "text", ["pp=3", "pp=3 untied vocab=300", "pp=2 v=2 micro=2", "pp=3 tp=2 vocab=300 split=[1,2,1]"]
+)
+def test_the_stage_table_counts_the_parameters_that_ranks_hold(text: str) -> None:
+    """The last stage's copy of a tied embedding too, which the model's own number leaves out."""
+    config = make_config(text)
+    report = plan_report(plan_run(config))
+    held = run_ranks(config, held_parameters)
+    assert held[:: config.layout.tp] == [stage["parameters_per_tp_rank"] for stage in report["stages"]]
+    assert report["total_parameters"] == sum(parameter.numel() for parameter in make_plain(config).parameters())
+
+
+def held_parameters(rank: Rank) -> int:
+    """But for the one element that stands in for a router where a stage has none."""
+    return sum(parameter.numel() for name, parameter in rank.stage.named_parameters() if name != "no_router")
+
+
+# ---- memory
+
+
+def test_every_rank_knows_the_largest_peak() -> None:
+    """Here that of stage 1 of three, which has taken 200 MiB and given them back."""
+    found = run_ranks(make_config("pp=3 micro=3"), peak_after_a_step)
+    own, told = zip(*found)
+    assert len(set(told)) == 1 and own[1] <= told[0] < 1.1 * own[1]
+    assert min(own[0], own[2]) < own[1] - 100 * 2**20
+
+
+def peak_after_a_step(rank: Rank) -> tuple[int, int]:
+    """This rank's own, and what the step says."""
+    if rank.plan.stage_index == 1:
+        torch.ones(50 * 2**20)
+    own = peak_bytes(rank.device)
+    return own, rank.train_step(make_batches(rank.config)[0], 1.0).peak_bytes
 
 
 # ---- initial weights

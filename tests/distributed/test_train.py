@@ -53,7 +53,8 @@ BASE = {
     "run": {"dir": "run", "device": "cpu", "steps": 5, "timeout_seconds": 60},
 }  # fmt: skip
 STEP_KEYS = {
-    "step", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "model_flops", "step_seconds", "boundary_bytes",
+    "step", "loss", "grad_norm", "lr", "router_lr", "tokens_per_second", "tokens_seen", "model_flops", "step_seconds",
+    "boundary_bytes", "peak_resident_bytes", "time",
 }  # fmt: skip
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # fp32: layouts differ in the order of sums, which a few updates enlarge: on some CPUs to 1.04e-5 of a moment. A batch, moment or
@@ -238,11 +239,14 @@ def test_metrics(layout: str, whole: Callable[[str], Path]) -> None:
         assert line["tokens_per_second"] == pytest.approx(12 * 12 / line["step_seconds"])
         assert (line["tokens_seen"], line["model_flops"]) == (12 * 12 * line["step"], report["model_flops_per_step"])
     assert [line["lr"] for line in steps(run_dir)] == pytest.approx([0.0, 0.025, 0.05, 0.0375, 0.0125])
+    assert [line["router_lr"] for line in steps(run_dir)] == pytest.approx([0.0, 0.05, 0.1, 0.075, 0.025])
+    peaks = [line["peak_resident_bytes"] for line in steps(run_dir)]
+    assert peaks == sorted(peaks) and 50 * 2**20 < peaks[0] < psutil.virtual_memory().total
     assert list(evaluations(run_dir)) == [0, 3, 5]
     others = [line for line in lines(run_dir) if "loss" not in line]
     assert [line["step"] for line in others] == [0, 3, 3, 5, 5]
     for line in others:
-        assert line.keys() in ({"step", "eval_loss", "eval_seconds"}, {"step", "save_seconds", "save_wait_seconds"})
+        assert line.keys() - {"step", "time"} in ({"eval_loss", "eval_seconds"}, {"save_seconds", "save_wait_seconds"})
 
 
 def test_utilization_of_a_resumed_run_that_switches(tmp_path: Path) -> None:
@@ -399,6 +403,7 @@ def test_a_signal_saves_and_asks_for_a_restart(number: signal.Signals, folder: P
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == REQUEUE, errors
+    assert errors.count(f"{number.name}: stopping after this step") == 1, "of three ranks"
     at = steps(tmp_path)[-1]["step"]
     assert find_latest(tmp_path / "checkpoints").name == f"step_{at:06d}"
     assert read_outcome(tmp_path / "outcome") == (REQUEUE, f"{number.name} at step {at} of 100000")
@@ -413,7 +418,8 @@ def test_one_rank_that_is_asked_stops_all(folder: Path, tmp_path: Path) -> None:
     process = start(tmp_path, *LONG)
     ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
     ranks[1].send_signal(signal.SIGUSR1)
-    process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("stopping after this step") == 1
     code, reason = read_outcome(tmp_path / "outcome")
     assert (process.returncode, code) == (REQUEUE, REQUEUE)
     assert re.fullmatch(r"(SIGUSR1|stop asked of another rank) at step \d+ of 100000", reason)

@@ -97,7 +97,19 @@ MUTATIONS: tuple[Mutation, ...] = (
     replace_value, replace_value, replace_value, replace_section, add_key, delete_line, repeat_line, rename_key,
     multiply_aliases, indent_line, spoil_characters,
 )  # fmt: skip
-SECTIONS = ("model", "depth", "parallel", "pipeline", "optim", "data", "eval", "checkpoint", "run", "deepspeed")
+SECTIONS = (
+    "model",
+    "depth",
+    "parallel",
+    "pipeline",
+    "optim",
+    "data",
+    "eval",
+    "checkpoint",
+    "run",
+    "wandb",
+    "deepspeed",
+)
 KEYS = (
     "switch_at", "pattern", "router", "entry", "policy", "partial_sum_dtype", "weights_from", "pattern_name", "dp", "recompute", "boundary_cost",
     "partition", "rope_theta", "rms_norm_eps", "valid_fraction", "resume", "device", "timeout_seconds", "zero_optimization", "min_lr", "eps", "router_init", "heads", "head_top_p", "samples",

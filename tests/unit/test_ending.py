@@ -20,6 +20,24 @@ def test_the_first_outcome_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert path.read_text() == "75 SIGUSR1 at step 4 of 9\n"
 
 
+def test_what_another_process_has_told_is_no_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank repeats nothing, and keeps nothing of its own to itself."""
+    monkeypatch.setenv(OUTCOME_VARIABLE, str(tmp_path / "outcome"))
+    assert write_outcome(NEVER_RESTART, "data.train: missing")
+    assert not write_outcome(NEVER_RESTART, "data.train: missing")
+    assert write_outcome(NEVER_RESTART, "data.train: damaged") and write_outcome(1, "data.train: missing")
+    (tmp_path / "outcome").write_text("")  # by one that died as it wrote
+    assert write_outcome(NEVER_RESTART, "data.train: missing")
+
+
+def test_torchrun_gives_ranks_a_folder_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OUTCOME_VARIABLE, raising=False)
+    for rank, is_news in ((0, True), (1, False)):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / str(rank) / "error.json"))
+        assert write_outcome(NEVER_RESTART, "data.train: missing") is is_news
+    assert [path.name for path in (tmp_path / "attempt_0").iterdir()] == ["outcome"]
+
+
 def test_an_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OUTCOME_VARIABLE, str(tmp_path / "outcome"))
     write_outcome(1, RuntimeError("first\nsecond  line"))
@@ -28,6 +46,7 @@ def test_an_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_file_without_a_launcher_that_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(OUTCOME_VARIABLE, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.chdir(tmp_path)
     write_outcome(1, "why")
     assert not list(tmp_path.iterdir())

@@ -13,10 +13,10 @@ ROOT = Path(lime_dist.__file__).parent
 ORDER = (
     "errors", "formats", "layout", "lifecycle.ending", "lifecycle.stopping", "lifecycle.ownership", "cluster.nodelist", "data", "lifecycle.launcher",
     "lifecycle.network", "lifecycle.rendezvous", "lifecycle.wire", "lifecycle.local", "lifecycle.pulse", "plan.tensors", "depth", "plan.partition", "plan.schedule",
-    "config", "training.spikes", "pipeline.step_times", "plan", "lime", "training.optim", "pipeline", "backends", "training.world", "training.rank", "testing",
+    "config", "training.spikes", "pipeline.step_times", "plan", "lime", "training.optim", "pipeline", "backends", "training.world", "training.peak_memory", "training.rank", "testing",
 )  # fmt: skip
 TORCH_FREE = (
-    "errors", "formats", "layout", "cluster", "comparison", "config", "depth", "plan", "training.records", "training.spikes", "lifecycle.ending", "lifecycle.stopping",
+    "errors", "formats", "layout", "cluster", "comparison", "config", "depth", "plan", "training.records", "training.boards", "training.run_size", "training.wandb_board", "training.spikes", "lifecycle.ending", "lifecycle.stopping",
     "lifecycle.ownership", "lifecycle.launcher", "lifecycle.network", "lifecycle.pulse", "lifecycle.heartbeat", "lifecycle.silence",
     "pipeline.step_times", "profiling.accounting", "profiling.analysis", "profiling.calibration", "profiling.critical_path", "profiling.findings", "profiling.advice",
     "profiling.kernel_events", "profiling.profile_files", "profiling.screen", "profiling.stream_events", "profiling.timeline", "profiling.trace",

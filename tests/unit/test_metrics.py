@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from lime_dist.training.metrics import Metrics
 from lime_dist.training.spikes import SpikeEvent, SpikeState
 
 KEYS = [
-    "step", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_seen", "model_flops", "step_seconds", "boundary_bytes",
+    "step", "loss", "grad_norm", "lr", "router_lr", "tokens_per_second", "tokens_seen", "model_flops", "step_seconds",
+    "boundary_bytes", "peak_resident_bytes", "time",
 ]  # fmt: skip
 
 
@@ -31,6 +33,8 @@ def record(run_dir: Path, steps: range, *, loss: float, num_steps: int = 6, log_
             model_flops=3_000_000,
             step_seconds=0.25,
             boundary_bytes=[1500, 2_000_000],
+            router_lr=5.0,
+            peak_memory={"peak_resident_bytes": 3 * 2**30},
         )
         if step % 2 == 0:
             metrics.evaluation(step=step, eval_loss=loss, eval_seconds=0.5)
@@ -42,14 +46,17 @@ def read(run_dir: Path) -> list[dict]:
 
 
 def test_a_line_a_step(tmp_path: Path) -> None:
+    before = round(time.time(), 3)
     record(tmp_path, range(1, 3), loss=4.5)
     first, second, evaluation = read(tmp_path)
     assert list(first) == KEYS and (first["step"], second["step"]) == (1, 2)
-    assert first | {"step": 2, "tokens_seen": 2000} == second
+    assert before <= first["time"] <= second["time"] <= evaluation["time"] <= round(time.time(), 3)
+    assert first | {"step": 2, "tokens_seen": 2000, "time": second["time"]} == second
     assert (first["tokens_seen"], first["model_flops"]) == (1000, 3_000_000)
     assert (first["loss"], first["grad_norm"], first["lr"], first["step_seconds"]) == (4.5, 2.0, 0.5, 0.25)
     assert first["tokens_per_second"] == 4000 and first["boundary_bytes"] == [1500, 2_000_000]
-    assert evaluation == {"step": 2, "eval_loss": 4.5, "eval_seconds": 0.5}
+    assert (first["router_lr"], first["peak_resident_bytes"]) == (5.0, 3 * 2**30)
+    assert evaluation == {"step": 2, "eval_loss": 4.5, "eval_seconds": 0.5, "time": evaluation["time"]}
 
 
 def test_lines_after_the_resumed_step_go(tmp_path: Path) -> None:
@@ -77,6 +84,22 @@ def test_tensorboard_follows(tmp_path: Path) -> None:
     assert [point.step for point in board.Scalars("eval/loss")] == [2, 4, 6]
 
 
+def test_what_tensorboard_has_beside_the_losses(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 3), loss=1.0)
+    metrics = Metrics(tmp_path, first_step=2, num_steps=6, log_every=1)
+    metrics.config("run:\n  steps: 6\n", step=2)
+    metrics.saved(step=2, folder=tmp_path, seconds=2.0, wait_seconds=0.5)
+    metrics.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name, value in (("router_lr", 5.0), ("peak_resident_bytes", 3 * 2**30)):
+        assert [point.value for point in board.Scalars(f"train/{name}")] == [value] * 2
+    assert [point.value for point in board.Scalars("train/tokens_seen")] == [1000, 2000]
+    for name, value in (("save_seconds", 2.0), ("save_wait_seconds", 0.5)):
+        assert [(point.step, point.value) for point in board.Scalars(f"checkpoint/{name}")] == [(2, value)]
+    (text,) = board.Tensors("config/text_summary")
+    assert (text.step, text.tensor_proto.string_val) == (2, [b"    run:\n      steps: 6\n"])
+
+
 def test_utilization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path, range(1, 3), loss=4.5, peak_flops=48e6)
     assert [line["mfu"] for line in read(tmp_path) if "loss" in line] == [3e6 / (0.25 * 48e6)] * 2
@@ -90,7 +113,7 @@ def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     record(tmp_path, range(1, 11), loss=4.5, num_steps=310, log_every=10)
     said = [line for line in capsys.readouterr().out.splitlines() if "held-out" not in line]
     assert said == [
-        "step  10/310  loss 4.5000  grad 2.000  lr 5.00e-01  4.0k tok/s  sent 2.0MB, most 1>2 2.0MB  left 1:15"
+        "step  10/310  loss 4.5000  grad 2.000  lr 5.00e-01  4.0k tok/s  sent 1.9MiB, most 1>2 1.9MiB  left 1:15"
     ]
 
 
@@ -114,23 +137,25 @@ def bytes_of(num_stages: int, most: int = 61) -> list[int]:
     return [12_345_678_901 + (boundary == most) for boundary in range(num_stages - 1)]
 
 
-@pytest.mark.parametrize(("num_stages", "said"), ((1, ""), (2, "sent 12.3GB"), (64, "sent 777.8GB, most 61>62 12.3GB")))
+@pytest.mark.parametrize(
+    ("num_stages", "said"), ((1, ""), (2, "sent 11.5GiB"), (64, "sent 724.4GiB, most 61>62 11.5GiB"))
+)
 def test_progress_lines_fit_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], num_stages: int, said: str
 ) -> None:
-    line = long_line(tmp_path, capsys, boundary_bytes=bytes_of(num_stages))
-    assert line.partition(" tok/s")[2] == (f"  {said}" if said else "") + "  left 556:56:36"
+    line = long_line(tmp_path, capsys, num_steps=90_000, boundary_bytes=bytes_of(num_stages))
+    assert line.partition(" tok/s")[2] == (f"  {said}" if said else "") + "  left 100:14:56"
 
 
 def test_what_finds_no_room_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The busiest boundary first, then the bytes: they are in metrics.jsonl, and the same at every step."""
     facts = {"peak_flops": 16 * 989e12, "model_flops": 26_145_000_000_000_000}
     line = long_line(tmp_path, capsys, boundary_bytes=bytes_of(64), **facts)
-    assert line.endswith(" tok/s  mfu 41.2%  sent 777.8GB  left 556:56:36")
+    assert line.endswith(" tok/s  mfu 41.2%  sent 724.4GiB  left 556:56:36")
     line = long_line(tmp_path, capsys, num_steps=90_000, boundary_bytes=bytes_of(512, most=500))
-    assert line.endswith(" tok/s  sent 6.3TB, most 500>501 12.3GB  left 100:14:56")
+    assert line.endswith(" tok/s  sent 5.7TiB, most 500>501 11.5GiB  left 100:14:56")
     line = long_line(tmp_path, capsys, num_steps=90_000, boundary_bytes=bytes_of(512, most=500), **facts)
-    assert line.endswith(" tok/s  mfu 41.2%  sent 6.3TB  left 100:14:56")
+    assert line.endswith(" tok/s  mfu 41.2%  sent 5.7TiB  left 100:14:56")
 
 
 def test_the_widest_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +212,7 @@ def test_what_was_done_about_a_bad_step(tmp_path: Path, capsys: pytest.CaptureFi
     assert read(tmp_path) == [
         {
             "step": 4, "spike": "returned", "bad_step": 9, "reason": "the loss is nan", "skipped_steps": 3, "returns": 1,
-            "samples_passed_over": 24,
+            "samples_passed_over": 24, "time": read(tmp_path)[0]["time"],
         }
     ]  # fmt: skip
     assert capsys.readouterr().out == "step 9: the loss is nan; back\n"

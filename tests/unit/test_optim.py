@@ -10,7 +10,7 @@ from torch import nn
 
 from lime_dist.config import Config, OptimConfig, parse_config
 from lime_dist.lime.model import LimeChunk, plain_model
-from lime_dist.training.optim import build_optimizer, lr_factor, set_lr
+from lime_dist.training.optim import build_optimizer, lr_factor, rates, set_lr
 
 
 def make_run(*overrides: str) -> tuple[Config, LimeChunk]:
@@ -100,3 +100,9 @@ FACTORS = [  # settings, step, steps in all, factor
 @pytest.mark.parametrize(("settings", "step", "num_steps", "factor"), FACTORS)
 def test_lr_factor(settings: dict, step: int, num_steps: int, factor: float) -> None:
     assert lr_factor(OptimConfig(**settings), step, num_steps) == pytest.approx(factor, abs=1e-12)
+
+
+def test_routers_have_a_rate_where_there_are_some() -> None:
+    assert rates(make_run()[0], 0.5) == {"lr": 0.25, "router_lr": 0.125}
+    for without in ("depth.router=none", "depth.router=average"):
+        assert rates(make_run(without)[0], 0.5) == {"lr": 0.25}

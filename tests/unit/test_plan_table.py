@@ -44,7 +44,10 @@ def test_keys_and_numbers_of_the_report() -> None:
     report = plan_report(plan_run(config))
     assert report["layout"] == {"tp": 1, "pp": 4, "dp": 1}
     assert (report["pattern"], report["policy"]) == ("full", "least")
-    assert report["total_parameters"] == sum(stage["parameters_per_tp_rank"] for stage in report["stages"])
+    held, copied = (
+        [stage[key] for stage in report["stages"]] for key in ("parameters_per_tp_rank", "tied_copy_parameters")
+    )
+    assert copied == [0, 0, 0, 1024 * 128] and report["total_parameters"] == sum(held) - sum(copied)
     assert report["model_flops_per_step"] == 16 * 128 * report["model_flops_per_token"]
     assert [(stage["stage_index"], stage["layers"]) for stage in report["stages"]] == [
         (0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6, 7])
@@ -70,6 +73,14 @@ def test_line_of_the_model() -> None:
     assert report["model_flops_per_token"] == 3 * (2 * matrices + 8 * 4 * 128 * 128)
     line = stage_table(plan_run(make_config("parallel.pp=2", "parallel.tp=4", "depth.router=none"))).splitlines()[1]
     assert line == "1,607,808 parameters; model FLOPs, forward and backward: 11.2M a token, 23.0G a step"
+
+
+def test_the_copy_of_a_tied_embedding_is_told() -> None:
+    said = "parameters/rank: the last stage's with its copy of the tied embedding, 131,072"
+    assert said in stage_table(plan_run(make_config("parallel.pp=4"))).splitlines()
+    assert said in stage_table(plan_run(make_virtual(4, 2))).splitlines()
+    for without in ("parallel.pp=1", "model.tie_embeddings=false"):
+        assert "copy" not in stage_table(plan_run(make_config("parallel.pp=4", without)))
 
 
 def make_virtual(pp: int, virtual_stages: int, *overrides: str) -> Config:

@@ -59,7 +59,7 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("50GB/s", 50e9), ("400Gb/s", 50e9), ("400 Gbit/s", 50e9), ("100Mbit/s", 12.5e6), ("2.5MB/s", 2.5e6), ("1TB/s", 1e12)],
+    [("50GB/s", 50e9), ("400Gb/s", 50e9), ("400 Gbit/s", 50e9), ("100Mbit/s", 12.5e6), ("2.5MB/s", 2.5e6), ("1TB/s", 1e12), ("46.5GiB/s", 46.5 * 2**30), ("5 MiB/s", 5 * 2**20)],
 )  # fmt: skip
 def test_speeds_of_links(text: str, number: float) -> None:
     assert parse_speed(text) == number
@@ -70,7 +70,7 @@ def test_rates_and_latencies() -> None:
     assert parse_latency("10us") == pytest.approx(1e-5) and parse_latency("0.5ms") == 5e-4
     for text in ("400", "400TFLOP", "-1TFLOP/s", "0TFLOP/s", "1e999TFLOP/s", "nanTFLOP/s"):
         assert parse_rate(text) is None
-    for text in ("50", "50GiB/s", "50GB", "GB/s", "0GB/s"):
+    for text in ("50", "50Gib/s", "50GB", "GB/s", "0GB/s"):
         assert parse_speed(text) is None
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from lime_dist.bench.pipeline.ways import Way
+from lime_dist.formats import format_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class Report:
             "schedule",
             *map(_share_head, shares),
             "CPU s",
-            "MB of the busiest card",
+            "MiB of the busiest card",
             "counted / planned",
             "peak MiB",
         ]
@@ -123,7 +124,7 @@ class Report:
 
     def _legend(self) -> str:
         limits = [
-            f"{record.share:g}: {record.bytes_per_second / 1e6:.1f} MB/s each way"
+            f"{record.share:g}: {format_rate(record.bytes_per_second)} each way"
             for record in self.records[: len({record.share for record in self.records})]
             if record.share is not None and record.bytes_per_second is not None
         ]
@@ -150,7 +151,7 @@ def _common_cells(records: Sequence[Record]) -> list[str]:
     first = records[0]
     return [
         f"{first.cpu_seconds:.2f}",
-        f"{first.planned_bytes / 1e6:.1f}",
+        f"{first.planned_bytes / 2**20:.1f}",
         farthest,
         f"{first.peak_bytes / 2**20:.0f}",
     ]

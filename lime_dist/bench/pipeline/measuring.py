@@ -17,6 +17,7 @@ from lime_dist.bench.depth import LiveBytes
 from lime_dist.bench.hosts import CardBytes, Host
 from lime_dist.bench.pipeline.trainers import DeepSpeedTupleTrainer, OwnTrainer, TorchTupleTrainer, Trainer
 from lime_dist.bench.pipeline.ways import LLAMA, PLAIN, Pipeline, Way, limited_rate
+from lime_dist.formats import format_rate
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.training.world import join_world
 
@@ -126,7 +127,7 @@ class _Bench:
             return None
         rate = limited_rate(self._job.ways, llama_seconds, share)
         self._host.limit(rate)
-        self._say(f"a LLaMA step takes {llama_seconds:.2f} s; each card now {rate / 1e6:.1f} MB/s each way")
+        self._say(f"a LLaMA step takes {llama_seconds:.2f} s; each card now {format_rate(rate)} each way")
         return rate
 
     def _step(self, way: int, share: int) -> Step:

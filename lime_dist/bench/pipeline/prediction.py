@@ -19,6 +19,7 @@ from lime_dist.bench.pipeline.measuring import agreed, groups_of, ring
 from lime_dist.bench.pipeline.on_hosts import SHARES
 from lime_dist.bench.pipeline.ways import LEAST, LLAMA, PLAIN, Way, limited_rate
 from lime_dist.errors import ConfigError
+from lime_dist.formats import format_rate
 from lime_dist.lifecycle.launcher import own_place
 from lime_dist.lifecycle.local import run_local
 from lime_dist.pipeline.recorder import Recorder
@@ -154,9 +155,7 @@ class _Recording:
         llama = next(index for index, way in enumerate(self._ways) if way.model == LLAMA)
         seconds = agreed(statistics.median(_seconds(self._step(llama)) for _ in range(3)))
         limits = [limited_rate(self._ways, seconds, share) for share in SHARES]
-        self._say(
-            f"a LLaMA step takes {seconds:.2f} s; limits {', '.join(f'{one / 1e6:.1f}' for one in limits)} MB/s each way"
-        )
+        self._say(f"a LLaMA step takes {seconds:.2f} s; limits {', '.join(map(format_rate, limits))} each way")
         return [None, *limits]
 
     def _say(self, progress: str) -> None:
@@ -251,7 +250,7 @@ def prediction_table(outcome: Outcome) -> str:
     rows = [
         (
             one.model,
-            "no limit" if one.rate is None else f"{one.rate / 1e6:.1f} MB/s",
+            "no limit" if one.rate is None else format_rate(one.rate),
             f"{one.measured:.3f} s",
             f"{one.predicted:.3f} s",
             f"{100 * one.error:+.1f} %",
