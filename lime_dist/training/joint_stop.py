@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from lime_dist.lifecycle.pulse import Pulse
 from lime_dist.lifecycle.stopping import STOPPING, StopRequest
 
 
@@ -48,3 +50,13 @@ class JointStop:
         """Raises: Stopped on all ranks when any was asked to stop."""
         if self.agreed():
             raise Stopped(self.cause)
+
+
+def between_parts(stop: JointStop, pulse: Pulse) -> Callable[[], None]:
+    """What long work calls between its parts. Collective: world, what it returns; it raises Stopped."""
+
+    def moment() -> None:
+        pulse.touch()
+        stop.check()
+
+    return moment

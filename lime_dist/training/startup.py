@@ -24,6 +24,7 @@ from lime_dist.config import Config, DepthConfig, to_dict
 from lime_dist.data.checksums import block_digest
 from lime_dist.errors import CheckpointError, ConfigError, LimeDistError, one_line
 from lime_dist.lifecycle.launcher import host_name
+from lime_dist.plan.run_plan import RunPlan, plan_run
 from lime_dist.training.agreement import gather, tell_all
 
 VISIBLE_SECONDS = 30.0  # how long a shared disk may take to show a checkpoint to another host
@@ -165,3 +166,8 @@ def _await_checkpoint(folder: Path, digest: str) -> str | None:
     if _digest(folder) != digest:
         return f"checkpoint {folder}: host {host_name()} sees another one than rank 0; put run.dir on storage that all nodes share"
     return None
+
+
+def plan_of(config: Config, known: RunPlan) -> RunPlan:
+    """Another one only where the edges are others."""
+    return known if known.config == config else plan_run(config)

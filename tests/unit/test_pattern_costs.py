@@ -189,7 +189,10 @@ def test_text_and_picture_go_together(capsys: pytest.CaptureFixture[str]) -> Non
         ("--compare run.steps", "--compare run.steps: 'run.steps' is not a pattern"),
         ("--compare top_p:0.9", "--compare top_p:0.9: depth.weights_from: top_p chooses by trained routers; name a"),
         ("--compare top_p:2", "--compare top_p:2: top_p:2 needs a share above 0 and at most 1"),
-        ("--compare top_p:0.9 depth.weights_from=none", "--compare top_p:0.9: depth.weights_from: none: neither a step_N folder"),
+        (
+            "--compare top_p:0.9 depth.weights_from=none",
+            "--compare top_p:0.9: depth.weights_from: none: neither a step_N folder",
+        ),
         ("--compare budget:1", "--compare budget:1: budget of 1 bytes is below the residual's"),
         ("--compare edges:none.yaml", "--compare edges:none.yaml: edges file none.yaml: No such file"),
         (

@@ -134,7 +134,9 @@ def test_mistakes_end_in_one_line(
 )  # fmt: skip
 def test_other_mistakes(arguments: list[str], message: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(run_yaml), *arguments]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"lime-dist: {message}")  # progress, where it takes seconds
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith(f"lime-dist: {message}")
+    )  # progress, where it takes seconds
 
 
 # ---- settings
