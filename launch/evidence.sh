@@ -123,7 +123,7 @@ if [[ "$part" != *-rates ]]; then
   [ "$part" = arithmetic ] || text=(--text runs/evidence/text/corpus/train.jsonl)
   analyzed=()
   for run in "${runs[@]}"; do
-    case "${run##*/}" in llama-seed* | lime-seed*) analyzed+=("$run") ;; esac
+    case "${run##*/}" in llama-seed* | lime-seed* | llama-lime-init-seed*) analyzed+=("$run") ;; esac
   done
   for run in "${analyzed[@]}"; do report analysis.json lime-dist analyze "$run" "${text[@]}" --json; done
   [ ${#analyzed[@]} -eq 0 ] || python launch/mean_analyses.py "${analyzed[@]}"
