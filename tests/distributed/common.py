@@ -200,6 +200,9 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 # fp32 has 24 bits (6e-8); a layout only changes the order in which some hundred products are summed, by which
 # differences of 1e-6 of a tensor's largest magnitude were seen. Anything forgotten, counted twice or scaled wrongly is far above.
 TOLERANCE = 1e-5
+# Where eps is far above a gradient, an update multiplies what the gradient differs by with lr / eps = 20. In a row of the tied
+# embedding 1.3e-5 was seen, on one kind of CPU.
+OF_WEIGHTS = 3
 
 
 def assert_equals_the_single_process(
@@ -213,7 +216,7 @@ def assert_equals_the_single_process(
     assert actual.losses == pytest.approx(expected.losses, rel=tolerance)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=tolerance)
     assert_close(actual.gradients, expected.gradients, tolerance)
-    assert_close(actual.weights, expected.weights, tolerance)
+    assert_close(actual.weights, expected.weights, OF_WEIGHTS * tolerance)
 
     planned = [config.num_microbatches * count for count in plan_run(config).boundary_bytes]
     for rank in ranks:

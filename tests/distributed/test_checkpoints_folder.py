@@ -215,8 +215,7 @@ def test_a_run_goes_on_without_saving_where_it_is_told_to(behind: str, small_dis
         os.kill(process.pid, signal.SIGTERM)
         process.join()
         assert process.exitcode == 75
-    known = ("step ", "saved ", "lime-dist: ", "starting ", "resumed ", "SIGTERM")
-    assert all(line.startswith(known) for line in log.read_text().splitlines()), "a stack trace"
+    assert not re.search(r"^(Traceback|  File)", log.read_text(), re.MULTILINE)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")

@@ -160,7 +160,7 @@ def test_metrics_stay_json_and_a_dead_model_is_named(tmp_path: Path, capsys: pyt
     records = [
         json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
-    assert records[-1] == {"step": 7, "eval_loss": None, "eval_seconds": 1.0}
+    assert records[-1].items() >= {"step": 7, "eval_loss": None, "eval_seconds": 1.0}.items()
     errors = capsys.readouterr().err
     assert errors.count("warning: step 6: the gradient norm has been 0 for 5 steps") == 1 == errors.count("warning")
 
