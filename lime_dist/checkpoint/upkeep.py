@@ -44,7 +44,7 @@ def description(reader: CheckpointReader) -> dict[str, Any]:
         "run": str(find_run(reader.folder) or config.run.dir),
         "step": meta.step,
         "samples_seen": meta.samples_seen,
-        "tokens_seen": meta.samples_seen * config.data.seq_length,
+        "tokens_seen": (meta.samples_seen - meta.spikes.samples_passed_over) * config.data.seq_length,
         "written_by": {
             "tp": config.layout.tp,
             "pp": config.layout.pp,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from lime_dist import __version__
 from lime_dist.analysis import commands as analysis_commands
@@ -65,11 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_command(arguments)
         finally:
             print(end="", flush=True)  # here, as at the interpreter's end a reader that has gone costs a stack trace
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+    except BrokenPipeError:
+        if all(map(_has_reader, (sys.stdout, sys.stderr))):
+            raise
+        # Whoever read the output, such as `head`, has enough.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         return READER_GONE
+
+
+def _has_reader(stream: TextIO) -> bool:
+    """Whatever is no pipe has one."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:

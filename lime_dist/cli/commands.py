@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
@@ -396,8 +395,6 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    if os.path.isdir(args.config):  # that run's own checkpoint, whatever it began from
-        args.overrides.insert(0, "checkpoint.resume=auto")
     if args.harness is not None:
         return _eval_harness(args)
     _refuse_options(args, "--harness", "harness_path", "num_fewshot", "add_bos")

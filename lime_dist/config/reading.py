@@ -23,6 +23,7 @@ from lime_dist.lifecycle.ownership import OWNER_FILE
 _MAX_SECTIONS = 10  # of an override
 _KNOWN_SHOWN = 10
 RUN_CONFIG = "config.yaml"  # in a run's folder: the resolved one
+_BESIDE = (OWNER_FILE, "plan.json")  # of which either tells a run's folder from others
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -34,9 +35,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The sections that a YAML file sets, or the `config.yaml` of a run's folder, which is `run.dir` wherever it lies by now.
+    """The sections that a YAML file sets, or the `config.yaml` of a run's folder.
 
-    Raises: ConfigError.
+    That folder is `run.dir` wherever it lies by now, and its checkpoints are what the run goes on from: `checkpoint.resume` said
+    where its first start did. Raises: ConfigError.
     """
     is_folder = os.path.isdir(path)
     if is_folder and not os.path.isfile(Path(path, RUN_CONFIG)):
@@ -45,9 +47,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
         )
     file = Path(path, RUN_CONFIG) if is_folder else Path(path)
     tree = read_yaml(file, "config", "sections such as `model:` and `run:`")
-    is_of_run = is_folder or (file.name == RUN_CONFIG and os.path.isfile(file.parent / OWNER_FILE))
-    run = tree.get("run") or {}
-    return tree | {"run": {**run, "dir": str(file.parent)}} if is_of_run and isinstance(run, Mapping) else tree
+    if not is_folder and not (
+        file.name == RUN_CONFIG and any(map(os.path.isfile, (file.parent / one for one in _BESIDE)))
+    ):
+        return tree
+    own = {"run": {"dir": str(file.parent)}, "checkpoint": {"resume": "auto"}}
+    found = {section: tree.get(section) or {} for section in own}
+    return tree | {one: {**found[one], **own[one]} for one in own if isinstance(found[one], Mapping)}
 
 
 def read_yaml(path: str | Path, what: str, content: str) -> dict[str, Any]:

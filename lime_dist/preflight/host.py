@@ -138,12 +138,17 @@ def _is_watched(process: psutil.Process) -> bool:
     return len(parents) > 1 and parents[0] != "systemd"
 
 
+_MODULES = ("lime_dist", "lime_dist.cli")
+_MODULE_FILES = tuple(f"{module.replace('.', '/')}/__main__.py" for module in _MODULES)
+
+
 def is_training(arguments: Sequence[str]) -> bool:
-    """`python .../lime-dist train ...` or `python -m lime_dist train ...`, also below torchrun."""
+    """`python .../lime-dist train ...` or `python -m lime_dist train ...`, which it has in full once it runs; also below torchrun."""
     if not arguments or not Path(arguments[0]).name.startswith("python"):
         return False  # srun and shells have these words too
     return any(
-        action == "train" and (Path(command).name == "lime-dist" or command in ("lime_dist", "lime_dist.cli"))
+        action == "train"
+        and (Path(command).name == "lime-dist" or command in _MODULES or command.endswith(_MODULE_FILES))
         for command, action in zip(arguments, arguments[1:])
     )
 

@@ -358,7 +358,9 @@ class TrainingRun:
         self._end_profiled_step()
         if _is_due(self.step, config.analysis.every):
             self._picture_routers()
-        return self._stop.heard(result.stop_asked), verdict
+        if self._saver.failure is None:  # else that says why all leave
+            self._stop.heard(result.stop_asked)
+        return result.stop_asked, verdict
 
     def _wants_stop(self) -> bool:
         """A save that could not be written stops the run where the next one is due: at once, as if it were asked to."""
@@ -489,7 +491,9 @@ class TrainingRun:
             num_steps=self.config.run.steps,
             log_every=self.config.run.log_every,
             peak_flops=_peak_flops(self.config, self._device),
-            more_boards=[WandbBoard(self.config, Path(self.config.run.dir))] if self.config.wandb.project else [],
+            more_boards=[WandbBoard(self.config, Path(self.config.run.dir), goes_on=self.step > 0)]
+            if self.config.wandb.project
+            else [],
         )
 
 

@@ -42,9 +42,9 @@ def is_installed() -> bool:
 class WandbBoard:
     """A `Board`, whose values go out a step at a time."""
 
-    def __init__(self, config: Config, run_dir: Path):
+    def __init__(self, config: Config, run_dir: Path, *, goes_on: bool):
         self._settings, self._tree, self._run_dir = config.wandb, to_dict(config), run_dir
-        self._id = _run_id(run_dir)
+        self._id = _run_id(run_dir) if goes_on else _new_id(run_dir)
         self._row: dict[str, Any] = {}
         self._rows: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
         self._failed = False
@@ -109,7 +109,7 @@ def _begin(settings: WandbConfig, tree: Mapping[str, Any], run_dir: Path, run_id
     run = wandb.init(
         project=settings.project,
         entity=settings.entity,
-        name=settings.name or run_dir.name,
+        name=settings.name or run_dir.absolute().name,
         id=run_id,
         resume="allow",
         reinit="create_new",
@@ -134,13 +134,19 @@ def _shown(value: Any) -> Any:
 
 
 def _run_id(run_dir: Path) -> str:
+    """That of the run so far. A copy of a run's folder, beside which the first one still lies, is another run from there."""
+    known, _, folder = _read_id(run_dir).partition(" ")
+    is_copy = folder != str(run_dir.absolute()) and bool(folder) and _read_id(Path(folder)).startswith(known)
+    return known if known and not is_copy else _new_id(run_dir)
+
+
+def _read_id(run_dir: Path) -> str:
+    """The id and the folder that it was made for."""
     path = run_dir / _ID_FILE
-    try:
-        return path.read_text().strip() or _new_id(path)
-    except FileNotFoundError:
-        return _new_id(path)
+    return path.read_text().strip() if path.is_file() else ""
 
 
-def _new_id(path: Path) -> str:
-    path.write_text(new := secrets.token_hex(8))
+def _new_id(run_dir: Path) -> str:
+    new = secrets.token_hex(8)
+    (run_dir / _ID_FILE).write_text(f"{new} {run_dir.absolute()}\n")
     return new

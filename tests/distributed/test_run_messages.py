@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from lime_dist.cli.command_line import main
 from lime_dist.config import load_config
 from lime_dist.data.indexed import IndexedWriter
 from lime_dist.plan.parameters import total_parameters
-from lime_dist.training.wandb_board import is_installed
+from lime_dist.training.wandb_board import _new_id, _run_id, is_installed
 
 BASE = {
     "model": {"num_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 96},
@@ -92,7 +93,7 @@ def test_wandb_has_what_tensorboard_has(
     assert train(tmp_path, *words, "optim.warmup_steps=0") == 0
     assert "wandb: " not in "".join(capfd.readouterr())
     (run_id,) = {begun_run(path).run_id for path in wandb_files(tmp_path)}
-    assert run_id == (tmp_path / "wandb_id").read_text()
+    assert run_id == (tmp_path / "wandb_id").read_text().split()[0]
     assert [(begun_run(path).project, begun_run(path).display_name) for path in wandb_files(tmp_path)] == [
         ("trials", "first")
     ] * 2
@@ -103,6 +104,18 @@ def test_wandb_has_what_tensorboard_has(
         assert kept == [(point.step, pytest.approx(point.value)) for point in board.Scalars(name)], name
     for name in ("routers/mean", "config"):
         assert sum(name in row for row in found) == 2, name
+
+
+def test_a_copy_of_a_run_is_another_one_in_wandb(tmp_path: Path) -> None:
+    run, copy, moved = tmp_path / "run", tmp_path / "copy", tmp_path / "moved"
+    run.mkdir()
+    first = _new_id(run)
+    assert _run_id(run) == first
+    shutil.copytree(run, copy)
+    other = _run_id(copy)
+    assert other != first and _run_id(copy) == other and _run_id(run) == first
+    run.rename(moved)
+    assert _run_id(moved) == first
 
 
 @with_wandb

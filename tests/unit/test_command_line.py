@@ -13,6 +13,7 @@ from run_records import write_run
 from test_cli_errors import BASE, write_checkpoint, write_tokens
 
 from lime_dist import __version__
+from lime_dist.cli.command_line import main
 from lime_dist.data.tokenizer import train_tokenizer
 
 
@@ -92,3 +93,12 @@ def test_text_beyond_the_trained_length_is_told_once(folder: Path, prompt: str, 
     assert len(lines) == bool(key) and all(
         line.startswith(f"lime-dist: warning: {key}: the text may reach") for line in lines
     )
+
+
+def test_a_broken_pipe_that_is_not_the_readers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise BrokenPipeError("of a process that was asked something")
+
+    monkeypatch.setattr("lime_dist.cli.command_line._run_command", fail)
+    with pytest.raises(BrokenPipeError, match="was asked something"):
+        main(["init", "folder"])

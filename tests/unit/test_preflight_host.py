@@ -128,6 +128,7 @@ COMMANDS = [
     ("/env/bin/python3 /env/bin/lime-dist train run.yaml", True),
     ("python -m lime_dist.cli train run.yaml", True),
     ("python -m lime_dist train run.yaml", True),
+    ("python /env/lib/lime_dist/__main__.py train run.yaml", True),
     ("python /env/bin/torchrun --nnodes 2 /env/bin/lime-dist train run.yaml", True),
     ("python /env/bin/lime-dist preflight run.yaml", False),
     ("python /env/bin/lime-dist plan train", False),

@@ -37,13 +37,26 @@ def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_is_the_runs_config_with_its_folder(moved: Path) -> None:
     old = load_config(moved / "config.yaml")
-    assert (
-        old.run.dir == "runs/old" and load_config(moved).run.dir == load_config("runs/moved/").run.dir == "runs/moved"
-    )
-    assert load_config(moved, ["run.dir=runs/old"]) == old
+    assert old.run.dir == str(Path("runs/old").absolute())
+    assert load_config(moved).run.dir == load_config("runs/moved/").run.dir == "runs/moved"
+    assert load_config(moved, [f"run.dir={old.run.dir}"]) == old
     assert load_config(moved, ["parallel.pp=2"]).parallel.pp == 2
     shutil.copytree(moved, "1")  # a name that YAML reads as a number
     assert load_config("1").run.dir == "1"
+
+
+@pytest.mark.parametrize("beside", ["owner", "plan.json"])
+def test_where_it_began_from_is_not_asked_again(beside: str, moved: Path) -> None:
+    """Else a run would begin anew, or go back to another run's checkpoint, whenever it is started by its folder."""
+    file = moved / "config.yaml"
+    tree = {**RUN, "checkpoint": {"resume": "never", "every": 2}}
+    file.write_text(dump_yaml(parse_config(tree)))
+    assert load_config(file).checkpoint.resume == "never"  # a config like others
+    (moved / beside).touch()
+    for path in (moved, file):
+        config = load_config(path)
+        assert (config.run.dir, config.checkpoint.resume, config.checkpoint.every) == (str(moved), "auto", 2)
+    assert load_config(file, ["checkpoint.resume=never", "run.dir=runs/new"]).checkpoint.resume == "never"
 
 
 def test_plan_of_a_run(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +71,9 @@ def test_plan_of_a_run(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_dry_run_of_a_run(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(moved), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert yaml.safe_load(out.partition("\nlayout ")[0])["run"]["dir"] == str(moved) and "pattern last:2" in out
+    assert (
+        yaml.safe_load(out.partition("\nlayout ")[0])["run"]["dir"] == str(moved.absolute()) and "pattern last:2" in out
+    )
 
 
 def test_the_twin_of_a_run(moved: Path) -> None:
