@@ -144,9 +144,8 @@ class DataConfig:
     train: list[Source] = field(default_factory=list)  # a prefix, or a list of {path: prefix, weight: number}
     valid: list[Source] = field(default_factory=list)  # empty: the last valid_fraction of train's documents
     valid_fraction: float = 0.0  # of train's documents, the last ones, held out where valid is empty; 0: none
-    tokenizer: str | None = (
-        None  # a .model or tokenizer.json, of which the run keeps a copy in its folder; None: none is known
-    )
+    # A .model or tokenizer.json, of which the run keeps a copy in its folder; None: none is known.
+    tokenizer: str | None = None
     seq_length: int = 2048  # tokens that the model reads of a sample
     # Documents joined and cut: stream | one whole document each: padded | as many as fit: packed
     samples: str = "stream"

@@ -199,6 +199,8 @@ def read_profile(path: Path) -> Profile:
         head = json.loads((folder / _HEAD).read_text())
         if head["version"] != VERSION:
             raise ProfileError(f"{folder}: written by another version of lime-dist; record it again")
+        if not (folder / _CONFIG).read_bytes().endswith(b"\n"):  # YAML that is cut short may be YAML still
+            raise ProfileError(f"{folder}: not a whole profile ({_CONFIG} is cut short); record it again")
         config = load_config(folder / _CONFIG, ())
         plan = plan_run(check_config(config, config.layout.world_size))
         ranks = tuple(_read_rank(folder, rank) for rank in range(plan.layout.world_size))

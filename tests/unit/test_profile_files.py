@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lime_dist.cli.command_line import main
+from lime_dist.config.paths import with_absolute_paths
 from lime_dist.errors import USER_ERROR_EXIT_CODE
 from lime_dist.profiling.clock_offset import ClockOffset
 from lime_dist.profiling.profile_files import (
@@ -82,7 +83,7 @@ def test_read_as_written(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     written = replace(written, ranks=(on_gpu, *written.ranks[1:]))
     write(written)
     found = read_profile(tmp_path)
-    assert found.plan == written.plan and found.plan.config == written.plan.config
+    assert found.plan == written.plan and found.plan.config == with_absolute_paths(written.plan.config)
     used = {
         record.rank: {each.group_name for step in record.steps for each in step.collectives} for record in written.ranks
     }
