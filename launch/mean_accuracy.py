@@ -27,6 +27,12 @@ def table(accuracies: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     return rows
 
 
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
 def main(folders: Sequence[str]) -> None:
     accuracies: dict[str, list[dict[str, float]]] = {}
     for folder in map(Path, folders):
@@ -34,10 +40,7 @@ def main(folders: Sequence[str]) -> None:
         by_group = {f"{group} {report['group']}": part["accuracy"] for group, part in report["groups"].items()}
         variant = folder.name.rpartition("-seed")[0]
         accuracies.setdefault(variant, []).append({**by_group, "all": report["all"]["accuracy"]})
-    rows = table(accuracies)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print_columns(table(accuracies))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mean_accuracy import print_columns
+
 from lime_dist.comparison.estimates import Estimate, estimate, paired_difference
 
 FIGURES = {
@@ -77,9 +79,7 @@ def _text(found: Estimate | None) -> str:
 def main(folders: Sequence[str]) -> None:
     for title, rows in tables(read_reports(folders)):
         print(f"\n{title}")
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print_columns(rows)
 
 
 if __name__ == "__main__":

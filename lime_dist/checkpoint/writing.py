@@ -27,9 +27,10 @@ from lime_dist.checkpoint.reader import (
 )
 from lime_dist.checkpoint.safe_files import flush_to_disk, write_bytes
 from lime_dist.checkpoint.staging import Staged, chunks_of
+from lime_dist.config import RUN_PLAN
 from lime_dist.errors import TrainingDiverged
 from lime_dist.lifecycle.pulse import Pulse
-from lime_dist.plan.record import FILE_NAME, plan_record
+from lime_dist.plan.record import plan_record
 from lime_dist.plan.run_plan import RunPlan
 
 
@@ -128,7 +129,7 @@ def _write(part: Unwritten) -> tuple[str, str] | None:
 
 
 def _finish(part: Unwritten, files: dict[str, str | None]) -> None:
-    write_bytes(part.folder / FILE_NAME, json.dumps(plan_record(part.run_plan)).encode())
+    write_bytes(part.folder / RUN_PLAN, json.dumps(plan_record(part.run_plan)).encode())
     write_bytes(part.folder / "meta.json", meta_text(asdict(replace(part.meta, files=files))))
     flush_to_disk(part.folder)
     part.check_owner()

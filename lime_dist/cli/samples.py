@@ -11,8 +11,6 @@ import lime_dist
 from lime_dist.errors import ConfigError, DataError
 
 SAMPLES = Path(lime_dist.__file__).parent / "configs"  # in a checkout a link to its configs/
-
-
 REFERENCES = SAMPLES.with_name("reference_numbers")  # in a checkout a link to tests/golden, which has more than a wheel
 
 

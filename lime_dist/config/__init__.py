@@ -4,7 +4,7 @@ Knows no framework: it answers on a login node in milliseconds.
 """
 
 from lime_dist.config.checking import check_config, find_warnings
-from lime_dist.config.reading import RUN_CONFIG, dump_yaml, load_config, parse_config, recorded, to_dict
+from lime_dist.config.reading import RUN_CONFIG, RUN_PLAN, dump_yaml, load_config, parse_config, recorded, to_dict
 from lime_dist.config.schema import (
     CheckpointConfig,
     Config,
@@ -30,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RUN_CONFIG",
+    "RUN_PLAN",
     "ParallelConfig",
     "PipelineConfig",
     "RunConfig",

@@ -22,8 +22,8 @@ from lime_dist.lifecycle.ownership import OWNER_FILE
 
 _MAX_SECTIONS = 10  # of an override
 _KNOWN_SHOWN = 10
-RUN_CONFIG = "config.yaml"  # in a run's folder: the resolved one
-_BESIDE = (OWNER_FILE, "plan.json")  # of which either tells a run's folder from others
+RUN_CONFIG, RUN_PLAN = "config.yaml", "plan.json"  # in a run's folder: the resolved config, and the plan
+_BESIDE = (OWNER_FILE, RUN_PLAN)  # of which either tells a run's folder from others
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -47,13 +47,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
         )
     file = Path(path, RUN_CONFIG) if is_folder else Path(path)
     tree = read_yaml(file, "config", "sections such as `model:` and `run:`")
-    if not is_folder and not (
-        file.name == RUN_CONFIG and any(map(os.path.isfile, (file.parent / one for one in _BESIDE)))
-    ):
+    if not is_folder and not _is_of_run(file):
         return tree
     own = {"run": {"dir": str(file.parent)}, "checkpoint": {"resume": "auto"}}
     found = {section: tree.get(section) or {} for section in own}
     return tree | {one: {**found[one], **own[one]} for one in own if isinstance(found[one], Mapping)}
+
+
+def _is_of_run(file: Path) -> bool:
+    """Whether it is the config of the run whose folder it lies in."""
+    return file.name == RUN_CONFIG and any(os.path.isfile(file.parent / name) for name in _BESIDE)
 
 
 def read_yaml(path: str | Path, what: str, content: str) -> dict[str, Any]:
@@ -101,10 +104,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {shown(override)}: write section.key=value")
     if key.count(".") > _MAX_SECTIONS:
         raise ConfigError(f"override {shown(key)}: more than {_MAX_SECTIONS} sections; write section.key=value")
-    _set_key(tree, key, parse_yaml(text, f"override {key}"))
-
-
-def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    value = parse_yaml(text, f"override {key}")
     *sections, name = key.split(".")
     node = tree
     for section in sections:

@@ -10,8 +10,6 @@ from lime_dist.plan.run_plan import RunPlan
 from lime_dist.plan.schedule import Kind
 from lime_dist.plan.stages import ChunkPlan, StagePlan
 
-FILE_NAME = "plan.json"
-
 
 def plan_record(plan: RunPlan) -> dict[str, Any]:
     """All of it: edges, chunks with their messages, each stage's actions in torch's notation, memory in bytes of one rank."""

@@ -13,11 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lime_dist.backends.megatron import Groups
-from lime_dist.checkpoint.edges import (
-    checkpoints_of,
-    evaluated_checkpoint,
-    evaluated_config,
-)
+from lime_dist.checkpoint.edges import checkpoints_of, evaluated_checkpoint, evaluated_config
 from lime_dist.checkpoint.full_disk import naming_full_disk
 from lime_dist.checkpoint.loading import load_checkpoint
 from lime_dist.errors import ConfigError

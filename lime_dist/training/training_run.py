@@ -37,14 +37,14 @@ from lime_dist.checkpoint.reader import (
 )
 from lime_dist.checkpoint.safe_files import flush_to_disk
 from lime_dist.checkpoint.saving import Progress, Saver
-from lime_dist.config import RUN_CONFIG, Config, dump_yaml
+from lime_dist.config import RUN_CONFIG, RUN_PLAN, Config, dump_yaml
 from lime_dist.data.dataset import TokenSamples
 from lime_dist.data.kept_tokenizer import keep_tokenizer
 from lime_dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from lime_dist.lifecycle.ending import DONE, REQUEUE
 from lime_dist.lifecycle.ownership import Ownership
 from lime_dist.lifecycle.pulse import Pulse
-from lime_dist.plan.record import FILE_NAME, plan_record
+from lime_dist.plan.record import plan_record
 from lime_dist.plan.run_plan import RunPlan
 from lime_dist.profiling.profiler import Profiler
 from lime_dist.training.agreement import tell_all
@@ -303,7 +303,7 @@ class TrainingRun:
         self._evaluated_step = tell_all(self._metrics and self._metrics.evaluated_step, self._device)
 
     def _write_plan(self) -> None:
-        path = Path(self.config.run.dir) / FILE_NAME
+        path = Path(self.config.run.dir) / RUN_PLAN
         path.write_text(json.dumps(plan_record(self.rank.run_plan)))
 
     def _batch_reader(self) -> BatchReader:
